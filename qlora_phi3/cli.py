@@ -1,0 +1,201 @@
+"""The command line: arguments in, one outcome out.
+
+Owns commands, exit codes and how errors are printed. Whatever needs torch is imported inside the command
+that needs it, so that everything else answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, memory, weights
+from .errors import OutputError, QloraError
+from .recipe import Recipe
+from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
+
+app = typer.Typer(
+    name="qlora-phi3",
+    help="Fine-tune the Phi-3 family on consumer GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+
+
+def main() -> None:
+    """Entry point; exits 0 done, 1 failed while running, 2 input refused, 4 does not fit in memory."""
+    try:
+        app(prog_name="qlora-phi3")
+    except QloraError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="Name of a recipe, or path of a YAML file.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...", metavar="KEY=VALUE")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME/TIME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and print the memory plan.")] = False,
+    as_json: AsJson = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe with every key filled in.")] = False,
+    copy_to: Annotated[Path | None, typer.Option(help="Write a copy to edit.")] = None,
+) -> None:
+    """Run a recipe: fine-tune, evaluate, save. Without a name: list the recipes."""
+    if name is None:
+        _list_recipes(as_json)
+        return
+    path = find_recipe(name)
+    found = load_recipe(path, overrides or ())
+    if copy_to is not None:
+        copy_recipe(path, found if overrides else None, copy_to)
+        typer.echo(f"wrote {copy_to}", err=True)
+    elif show:
+        typer.echo(dump_recipe(found), nl=False)
+    elif dry_run:
+        _dry_run(found, out, as_json)
+    else:
+        _run(found, out, as_json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Make report.html anew from what a run folder holds."""
+    from .report import rebuild
+
+    typer.echo(rebuild(run))
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the keys as a table instead.")] = False,
+) -> None:
+    """Print the recipe's JSON schema, for editors that complete from it."""
+    typer.echo(document_keys() if markdown else json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _list_recipes(as_json: bool) -> None:
+    rows = [(path.stem, load_recipe(path)) for path in list_recipes()]
+    if as_json:
+        found = [{"name": n, "description": r.description, "smallest_card_gib": _card(r)} for n, r in rows]
+        _print_json(found)
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what for")
+    table.add_column("smallest card*", no_wrap=True)
+    for name, one in rows:
+        card = _card(one)
+        table.add_row(name, one.description, f"{card} GB" if card else "none")
+    console = Console()
+    console.print(table)
+    console.print("* predicted; `recipe NAME --dry-run` shows how. The quickstart needs no GPU at all.")
+
+
+def _card(found: Recipe) -> int | None:
+    geometry = weights.known_geometry(found.model)
+    return memory.smallest_card(found, geometry) if geometry is not None else None
+
+
+def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
+    from .data.read import check_files
+
+    check_files(found.data)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(str(out), "is not an empty folder.", "Choose another folder with --out.")
+    geometry = weights.known_geometry(found.model)
+    micro_batch = found.train.micro_batch if isinstance(found.train.micro_batch, int) else 1
+    plan = memory.predict(found, geometry, micro_batch=micro_batch) if geometry is not None else None
+    if as_json:
+        _print_json(
+            {
+                "recipe": found.model_dump(mode="json"),
+                "plan": plan.to_json() if plan else None,
+                "smallest_card_gib": _card(found),
+            }
+        )
+        return
+    console = Console()
+    console.print(f"{found.name}: the recipe is valid", highlight=False, markup=False)
+    if plan is None:
+        reason = f"no plan: the sizes of {found.model.base} are known once it is downloaded"
+        console.print(reason, highlight=False, markup=False)
+        return
+    _print_plan(plan, console)
+    card = _card(found)
+    console.print(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
+
+
+def _print_plan(plan: memory.Plan, console: Console) -> None:
+    """Parts down, phases across, and how each part is computed."""
+    title = f"predicted memory: micro batch {plan.micro_batch}, rows of {plan.row_tokens} tokens"
+    table = Table("part", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for phase in plan.phases:
+        table.add_column(phase.name, justify="right", no_wrap=True)
+    table.add_column("how")
+    parts = {part.name: part.formula for phase in plan.phases for part in phase.parts}
+    for name, formula in parts.items():
+        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in plan.phases]
+        table.add_row(
+            name, *(memory.format_bytes(size) if size is not None else "" for size in sizes), formula
+        )
+    table.add_section()
+    table.add_row("peak", *(memory.format_bytes(phase.peak_bytes) for phase in plan.phases), "")
+    console.print(table)
+
+
+def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
+    _quiet()
+    from . import pipeline, report
+    from .progress import Display
+
+    done, folder = pipeline.run(found, out, Display())
+    if as_json:
+        _print_json(done.to_json() | {"folder": str(folder)})
+    else:
+        report.show(done, folder, Console())
+
+
+def _quiet() -> None:
+    """Libraries without telemetry and chatter; what matters of it is said by the run itself."""
+    import logging
+    import warnings
+
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers would spread over all of them
+    # bitsandbytes advises to install `kernels`, which would let a checkpoint run code (CVE-2026-4372)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # is a note
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))

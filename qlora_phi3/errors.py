@@ -1,0 +1,83 @@
+"""What can go wrong through the user's input or while running, each with a place and a way on.
+
+Owns the exception types and their exit codes. Refuses everything else: bugs of ours stay ordinary
+exceptions with a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what was found and why it cannot be used, what to do instead."""
+
+    place: str
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.reason}"
+        return f"{text} {self.remedy}" if self.remedy else text
+
+
+class QloraError(Exception):
+    """Base of every error that is printed as a message, without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, place: str, reason: str, remedy: str = "") -> None:
+        self.problems: tuple[Problem, ...] = (Problem(place, reason, remedy),)
+        super().__init__(str(self.problems[0]))
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> Self:
+        """One error that carries several problems, in the order given.
+
+        Raises:
+            ValueError: `problems` is empty.
+        """
+        found = tuple(problems)
+        if not found:
+            raise ValueError("an error needs at least one problem")
+        error = cls(found[0].place, found[0].reason, found[0].remedy)
+        error.problems = found
+        error.args = ("\n".join(str(p) for p in found),)
+        return error
+
+
+class InputError(QloraError):
+    """The user's input cannot be used: recipe, data, model, adapter or arguments."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe, an override, or a combination of keys that cannot run."""
+
+
+class DataError(InputError):
+    """A data file, or a row of one, that cannot be trained on."""
+
+
+class ModelError(InputError):
+    """A base model, tokenizer or adapter that cannot be loaded safely or does not fit."""
+
+
+class OutputError(InputError):
+    """A place to write to that cannot be used."""
+
+
+class RunError(QloraError):
+    """The run itself failed, for example a loss that is not a number."""
+
+
+class FitError(QloraError):
+    """It does not fit into the memory there is."""
+
+    exit_code = 4

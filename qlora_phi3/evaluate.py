@@ -1,0 +1,171 @@
+"""Metrics of a model on held-out conversations.
+
+Owns the definitions: `loss` is the mean negative log-likelihood in nats per supervised token;
+`perplexity` is exp(loss); `exact_match` is the share of answers equal to the expected text (outer
+whitespace aside); `json_match` is the share of answers that are valid JSON of the expected shape: an
+object with exactly the expected keys, or a value of the expected type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+
+from . import generate
+from .data import Prompt, Split, TokenRow, prompts
+from .recipe import GENERATION_METRICS, Evaluate
+
+LOGIT_TOKENS: Final = 1024
+"""Supervised tokens whose logits exist at once: 131 MB of float32 for Phi-3-mini's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out question, the expected answer and the one that was given."""
+
+    place: str
+    prompt: str
+    expected: str
+    answer: str
+    stopped: bool
+    exact_match: bool
+    json_match: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of one model, by name, and the samples they came from."""
+
+    metrics: dict[str, float]
+    samples: tuple[Sample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "samples": [asdict(sample) for sample in self.samples]}
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    split: Split,
+    settings: Evaluate,
+    end: int,
+    *,
+    batch_rows: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> Measured:
+    """The recipe's metrics on the first `settings.samples` held-out rows; `end` closes an answer.
+
+    `batch_rows` rows pass at once where the loss is measured: the micro batch, so that evaluating takes
+    no more memory than training.
+    """
+    metrics: dict[str, float] = {}
+    samples: tuple[Sample, ...] = ()
+    if {"loss", "perplexity"} & set(settings.metrics):
+        loss = mean_loss(model, split.rows[: settings.samples], batch_rows)
+        metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if set(GENERATION_METRICS) & set(settings.metrics):
+        samples = _samples(model, tokenizer, split, settings, end, done)
+        metrics |= {
+            "exact_match": sum(s.exact_match for s in samples) / len(samples),
+            "json_match": sum(s.json_match for s in samples) / len(samples),
+        }
+    return Measured({name: metrics[name] for name in settings.metrics}, samples)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int) -> float:
+    """Mean negative log-likelihood per supervised token, over all rows together.
+
+    Units: nats. Logits exist only for supervised positions.
+    """
+    was_training = model.training
+    model.eval()
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    total, count = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    try:
+        for at in range(0, len(ordered), batch_rows):
+            nll, num = _nll(causal, ordered[at : at + batch_rows])
+            total, count = total + nll, count + num
+    finally:
+        model.train(was_training)
+    return total / count
+
+
+def _nll(causal: Any, rows: Sequence[TokenRow]) -> tuple[float, int]:
+    """Summed negative log-likelihood and number of supervised tokens of one batch."""
+    width = max(len(row.input_ids) for row in rows)
+    ids, labels, mask = (torch.full((len(rows), width), fill) for fill in (0, -100, 0))
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+    device = causal.device
+    hidden = causal.model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+    ).last_hidden_state
+    targets = labels[:, 1:].to(device)
+    supervised = targets != -100
+    chosen, wanted = hidden[:, :-1][supervised], targets[supervised]
+    total = 0.0
+    for at in range(0, len(wanted), LOGIT_TOKENS):
+        logits = causal.lm_head(chosen[at : at + LOGIT_TOKENS]).float()
+        total += float(functional.cross_entropy(logits, wanted[at : at + LOGIT_TOKENS], reduction="sum"))
+    return total, len(wanted)
+
+
+def _samples(
+    model: Any,
+    tokenizer: Any,
+    split: Split,
+    settings: Evaluate,
+    end: int,
+    done: Callable[[int], None],
+) -> tuple[Sample, ...]:
+    asked = prompts(split, tokenizer, settings.samples)
+    answers = generate.answer(
+        model,
+        tokenizer,
+        [prompt.input_ids for prompt in asked],
+        stops=generate.stop_ids(tokenizer, model, end),
+        max_new_tokens=settings.max_new_tokens,
+        done=done,
+    )
+    return tuple(_sample(prompt, given) for prompt, given in zip(asked, answers, strict=True))
+
+
+def _sample(prompt: Prompt, given: generate.Answer) -> Sample:
+    return Sample(
+        place=prompt.place,
+        prompt=prompt.text,
+        expected=prompt.expected,
+        answer=given.text,
+        stopped=given.stopped,
+        exact_match=given.text.strip() == prompt.expected.strip(),
+        json_match=json_shape(given.text) is not None
+        and json_shape(given.text) == json_shape(prompt.expected),
+    )
+
+
+def json_shape(text: str) -> tuple[str, frozenset[str]] | None:
+    """Type and keys of a JSON text; None when it is not JSON (NaN and duplicate keys are not)."""
+    try:
+        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return None
+    return type(value).__name__, frozenset(value) if isinstance(value, dict) else frozenset()
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)

@@ -1,0 +1,96 @@
+"""Greedy answers to many prompts at once.
+
+Owns batching, stopping and decoding. Sampling and chat build on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+BATCH_TOKENS: Final = 4096
+"""Tokens of prompts and answers that share a batch, pads included: 1.5 GiB of KV cache on Phi-3-mini."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer. `stopped`: it ended itself rather than at the token limit."""
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+def stop_ids(tokenizer: Any, model: Any, end: int) -> list[int]:
+    """Every token that ends an answer: the template's end of turn, and what model and tokenizer name."""
+    named = model.generation_config.eos_token_id
+    from_model = named if isinstance(named, list) else [named]
+    return sorted({token for token in (end, tokenizer.eos_token_id, *from_model) if token is not None})
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stops: list[int],
+    max_new_tokens: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[Answer]:
+    """Greedy answers in the order of the prompts; `done` hears how many are finished.
+
+    Prompts of similar length share a batch, padded on the left.
+    """
+    was_training = model.training
+    model.eval()
+    found: dict[int, Answer] = {}
+    try:
+        for batch in _batches(prompts, max_new_tokens):
+            texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], stops, max_new_tokens)
+            found.update(zip(batch, texts, strict=True))
+            done(len(found))
+    finally:
+        model.train(was_training)
+    return [found[i] for i in range(len(prompts))]
+
+
+def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> Iterable[list[int]]:
+    """Indices of prompts that are answered together, shortest first; at least one a batch."""
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if batch and (len(batch) + 1) * (len(prompts[i]) + max_new_tokens) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _answer_batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], stops: list[int], max_new_tokens: int
+) -> list[Answer]:
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    return [_decode(tokenizer, row[width:].tolist(), stops) for row in out]
+
+
+def _decode(tokenizer: Any, ids: list[int], stops: list[int]) -> Answer:
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return Answer(text, len(ids) if end is None else end + 1, end is not None)

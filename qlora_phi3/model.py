@@ -1,0 +1,197 @@
+"""Load a Phi-3 base in NF4 or unquantized, with the native class and our own dtype policy.
+
+Owns the load, which dtype every tensor has, and logical parameter counts. Refuses weights that do not
+fill the model, and a dtype that the device does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+from .recipe import Model
+from .weights import Checkpoint, first_line
+
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Base:
+    """A loaded base model with its tokenizer; `model` is a frozen `Phi3ForCausalLM`."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    compute_dtype: torch.dtype
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Logical parameters: a packed 4-bit weight counts what it stands for, not its bytes."""
+
+    total: int
+    quantized: int
+    trainable: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParameterCounts:
+        counts = [(p, logical_numel(p)) for p in model.parameters()]
+        return cls(
+            total=sum(n for _, n in counts),
+            quantized=sum(n for p, n in counts if is_packed(p)),
+            trainable=sum(n for p, n in counts if p.requires_grad),
+        )
+
+
+def is_packed(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds bitsandbytes 4-bit data, two weights in a byte."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def logical_numel(parameter: nn.Parameter) -> int:
+    """Number of weights; `numel()` of a packed 4-bit weight is half of it."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(parameter.shape if state is None else state.shape).numel())
+
+
+def device_for_run() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Tokenizer of a checkpoint, with a chat template and a pad token.
+
+    Raises:
+        ModelError: it cannot be read, has no chat template, or no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"the tokenizer cannot be read: {first_line(error)}"
+        raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
+    if not tokenizer.chat_template:
+        raise ModelError(str(folder), "the tokenizer has no chat template.", "Choose an instruct checkpoint.")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load(checkpoint: Checkpoint, settings: Model, device: torch.device) -> Base:
+    """Load the frozen base under our dtype policy.
+
+    Embeddings, norms and head are in `compute_dtype` (PEFT's k-bit preparation would make them float32,
+    376 MiB more on Phi-3-mini), decoder linears in NF4 or `compute_dtype`.
+
+    Raises:
+        ModelError: weights missing, of another shape, or without safetensors; bf16 unsupported here.
+    """
+    dtype = DTYPES[settings.compute_dtype]
+    _check_device(dtype, device)
+    quantized = settings.quantization == "nf4"
+    model = _load_weights(checkpoint, settings, dtype, device)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if quantized:
+        _keep_differentiable(model)
+    base = Base(model, load_tokenizer(checkpoint.folder), checkpoint, dtype, quantized)
+    check_dtypes(model, compute=dtype, quantized=quantized)
+    return base
+
+
+def check_dtypes(model: nn.Module, *, compute: torch.dtype, quantized: bool) -> None:
+    """Assert the dtype policy: base in `compute` or packed NF4, everything trainable in float32.
+
+    Run again after the trainer is built: TRL casts adapters of quantized models to bfloat16, in which
+    updates below 1/256 of a weight vanish.
+
+    Raises:
+        AssertionError: our bug, or a library changed what it does to dtypes.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}"
+        elif is_packed(parameter):
+            assert quantized, f"{name} is packed, but the base is not quantized"
+        else:
+            assert parameter.dtype == compute, f"{name} is {parameter.dtype}, policy says {compute}"
+
+
+def packed_linears(model: nn.Module) -> Iterator[Any]:
+    """The bitsandbytes 4-bit linears of a model."""
+    import bitsandbytes as bnb
+
+    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    # bitsandbytes 0.50, CPUs with AVX512-BF16: the first eval-mode forward repacks each weight for
+    # inference, and its matmul is not differentiable from then on. Training after an evaluation would go
+    # on with wrong gradients and learn nothing.
+    for module in packed_linears(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def _check_device(dtype: torch.dtype, device: torch.device) -> None:
+    bf16_on_gpu = device.type == "cuda" and dtype == torch.bfloat16
+    if bf16_on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ModelError(
+            "model.compute_dtype", f"{name} has no bfloat16.", "Set model.compute_dtype=float16."
+        )
+    if device.type == "cpu" and dtype == torch.float16:
+        remedy = "Set model.compute_dtype=bfloat16 or float32."
+        raise ModelError("model.compute_dtype", "float16 training needs a GPU.", remedy)
+
+
+def _load_weights(checkpoint: Checkpoint, settings: Model, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
+
+    kept = {k: v for k, v in checkpoint.config.items() if k != "auto_map" and not k.startswith("_")}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        model, loading = Phi3ForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=Phi3Config.from_dict(kept),
+            dtype=dtype,
+            quantization_config=nf4 if settings.quantization == "nf4" else None,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = f"the weights cannot be loaded: {first_line(error)}"
+        raise ModelError(str(checkpoint.folder), reason, "Download the checkpoint again.") from error
+    _check_complete(loading, checkpoint.folder)
+    return model
+
+
+def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:
+    missing, surplus = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing:
+        reason = f"{len(missing)} weights are missing, {missing[0]} the first: they would be random."
+        raise ModelError(str(folder), reason, "Download the checkpoint again.")
+    if surplus:
+        reason = f"{len(surplus)} weights fit nowhere in Phi-3, {surplus[0]} the first."
+        raise ModelError(str(folder), reason, "Give a full Phi3ForCausalLM checkpoint.")

@@ -1,0 +1,219 @@
+"""Facts of the Phi-3 family: variants, dimensions, fused linears and their slices, special tokens.
+
+Owns what is true of the architecture before any weight is loaded, so that recipes can be checked and
+memory predicted without torch. Refuses other architectures, Phi-3-small among them, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from .errors import ModelError
+
+LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The four linears of a decoder layer, in the order of the forward pass."""
+
+PROJECTIONS: Final = {
+    "q": "qkv_proj",
+    "k": "qkv_proj",
+    "v": "qkv_proj",
+    "o": "o_proj",
+    "gate": "gate_up_proj",
+    "up": "gate_up_proj",
+    "down": "down_proj",
+}
+"""Logical projection -> the fused linear that stores it."""
+
+EMBEDDINGS: Final = ("embed_tokens", "lm_head")
+
+LLAMA_NAMES: Final = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "gate_proj": "gate",
+    "up_proj": "up",
+}
+"""Names copied from Llama recipes that exist in no Phi-3 -> what is meant here."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one `Phi3ForCausalLM`.
+
+    Units: counts of elements; positions in tokens. `sliding_window` and `max_positions` as in the
+    checkpoint's config.json.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    rotary_fraction: float = 1.0
+    sliding_window: int | None = None
+    max_positions: int = 4096
+    original_max_positions: int = 4096
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def slices(self, linear: str) -> dict[str, tuple[int, int]]:
+        """Output rows [start, stop) of each projection inside a fused linear.
+
+        Raises:
+            KeyError: `linear` is not one of LINEARS.
+        """
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        ffn = self.intermediate_size
+        return {
+            "qkv_proj": {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)},
+            "o_proj": {"o": (0, self.hidden_size)},
+            "gate_up_proj": {"gate": (0, ffn), "up": (ffn, 2 * ffn)},
+            "down_proj": {"down": (0, self.hidden_size)},
+        }[linear]
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """(out_features, in_features) of a fused linear."""
+        num_in = {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
+        return max(stop for _, stop in self.slices(linear).values()), num_in.get(linear, self.hidden_size)
+
+    @property
+    def num_linear_parameters(self) -> int:
+        """Parameters of all decoder linears: what NF4 quantizes."""
+        shapes = [self.linear_shape(name) for name in LINEARS]
+        return self.num_layers * sum(rows * columns for rows, columns in shapes)
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Embedding, plus the head where it is a matrix of its own."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
+    @property
+    def num_norm_parameters(self) -> int:
+        return self.hidden_size * (2 * self.num_layers + 1)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_linear_parameters + self.num_embedding_parameters + self.num_norm_parameters
+
+    def lora_parameters(self, linears: tuple[str, ...], rank: int) -> int:
+        """Parameters of one fused A/B pair of `rank` on each named linear of every layer."""
+        shapes = [self.linear_shape(name) for name in linears]
+        return self.num_layers * rank * sum(rows + columns for rows, columns in shapes)
+
+
+_MINI_4K = Geometry(
+    num_layers=32,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_heads=32,
+    num_kv_heads=32,
+    vocab_size=32064,
+    sliding_window=2047,
+)
+_MEDIUM_4K = Geometry(
+    num_layers=40,
+    hidden_size=5120,
+    intermediate_size=17920,
+    num_heads=40,
+    num_kv_heads=10,
+    vocab_size=32064,
+    sliding_window=2047,
+)
+_MINI_128K = replace(_MINI_4K, sliding_window=262144, max_positions=131072)
+_MEDIUM_128K = replace(_MEDIUM_4K, sliding_window=131072, max_positions=131072)
+_PHI_4 = replace(
+    _MEDIUM_4K, vocab_size=100352, sliding_window=None, max_positions=16384, original_max_positions=16384
+)
+_PHI_4_MINI = replace(
+    _MINI_128K,
+    num_heads=24,
+    num_kv_heads=8,
+    vocab_size=200064,
+    tied_embeddings=True,
+    rotary_fraction=0.75,
+)
+_SMOLLM2 = Geometry(
+    num_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    vocab_size=49152,
+    tied_embeddings=True,
+    max_positions=8192,
+    original_max_positions=8192,
+)
+
+VARIANTS: Final[dict[str, Geometry]] = {
+    "microsoft/Phi-3-mini-4k-instruct": _MINI_4K,
+    "microsoft/Phi-3-mini-128k-instruct": _MINI_128K,
+    "microsoft/Phi-3.5-mini-instruct": _MINI_128K,
+    "microsoft/Phi-3-medium-4k-instruct": _MEDIUM_4K,
+    "microsoft/Phi-3-medium-128k-instruct": _MEDIUM_128K,
+    "microsoft/phi-4": _PHI_4,
+    "microsoft/Phi-4-mini-instruct": _PHI_4_MINI,
+    "builtin:smollm2-135m": _SMOLLM2,
+}
+"""Geometry of the known checkpoints, so that a plan needs no download."""
+
+_REFUSED: Final = {
+    "phi3small": "Phi-3-small is another architecture (block-sparse attention, its own tokenizer)",
+    "phi3_v": "Phi-3-vision is another architecture",
+    "phimoe": "Phi-3.5-MoE is another architecture",
+    "phi4mm": "Phi-4-multimodal is another architecture",
+    "phi": "Phi-1 and Phi-2 are another architecture",
+}
+
+
+def check_architecture(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a checkpoint that is not `Phi3ForCausalLM`, by what its config.json says.
+
+    Raises:
+        ModelError: `model_type` is not "phi3", or `architectures` names another class.
+    """
+    model_type = config.get("model_type")
+    remedy = "Choose a Phi3ForCausalLM checkpoint, for example microsoft/Phi-3-mini-4k-instruct."
+    if model_type != "phi3":
+        reason = _REFUSED.get(str(model_type), "only the Phi-3 architecture is supported")
+        raise ModelError(place, f"model_type is {model_type!r}: {reason}.", remedy)
+    architectures = config.get("architectures") or ["Phi3ForCausalLM"]
+    if "Phi3ForCausalLM" not in architectures:
+        raise ModelError(place, f"architectures is {architectures}, not Phi3ForCausalLM.", remedy)
+
+
+def geometry_from_config(config: Mapping[str, Any], place: str = "config.json") -> Geometry:
+    """Read the sizes out of a checkpoint's config.json, of either transformers 4 or 5 spelling.
+
+    Raises:
+        ModelError: another architecture, or a size is missing or not a positive whole number.
+    """
+    check_architecture(config, place)
+    sizes = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_heads": "num_attention_heads",
+        "vocab_size": "vocab_size",
+    }
+    found = {name: config.get(key) for name, key in sizes.items()}
+    bad = [sizes[name] for name, value in found.items() if not isinstance(value, int) or value < 1]
+    if bad:
+        raise ModelError(place, f"{', '.join(bad)} must be positive whole numbers.", "Download it again.")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    positions = config.get("max_position_embeddings", 4096)
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return Geometry(
+        **found,  # type: ignore[arg-type]  # checked just above
+        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rotary_fraction=config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0,
+        sliding_window=config.get("sliding_window"),
+        max_positions=positions,
+        original_max_positions=original or positions,
+    )

@@ -1,0 +1,268 @@
+"""A run, from recipe to report: reads top to bottom as the story of a fine-tune."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import __version__, adapters, data, evaluate, memory, model, report, trainer, weights
+from .errors import InputError, OutputError
+from .meter import Meter
+from .progress import Display
+from .recipe import Recipe
+from .recipe_file import dump_recipe
+
+
+def run(
+    recipe: Recipe, out: Path | None = None, display: Display | None = None
+) -> tuple[report.RunReport, Path]:
+    """Fine-tune as the recipe says, into `out` (default: runs/<name>/<UTC time>).
+
+    Raises:
+        InputError: recipe, data, model or folder cannot be used -> nothing is left behind.
+        RunError: the training failed -> the folder keeps what was measured until then.
+    """
+    display = display or Display()
+    _one_process()
+    data.check_files(recipe.data)
+    with run_folder(out or default_folder(recipe)) as folder:
+        return _run(recipe, folder, display), folder
+
+
+def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
+    device = model.device_for_run()
+    meter = Meter(device.type)
+
+    checkpoint = weights.locate(recipe.model, display.say)
+    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
+    recipe, plan, notes = settle(recipe, checkpoint, splits, device)
+
+    display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
+    with meter.phase("load"):
+        base = model.load(checkpoint, recipe.model, device)
+        torch.manual_seed(recipe.train.seed)
+        tuned = adapters.attach(base, recipe.adapter)
+    for row in adapters.trained_table(tuned):
+        display.say(
+            f"training {row.target}: {row.num_modules} x rank {row.rank}, {row.num_parameters:,} parameters"
+        )
+    write_inputs(recipe, plan, folder)
+
+    measured: dict[str, evaluate.Measured] = {}
+    if splits.eval is not None and recipe.evaluate.compare_base:
+        with meter.phase("evaluate base"), tuned.disable_adapter():
+            measured["base"] = _measure("base", tuned, base, splits, recipe, display)
+
+    with meter.phase("train"):
+        trained = trainer.train(
+            tuned,
+            base,
+            splits.train,
+            recipe,
+            folder,
+            meter=meter,
+            display=display,
+            held_out_loss=_held_out_loss(tuned, splits, recipe),
+        )
+
+    if splits.eval is not None:
+        with meter.phase("evaluate tuned"):
+            measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display)
+        write_json(folder / "eval.json", {name: found.to_json() for name, found in measured.items()})
+
+    with meter.phase("save"):
+        adapters.save(tuned, base, folder / "adapter")
+
+    done = report.RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        toolkit_version=__version__,
+        finished_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        engine={"name": "reference", "reason": "transformers and PEFT layers; the only engine so far"},
+        machine=report.machine(device.type),
+        versions=report.versions(),
+        base=checkpoint.provenance.to_json(),
+        parameters=asdict(model.ParameterCounts.of(tuned)),
+        trained=[row.to_json() for row in adapters.trained_table(tuned)],
+        data=_data_json(splits, recipe),
+        training=asdict(trained),
+        metrics={name: found.metrics for name, found in measured.items()},
+        memory={"predicted": plan.to_json(), "measured": meter.to_json()},
+        recipe=recipe.model_dump(mode="json"),
+        notes=notes,
+    )
+    report.write(done, folder)
+    return done
+
+
+def settle(
+    recipe: Recipe, checkpoint: weights.Checkpoint, splits: data.Splits, device: torch.device
+) -> tuple[Recipe, memory.Plan, list[str]]:
+    """Replace `auto` by what fits, predict its memory, and note what a user should know."""
+    longest = splits.train.longest
+    micro_batch = memory.choose_micro_batch(
+        recipe, checkpoint.geometry, free_bytes(device), row_tokens=longest, device=device_kind(device)
+    )
+    recipe = recipe.settled(micro_batch)
+    plan = memory.predict(
+        recipe, checkpoint.geometry, micro_batch=micro_batch, row_tokens=longest, device=device_kind(device)
+    )
+    return recipe, plan, _notes(recipe, splits, device)
+
+
+def device_kind(device: torch.device) -> Literal["cuda", "cpu"]:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run may use now: free on the GPU, or available to the process on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """runs/<name>/<UTC time>, new."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return Path("runs") / recipe.name / now.strftime("%Y-%m-%dT%H-%M-%SZ")
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write a run into; removed again when the input turns out unusable.
+
+    Raises:
+        OutputError: it holds something already, or cannot be written to.
+    """
+    check_folder(folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        _remove(folder, created)
+        reason = f"cannot be written to: {error.strerror}."
+        raise OutputError(str(folder), reason, "Choose another folder with --out.") from None
+    try:
+        yield folder
+    except InputError:
+        _remove(folder, created)
+        raise
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        OutputError: another run, other files, or no folder at all.
+    """
+    remedy = "Choose another folder with --out."
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(str(folder), "is a file.", remedy)
+        if folder.is_dir() and (folder / "recipe.yaml").exists():
+            raise OutputError(str(folder), "holds another run.", remedy)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise OutputError(str(folder), "is not empty.", remedy)
+    except OSError as error:
+        raise OutputError(str(folder), f"cannot be used: {error.strerror}.", remedy) from None
+
+
+def write_inputs(recipe: Recipe, plan: memory.Plan, folder: Path) -> None:
+    """The settled recipe and the prediction, before anything is trained."""
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_json(folder / "plan.json", plan.to_json())
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        reason = "several processes are not available yet."
+        raise InputError("WORLD_SIZE", reason, "Start it with plain python, without torchrun or accelerate.")
+
+
+def _measure(
+    which: str,
+    tuned: Any,
+    base: model.Base,
+    splits: data.Splits,
+    recipe: Recipe,
+    display: Display,
+) -> evaluate.Measured:
+    assert splits.eval is not None
+    settings = recipe.evaluate
+    num_rows = min(settings.samples, len(splits.eval.rows))
+    with display.steps(f"evaluate {which}", num_rows) as steps:
+        found = evaluate.measure(
+            tuned,
+            base.tokenizer,
+            splits.eval,
+            settings,
+            splits.turns.end,
+            batch_rows=int(recipe.train.micro_batch),
+            done=lambda count: steps.update(count, "answers"),
+        )
+    display.say(f"{which}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()))
+    return found
+
+
+def _held_out_loss(tuned: Any, splits: data.Splits, recipe: Recipe) -> Any:
+    if splits.eval is None or recipe.train.eval_every is None:
+        return None
+    rows = splits.eval.rows[: recipe.evaluate.samples]
+    return lambda: evaluate.mean_loss(tuned, rows, int(recipe.train.micro_batch))
+
+
+def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[str]:
+    notes = []
+    if device.type == "cpu" and recipe.train.optimizer.startswith("paged"):
+        notes.append("optimizer states stay where they are on a CPU; paging needs CUDA")
+    rows, batch = len(splits.train.rows), recipe.train.effective_batch
+    if splits.train.num_dropped:
+        notes.append(f"{splits.train.num_dropped} training rows were longer than data.max_length and dropped")
+    if splits.eval is not None and splits.eval.num_dropped:
+        notes.append(f"{splits.eval.num_dropped} held-out rows were longer than data.max_length and dropped")
+    if rows % batch:
+        notes.append(f"the last step of an epoch has {rows % batch} rows instead of {batch}")
+    if splits.eval is None:
+        notes.append("data.eval is null: nothing was evaluated")
+    elif len(splits.eval.rows) < recipe.evaluate.samples:
+        notes.append(
+            f"only {len(splits.eval.rows)} held-out rows for evaluate.samples {recipe.evaluate.samples}"
+        )
+    return notes
+
+
+def _data_json(splits: data.Splits, recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    if splits.eval is not None:
+        samples = min(recipe.evaluate.samples, len(splits.eval.rows))
+        found |= {"eval": splits.eval.to_json(), "eval_samples": samples}
+    return found
+
+
+def _remove(folder: Path, created: list[Path]) -> None:
+    """Undo `run_folder`: its contents, and the parents that it made."""
+    if folder in created:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        for child in folder.iterdir():
+            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
+    for parent in created[1:]:
+        with contextlib.suppress(OSError):
+            parent.rmdir()

@@ -1,0 +1,358 @@
+"""The recipe: everything a run depends on, in one immutable, strictly checked document.
+
+Owns every key, its default (once, on the field), its help text and the checks between keys. Refuses
+unknown, duplicate and mistyped keys, and settings whose feature is not built yet, all at once and each
+with its place. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from . import phi3
+
+
+@dataclass(frozen=True)
+class Today:
+    """Marks a key whose feature is still being built: these values work, any other is refused by name."""
+
+    values: tuple[Any, ...]
+    instead: str = ""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        if schema["type"] == "literal" and self.values:  # a misspelled name is told today's names only
+            today = " or ".join(repr(value) for value in self.values)
+            schema = core_schema.custom_error_schema(
+                schema, "literal_error", custom_error_context={"expected": today}
+            )
+        return core_schema.no_info_after_validator_function(self._check, schema)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        today = [list(value) if isinstance(value, tuple) else value for value in self.values]
+        return {**handler(schema), **({"enum": today} if today else {"not": {}})}
+
+    def _check(self, value: Any) -> Any:
+        if any(value == known and type(value) is type(known) for known in self.values):
+            return value
+        detail = {"today": list(self.values), "hint": self.instead}
+        raise PydanticCustomError("not_available", "not available yet", detail)
+
+
+def _check_version(value: Any) -> Any:
+    if type(value) is int and value == 1:
+        return value
+    raise PydanticCustomError("expected", "needs 1, the only format so far")
+
+
+def _auto_or_positive(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
+
+
+def _check_target(name: Any) -> Any:
+    """The linear that `name` stands for: `o` and `down` are o_proj and down_proj."""
+    if not isinstance(name, str):
+        raise PydanticCustomError("expected", "needs the name of a linear")
+    if name in TARGETS:
+        return phi3.PROJECTIONS.get(name, name)
+    if name == "all-linear":
+        raise PydanticCustomError("expected", "needs to stand alone, outside a list")
+    if name in phi3.PROJECTIONS or name in phi3.LLAMA_NAMES:
+        fused = phi3.PROJECTIONS[phi3.LLAMA_NAMES.get(name, name)]
+        hint = f"Phi-3 stores it inside {fused}: choose that, or all-linear."
+        raise PydanticCustomError("not_available", "not available yet", {"hint": hint})
+    if name in phi3.EMBEDDINGS:
+        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
+    raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
+
+
+def _check_targets(value: Any) -> Any:
+    """A list; a name that stands alone gets the message of its own fault first."""
+    if isinstance(value, str):
+        _check_target(value)
+    if not isinstance(value, (list, tuple)):
+        raise PydanticCustomError("expected", "needs all-linear, or a list such as [qkv_proj, o_proj]")
+    return value
+
+
+def _kind_of_targets(value: Any) -> str:
+    return "<name>" if value == "all-linear" else "<list>"
+
+
+TARGETS: Final = (*phi3.LINEARS, "o", "down")
+METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
+GENERATION_METRICS: Final = ("exact_match", "json_match")
+"""Metrics that need answers; the others need one forward pass."""
+
+Target = Annotated[str, BeforeValidator(_check_target), Field(json_schema_extra={"enum": list(TARGETS)})]
+Targets = Annotated[
+    Annotated[Literal["all-linear"], Tag("<name>")]
+    | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(_check_targets), Tag("<list>")],
+    Discriminator(_kind_of_targets),
+]
+Metric = Annotated[Literal["loss", "perplexity", "exact_match", "json_match", "rouge"], Today(METRICS)]
+
+
+class _Part(BaseModel):
+    """A mapping of the recipe: immutable, no unknown keys, no coercion, no infinite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(_Part):
+    """The base model."""
+
+    base: str = Field(
+        default="microsoft/Phi-3-mini-4k-instruct",
+        min_length=1,
+        description="hub id, local folder (./ or / in front), or builtin:smollm2-135m, which needs no hub",
+    )
+    revision: str | None = Field(
+        default=None, description="hub commit or tag; what it resolved to is recorded"
+    )
+    quantization: Literal["nf4", "none"] = Field(
+        default="nf4", description="nf4: 4-bit base (QLoRA); none: full-precision LoRA in compute_dtype"
+    )
+    double_quant: bool = Field(default=True, description="quantize NF4's scales too: 0.37 bit a weight less")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="dtype of activations, norms, embeddings and of an unquantized base"
+    )
+
+
+class Adapter(_Part):
+    """What is trained."""
+
+    method: Annotated[Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"], Today(("lora",))] = Field(
+        default="lora", description="adapter method"
+    )
+    rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
+    alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")
+    dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input while training"
+    )
+    targets: Targets = Field(
+        default="all-linear",
+        description="all-linear, or a list out of qkv_proj o_proj gate_up_proj down_proj",
+    )
+    split_fused: Annotated[bool, Today((False,))] = Field(
+        default=False, description="one A/B pair per q, k, v, gate, up instead of one for the fused matrix"
+    )
+
+
+class Source(_Part):
+    """Where conversations come from."""
+
+    path: str = Field(min_length=1, description="a JSONL file; relative to the recipe's folder")
+    format: Annotated[
+        Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
+        Today(("auto", "messages")),
+    ] = Field(default="auto", description="layout of a row; auto looks at the keys of the first")
+    split: Annotated[str, Today(("train",))] = Field(default="train", description="split of a hub data set")
+    limit: int | None = Field(default=None, ge=1, description="use the first N rows only")
+
+
+class Fraction(_Part):
+    """A held-out share of the training rows."""
+
+    fraction: Annotated[float, Today((), "Give a file of its own: data.eval.path.")] = Field(
+        gt=0.0, lt=1.0, description="share of the training rows held out"
+    )
+
+
+def _eval_kind(value: Any) -> str:
+    return "<fraction>" if isinstance(value, dict) and "fraction" in value else "<source>"
+
+
+EvalSource = Annotated[
+    Annotated[Source, Tag("<source>")] | Annotated[Fraction, Tag("<fraction>")], Discriminator(_eval_kind)
+]
+
+
+ARMS: Final[dict[str, type[BaseModel] | None]] = {
+    "<source>": Source,
+    "<fraction>": Fraction,
+    "<name>": None,
+    "<list>": None,
+}
+"""Tag of a union's arm, which pydantic puts into the place of an error -> the part it stands for."""
+
+
+class Data(_Part):
+    """What it is trained on, and how rows become tokens."""
+
+    train: Source = Field(description="training rows")
+    eval: EvalSource | None = Field(default=None, description="held-out rows; null: no evaluation")
+    max_length: int = Field(default=2048, ge=8, description="longest row in tokens")
+    overlong: Annotated[Literal["drop", "truncate", "split", "error"], Today(("drop", "error"))] = Field(
+        default="drop", description="what happens to longer rows; counted and reported either way"
+    )
+    packing: Annotated[bool, Today((False,))] = Field(
+        default=False, description="several conversations in one row, without attention between them"
+    )
+    loss_on: Annotated[Literal["assistant", "last", "all"], Today(("assistant",))] = Field(
+        default="assistant", description="tokens that are trained on, end-of-turn included"
+    )
+
+
+class Train(_Part):
+    """How it is trained."""
+
+    task: Annotated[Literal["sft", "dpo"], Today(("sft",))] = Field(
+        default="sft", description="training task"
+    )
+    engine: Annotated[Literal["auto", "native", "reference"], Today(("auto", "reference"))] = Field(
+        default="auto", description="reference: transformers + PEFT layers; auto: the fastest that is proven"
+    )
+    activations: Annotated[
+        Literal["auto", "keep", "recompute", "offload"], Today(("auto", "recompute", "keep"))
+    ] = Field(default="auto", description="recompute: gradient checkpointing; keep: faster, more memory")
+    epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")
+    effective_batch: int = Field(
+        default=16,
+        ge=1,
+        description="rows per optimizer step over all processes; never changed behind your back",
+    )
+    micro_batch: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_positive)
+    ] = Field(default="auto", description="rows per forward pass; accumulation follows from it")
+    learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="after the warm-up"
+    )
+    warmup: float = Field(default=0.03, ge=0.0, description="below 1: fraction of the steps; from 1: steps")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0.0, description="gradient clipping")
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
+        default="paged_adamw_8bit", description="paged: states move to host memory under pressure (CUDA)"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**32, description="seed of adapter init, data order and dropout")
+    log_every: int = Field(default=1, ge=1, description="steps between lines in metrics.jsonl")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between losses on the held-out rows"
+    )
+    save_every: Annotated[int | None, Today((None,))] = Field(
+        default=None, description="steps between verified checkpoints"
+    )
+    keep_checkpoints: Annotated[int, Today((2,))] = Field(
+        default=2, ge=1, description="newest checkpoints kept"
+    )
+
+
+class Memory(_Part):
+    """The memory budget."""
+
+    budget: Annotated[str, Today(("auto",))] = Field(
+        default="auto", description="auto: what is free now; or 8GiB"
+    )
+    on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
+        default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"
+    )
+
+
+class Evaluate(_Part):
+    """Metrics on the held-out rows."""
+
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
+        default=("loss",), description="out of loss, perplexity, exact_match, json_match"
+    )
+    samples: int = Field(default=32, ge=1, description="held-out rows that are answered and compared")
+    max_new_tokens: int = Field(default=128, ge=1, description="longest generated answer in tokens")
+    compare_base: bool = Field(default=True, description="measure the base model too, before training")
+
+
+class Recipe(_Part):
+    """A fine-tuning run of one Phi-3 model."""
+
+    version: Annotated[Literal[1], BeforeValidator(_check_version)] = Field(description="format of this file")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="names the run's folder"
+    )
+    description: str = Field(default="", description="one line: what it is for")
+    model: Model = Field(default=Model(), description="the base model")
+    adapter: Adapter = Field(default=Adapter(), description="what is trained")
+    data: Data = Field(description="what it is trained on")
+    train: Train = Field(default=Train(), description="how it is trained")
+    memory: Memory = Field(default=Memory(), description="the memory budget")
+    evaluate: Evaluate = Field(default=Evaluate(), description="metrics on the held-out rows")
+    export: Annotated[tuple[str, ...], Field(strict=False), Today((("adapter",), ()))] = Field(
+        default=("adapter",),
+        description="what to write for other programs; the PEFT adapter is always written",
+    )
+    track: Annotated[
+        tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],
+        Field(strict=False),
+        Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
+    ] = Field(default=(), description="experiment trackers")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per optimizer step; `micro_batch` must be settled."""
+        assert isinstance(self.train.micro_batch, int)
+        return self.train.effective_batch // self.train.micro_batch
+
+    def settled(self, micro_batch: int) -> Recipe:
+        """The same recipe with `auto` replaced by what was chosen, so that it repeats anywhere."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": micro_batch})})
+
+
+def cross_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str, str]]:
+    """What single keys cannot see: (path, reason, remedy) of every pair of settings that cannot run."""
+    adapter, train, evaluate, data = recipe.adapter, recipe.train, recipe.evaluate, recipe.data
+    checks: Sequence[tuple[bool, tuple[str, ...], str, str]] = (
+        (
+            train.micro_batch != "auto" and train.effective_batch % int(train.micro_batch) != 0,
+            ("train", "micro_batch"),
+            f"{train.micro_batch} does not divide train.effective_batch {train.effective_batch}.",
+            "Choose a divisor, or auto.",
+        ),
+        (
+            not adapter.targets,
+            ("adapter", "targets"),
+            "is empty: nothing would be trained.",
+            "Write all-linear, or name linears.",
+        ),
+        (
+            len(set(adapter.targets)) < len(adapter.targets) and adapter.targets != "all-linear",
+            ("adapter", "targets"),
+            f"names a linear twice: {', '.join(adapter.targets)}.",
+            "Keep one.",
+        ),
+        (
+            train.warmup >= 1 and train.warmup != int(train.warmup),
+            ("train", "warmup"),
+            f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",
+            "Write 0.03 for 3% of the steps, or 100 for 100 steps.",
+        ),
+        (
+            data.eval is None and not set(evaluate.metrics) <= set(Evaluate().metrics),
+            ("evaluate", "metrics"),
+            f"{', '.join(evaluate.metrics)} asked for, but data.eval is null.",
+            "Set data.eval, or remove evaluate.metrics.",
+        ),
+        (
+            data.eval is None and train.eval_every is not None,
+            ("train", "eval_every"),
+            "asks for losses on held-out rows, but data.eval is null.",
+            "Set data.eval, or remove train.eval_every.",
+        ),
+    )
+    return [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]

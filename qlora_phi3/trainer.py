@@ -1,0 +1,263 @@
+"""The one mapping from recipe to TRL, and what is watched while it trains.
+
+Owns the trainer's arguments, the collation of rows, `metrics.jsonl`, and the guard against losses that
+are not numbers. The loop itself is TRL's: its loss is summed over the supervised tokens of the whole
+effective batch and divided by their number, whatever the micro batch is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from .data import Split
+from .errors import RunError
+from .memory import format_bytes
+from .meter import Meter
+from .model import Base, check_dtypes
+from .progress import Display, Steps
+from .recipe import Recipe
+
+OPTIMIZERS: Final = {
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adamw_torch": "adamw_torch",
+}
+"""Recipe's optimizer -> transformers' name of it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training came to. Units: tokens are non-pad tokens over all epochs; loss in nats."""
+
+    num_steps: int
+    num_tokens: int
+    num_supervised_tokens: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+
+
+def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
+    """TRL's arguments for a settled recipe (`micro_batch` is a number)."""
+    train = recipe.train
+    return SFTConfig(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=int(train.micro_batch),
+        gradient_accumulation_steps=recipe.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if train.scheduler == "constant" else train.scheduler,
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=OPTIMIZERS[train.optimizer],
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=recipe.model.compute_dtype == "bfloat16",
+        fp16=recipe.model.compute_dtype == "float16",
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=train.activations != "keep",
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.activations != "keep" else None,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0 and let the run end "well"
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,  # rows are cut in data/, counted there; TRL's default would cut at 1024 in silence
+        packing=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def num_steps(recipe: Recipe, num_rows: int) -> int:
+    """Optimizer steps of a run; the last one of an epoch takes the rows that are left."""
+    return recipe.train.max_steps or recipe.train.epochs * math.ceil(num_rows / recipe.train.effective_batch)
+
+
+def train(
+    model: Any,
+    base: Base,
+    split: Split,
+    recipe: Recipe,
+    out: Path,
+    *,
+    meter: Meter,
+    display: Display,
+    held_out_loss: Callable[[], float] | None = None,
+) -> Trained:
+    """Train the adapters of `model` in place and write `metrics.jsonl` into `out`.
+
+    Raises:
+        RunError: a loss or gradient norm is not a number -> the step it came with.
+    """
+    total = num_steps(recipe, len(split.rows))
+    with display.steps("train", total) as steps, (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+        watch = _Watch(recipe, meter, steps, lines, held_out_loss)
+        trainer = build(model, base, split, recipe, out, watch)
+        trainer.train()
+    _unwrap(trainer)
+    return watch.summary()
+
+
+def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch: _Watch) -> PhiTrainer:
+    """The trainer, with the dtypes as our policy has them."""
+    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    trainer = PhiTrainer(
+        model=model,
+        args=arguments(recipe, out, base.model.device),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": row.input_ids, "labels": row.labels} for row in split.rows]
+        ),
+        data_collator=Collator(base.tokenizer.pad_token_id),
+        processing_class=base.tokenizer,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.watch = watch
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]  # TRL cast it to bfloat16
+    check_dtypes(model, compute=base.compute_dtype, quantized=base.quantized)
+    return trainer
+
+
+def _unwrap(trainer: PhiTrainer) -> None:
+    # accelerate left an autocast and a cast to float32 around the model's forward
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows to a padded batch; the length is the longest row's.
+
+    Shape: input_ids, labels, attention_mask: (rows, longest), int64; pad positions have label -100.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in rows])
+
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+        return {
+            "input_ids": padded("input_ids", self.pad_id),
+            "labels": padded("labels", -100),
+            "attention_mask": torch.tensor(mask),
+        }
+
+
+class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    """TRL's trainer, counting tokens on the way."""
+
+    watch: _Watch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = kwargs.get("inputs") or args[1]
+        self.watch.count(inputs["attention_mask"], inputs["labels"])
+        return super().training_step(*args, **kwargs)
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere about a user's run."""
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
+    """Writes a line per logged step, moves the bar, and stops at a loss that is not a number."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        meter: Meter,
+        steps: Steps,
+        lines: Any,
+        held_out_loss: Callable[[], float] | None,
+    ) -> None:
+        self._recipe, self._meter, self._steps, self._lines = recipe, meter, steps, lines
+        self._held_out_loss = held_out_loss
+        self._tokens: list[Any] = []
+        self._supervised: list[Any] = []
+        self._started = self._logged = time.perf_counter()
+        self._history: list[dict[str, Any]] = []
+
+    def count(self, mask: torch.Tensor, labels: torch.Tensor) -> None:
+        """Note the tokens of one micro batch; sums stay on the device until a line is written."""
+        self._tokens.append(mask.sum())
+        self._supervised.append((labels[:, 1:] != -100).sum())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = self._logged = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every = self._recipe.train.eval_every
+        if self._held_out_loss is not None and every is not None and state.global_step % every == 0:
+            paused = time.perf_counter()
+            self._write({"step": state.global_step, "eval_loss": self._held_out_loss()})
+            self._logged += time.perf_counter() - paused
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        tokens, supervised = (sum(int(n) for n in counts) for counts in (self._tokens, self._supervised))
+        steps = state.global_step - (self._history[-1]["step"] if self._history else 0)
+        line = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": tokens / (now - self._logged),
+            "step_seconds": (now - self._logged) / max(steps, 1),
+            "peak_bytes": self._meter.peak_bytes(),
+        }
+        self._logged = now
+        self._tokens, self._supervised = [], []
+        self._history.append(line)
+        self._write(line)
+        self._check(line)
+        figures = f"loss {line['loss']:.4f}  {line['tokens_per_second']:.0f} tok/s"
+        self._steps.update(state.global_step, f"{figures}  peak {format_bytes(line['peak_bytes'])}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+    def _check(self, line: dict[str, Any]) -> None:
+        norm_counts = self._recipe.model.compute_dtype != "float16"  # the loss scaler overflows on purpose
+        for name in ("loss", "grad_norm") if norm_counts else ("loss",):
+            if line[name] is not None and not math.isfinite(line[name]):
+                place = f"step {line['step']}"
+                remedy = "Lower train.learning_rate, or look at the rows with `train.effective_batch=1`."
+                raise RunError(place, f"{name} is {line[name]}.", remedy)
+
+    def summary(self) -> Trained:
+        lines = self._history
+        tokens = sum(line["tokens"] for line in lines)
+        seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines if line["tokens"])
+        return Trained(
+            num_steps=lines[-1]["step"],
+            num_tokens=tokens,
+            num_supervised_tokens=sum(line["supervised_tokens"] for line in lines),
+            first_loss=lines[0]["loss"],
+            last_loss=lines[-1]["loss"],
+            tokens_per_second=tokens / seconds,
+        )

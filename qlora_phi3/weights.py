@@ -1,0 +1,224 @@
+"""Find a base checkpoint on the hub, in a folder or built in, and check it before anything is loaded.
+
+Owns where a base comes from, whether it is safe and whole, and its provenance. Refuses code and pickles
+in checkpoints, other architectures, and checkpoints that are quantized already. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from . import builtin, phi3
+from .errors import ModelError
+from .recipe import Model
+
+Say = Callable[[str], None]
+
+HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+"""Files worth downloading: no pickles, no code."""
+
+_OWN_CODE: Final = re.compile(
+    r"([\w.-]+/[\w.-]+--)?(configuration_phi3\.Phi3Config|modeling_phi3\.Phi3ForCausalLM)|Xenova/gpt-4o"
+)
+"""What Microsoft's own checkpoints name in `auto_map`: never run, the native class takes its place."""
+
+_HARMLESS_UNDERSCORE: Final = {"_name_or_path": str, "_attn_implementation_autoset": bool}
+"""Underscore keys that older transformers wrote into every config.json, with their type."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What exactly was loaded. `revision` is the resolved hub commit; hashes are sha256 in hex."""
+
+    base: str
+    source: str
+    revision: str | None
+    config_sha256: str
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    weights: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a checked Phi-3 checkpoint, not yet loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    geometry: phi3.Geometry
+    provenance: Provenance
+
+
+def locate(settings: Model, say: Say = lambda _: None) -> Checkpoint:
+    """Find the checkpoint of `model.base` on disk, downloading it where needed, and check it.
+
+    Raises:
+        ModelError: not found, unreachable, not Phi-3, or not safe to load.
+    """
+    base = settings.base
+    if base.startswith("builtin:"):
+        folder, source, revision = builtin.ensure(base.removeprefix("builtin:"), say=say), "builtin", None
+    elif Path(base).is_absolute():
+        folder, source, revision = _local_folder(base), "folder", None
+    else:
+        folder, source = _download(base, settings.revision, say), "hub"
+        revision = folder.name
+    config = read_config(folder)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        geometry=phi3.geometry_from_config(config, str(folder / "config.json")),
+        provenance=_provenance(base, source, revision, folder),
+    )
+
+
+def known_geometry(settings: Model) -> phi3.Geometry | None:
+    """Sizes of a base without downloading anything: a known checkpoint or a local folder, else None.
+
+    Raises:
+        ModelError: the folder's config.json is missing or refused.
+    """
+    if Path(settings.base).is_absolute():
+        folder = _local_folder(settings.base)
+        return phi3.geometry_from_config(read_config(folder), str(folder / "config.json"))
+    return phi3.VARIANTS.get(settings.base)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint, refused when it could make a loader run foreign code.
+
+    Raises:
+        ModelError: missing, not JSON, foreign `auto_map`, underscore-internal keys, already quantized.
+    """
+    path = folder / "config.json"
+    config = _read_json(path)
+    phi3.check_architecture(config, str(path))
+    check_auto_map(config, path)
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        check_auto_map(_read_json(tokenizer_config), tokenizer_config)
+    for key, value in config.items():
+        if key.startswith("_") and not isinstance(value, _HARMLESS_UNDERSCORE.get(key, ())):
+            reason = f"the key {key!r} is internal to transformers and must not come from a checkpoint."
+            raise ModelError(str(path), reason, "Choose another checkpoint.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        reason = f"the checkpoint is already quantized ({method})."
+        raise ModelError(str(path), reason, "Give the original 16-bit checkpoint; NF4 is made while loading.")
+    return config
+
+
+def check_auto_map(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse code references other than the ones in Microsoft's own Phi-3 checkpoints (which never run).
+
+    Raises:
+        ModelError: `auto_map` names anything else.
+    """
+    entries = config.get("auto_map") or {}
+    names = entries.values() if isinstance(entries, dict) else [entries]
+    for name in (part for value in names for part in (value if isinstance(value, list) else [value])):
+        if name is not None and not _OWN_CODE.fullmatch(str(name)):
+            reason = f"auto_map names code of its own: {name!r}."
+            raise ModelError(str(path), reason, "Choose a checkpoint without code.")
+
+
+def _local_folder(base: str) -> Path:
+    folder = Path(base)
+    if not folder.is_dir():
+        raise ModelError(base, "no such folder.", "Give a folder with config.json, or a hub id.")
+    if not any(folder.glob("*.safetensors")):
+        other = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        reason = f"holds {other[0]} but no safetensors." if other else "holds no *.safetensors."
+        raise ModelError(base, reason, "Convert it to safetensors with its own tools first.")
+    return folder
+
+
+def _download(base: str, revision: str | None, say: Say) -> Path:
+    """Snapshot folder of a hub model, named after its commit; from the local hub cache when offline."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    place = f"model.base: {base}"
+    say(f"looking up {base} on the hub")
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_PATTERNS))
+    except HFValidationError:
+        remedy = "Write org/name, ./folder, or builtin:smollm2-135m."
+        raise ModelError(place, "is neither a hub id nor a folder.", remedy) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise ModelError(place, *_explain_hub(error, status)) from None
+
+
+def _explain_hub(error: Exception, status: int | None) -> tuple[str, str]:
+    if status in (401, 403):
+        remedy = "Accept its licence on the hub and log in with `hf auth login`."
+        return f"the hub refuses access (HTTP {status}): gated or private.", remedy
+    if status == 404:
+        return "not on the hub, or no such revision.", "Check model.base and model.revision."
+    remedy = "Check the network; a folder (./name) and builtin:smollm2-135m need none."
+    return f"the hub cannot be reached and nothing is cached: {first_line(error)}", remedy
+
+
+def _provenance(base: str, source: str, revision: str | None, folder: Path) -> Provenance:
+    template = folder / "chat_template.jinja"
+    if not template.is_file():
+        template = folder / "tokenizer_config.json"
+    tokenizer = folder / "tokenizer.json"
+    weights = [
+        {"file": path.name, "bytes": path.stat().st_size, "header_sha256": _header_sha256(path)}
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
+    return Provenance(
+        base=base,
+        source=source,
+        revision=revision,
+        config_sha256=_sha256(folder / "config.json"),
+        tokenizer_sha256=_sha256(tokenizer),
+        chat_template_sha256=_sha256(template),
+        weights=tuple(weights),
+    )
+
+
+def _header_sha256(path: Path) -> str:
+    """Hash of a safetensors header: names, shapes, dtypes; cheap on a 5 GB file."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 2**63
+        if length > path.stat().st_size:
+            raise ModelError(str(path), "is truncated or no safetensors file.", "Download it again.")
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(str(path), "is missing from the checkpoint.", "Download it again.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(str(path), "is missing.", "Give a folder that holds a whole checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(str(path), f"cannot be read: {first_line(error)}", "Download it again.") from None
+    if not isinstance(found, dict):
+        raise ModelError(str(path), "is not a JSON object.", "Download it again.")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line of at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,64 @@
+"""Errors say place, reason and remedy, carry several problems, and know their exit code."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_phi3.errors import (
+    DataError,
+    FitError,
+    InputError,
+    ModelError,
+    OutputError,
+    Problem,
+    QloraError,
+    RecipeError,
+    RunError,
+)
+
+RANK = Problem("r.yaml:3: adapter.rank", "found 0, must be 1 or more.")
+EPOCHS = Problem("r.yaml:7: train.epochs", "found 'x', needs a whole number.", "Write 1.")
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (RANK, "r.yaml:3: adapter.rank: found 0, must be 1 or more."),
+        (EPOCHS, "r.yaml:7: train.epochs: found 'x', needs a whole number. Write 1."),
+    ],
+)
+def test_a_problem_reads_place_reason_remedy(problem: Problem, text: str) -> None:
+    assert str(problem) == text
+    error = RecipeError(problem.place, problem.reason, problem.remedy)
+    assert str(error) == text
+    assert error.problems == (problem,)
+
+
+def test_one_error_carries_all_problems_in_order() -> None:
+    error = RecipeError.of(problem for problem in (EPOCHS, RANK))
+    assert type(error) is RecipeError
+    assert error.problems == (EPOCHS, RANK)
+    assert str(error) == f"{EPOCHS}\n{RANK}"
+
+
+def test_an_error_without_problems_is_our_own_bug() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        RecipeError.of([])
+
+
+@pytest.mark.parametrize(
+    ("kind", "parent", "exit_code"),
+    [
+        (RecipeError, InputError, 2),
+        (DataError, InputError, 2),
+        (ModelError, InputError, 2),
+        (OutputError, InputError, 2),
+        (InputError, QloraError, 2),
+        (RunError, QloraError, 1),
+        (FitError, QloraError, 4),
+    ],
+)
+def test_exit_codes(kind: type[QloraError], parent: type[QloraError], exit_code: int) -> None:
+    with pytest.raises(parent) as caught:
+        raise kind("place", "reason.")
+    assert caught.value.exit_code == exit_code

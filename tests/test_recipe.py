@@ -1,0 +1,644 @@
+"""Every key of the recipe: what it accepts, what it refuses with its line, and what is not available yet."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from qlora_phi3 import strict_yaml
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe import ARMS, GENERATION_METRICS, METRICS, TARGETS, Recipe, cross_problems
+from qlora_phi3.recipe_file import load_recipe
+
+BASE = {
+    "version": "1",
+    "name": "phi",
+    "data.train.path": "/data/train.jsonl",
+    "data.eval.path": "/data/eval.jsonl",
+}
+"""The smallest recipe that every key can be added to: dotted key -> YAML text."""
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "version": {"1": 1, "01": 1},
+    "name": {
+        "phi": "phi",
+        "Phi3-mini_8gb.v2": "Phi3-mini_8gb.v2",
+        "no": "no",
+        "0x": "0x",
+        "a" * 80: "a" * 80,
+    },
+    "description": {"''": "", "one line": "one line", "on": "on", "'2e-4: #'": "2e-4: #"},
+    "model.base": {
+        "microsoft/Phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
+        "builtin:smollm2-135m": "builtin:smollm2-135m",
+        "/models/phi": "/models/phi",
+    },
+    "model.revision": {"null": None, "": None, "abc123": "abc123", "'1234567'": "1234567"},
+    "model.quantization": {"nf4": "nf4", "none": "none"},
+    "model.double_quant": {"true": True, "false": False},
+    "model.compute_dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"},
+    "adapter.method": {"lora": "lora"},
+    "adapter.rank": {"16": 16, "1": 1, "012": 12},
+    "adapter.alpha": {"32": 32, "1": 1},
+    "adapter.dropout": {"0.0": 0.0, "0": 0.0, "0.99": 0.99, "1e-3": 1e-3},
+    "adapter.targets": {
+        "all-linear": "all-linear",
+        "[qkv_proj]": ("qkv_proj",),
+        "[down, gate_up_proj, o]": ("down_proj", "gate_up_proj", "o_proj"),
+    },
+    "adapter.split_fused": {"false": False},
+    "data.train.path": {"/data/train.jsonl": "/data/train.jsonl", "/no": "/no", "'/a b: #c'": "/a b: #c"},
+    "data.train.format": {"auto": "auto", "messages": "messages"},
+    "data.train.split": {"train": "train"},
+    "data.train.limit": {"null": None, "1": 1, "1000": 1000},
+    "data.eval": {"null": None, "{path: /e, format: messages}": Any},
+    "data.eval.path": {"/data/eval.jsonl": "/data/eval.jsonl"},
+    "data.eval.format": {"auto": "auto", "messages": "messages"},
+    "data.eval.split": {"train": "train"},
+    "data.eval.limit": {"null": None, "7": 7},
+    "data.eval.fraction": {},
+    "data.max_length": {"2048": 2048, "8": 8},
+    "data.overlong": {"drop": "drop", "error": "error"},
+    "data.packing": {"false": False},
+    "data.loss_on": {"assistant": "assistant"},
+    "train.task": {"sft": "sft"},
+    "train.engine": {"auto": "auto", "reference": "reference"},
+    "train.activations": {"auto": "auto", "recompute": "recompute", "keep": "keep"},
+    "train.epochs": {"1": 1, "3": 3},
+    "train.max_steps": {"null": None, "1": 1},
+    "train.effective_batch": {"16": 16, "1": 1},
+    "train.micro_batch": {"auto": "auto", "1": 1, "16": 16},
+    "train.learning_rate": {"2e-4": 2e-4, "0.0002": 2e-4, "2E-4": 2e-4, "1e-30": 1e-30},
+    "train.scheduler": {"cosine": "cosine", "linear": "linear", "constant": "constant"},
+    "train.warmup": {"0.03": 0.03, "0": 0.0, "1": 1.0, "100": 100.0, "100.0": 100.0},
+    "train.weight_decay": {"0.0": 0.0, "1": 1.0},
+    "train.max_grad_norm": {"1.0": 1.0, "0.3": 0.3, "1e9": 1e9},
+    "train.optimizer": {
+        "paged_adamw_8bit": "paged_adamw_8bit",
+        "paged_adamw_32bit": "paged_adamw_32bit",
+        "adamw_8bit": "adamw_8bit",
+        "adamw_torch": "adamw_torch",
+    },
+    "train.seed": {"42": 42, "0": 0, "4294967295": 2**32 - 1},
+    "train.log_every": {"1": 1, "10": 10},
+    "train.eval_every": {"null": None, "10": 10},
+    "train.save_every": {"null": None},
+    "train.keep_checkpoints": {"2": 2},
+    "memory.budget": {"auto": "auto"},
+    "memory.on_oom": {"fail": "fail"},
+    "evaluate.metrics": {
+        "[loss]": ("loss",),
+        "[]": (),
+        "[perplexity, exact_match, json_match]": ("perplexity", "exact_match", "json_match"),
+    },
+    "evaluate.samples": {"32": 32, "1": 1},
+    "evaluate.max_new_tokens": {"128": 128, "1": 1},
+    "evaluate.compare_base": {"true": True, "false": False},
+    "export": {"[adapter]": ("adapter",), "[]": ()},
+    "track": {"[]": ()},
+}
+"""Key -> YAML text -> value. The first text of an optional key is its default."""
+
+WHOLE = "needs a whole number"
+NUMBER = "needs a number"
+FINITE = "needs a finite number"
+BOOL = "needs true or false"
+TEXT = "needs text"
+LIST = "needs a list"
+KEYS = "needs keys of its own"
+AUTO = "needs `auto` or a positive whole number"
+TARGET = "needs all-linear, or a list such as [qkv_proj, o_proj]"
+VERSION = "needs 1, the only format so far"
+NOT_WHOLE = {
+    "many": WHOLE,
+    "1.0": WHOLE,
+    "'8'": WHOLE,
+    "1_000": WHOLE,
+    "true": WHOLE,
+    "[1]": WHOLE,
+    ".inf": WHOLE,
+}
+COUNT = {**NOT_WHOLE, "null": WHOLE, "0": "must be 1 or more", "-1": "must be 1 or more"}
+COUNT_OR_NULL = {**NOT_WHOLE, "0": "must be 1 or more"}
+NOT_NUMBER = {
+    "low": NUMBER,
+    "'0.1'": NUMBER,
+    "1_0.0": NUMBER,
+    "true": NUMBER,
+    "null": NUMBER,
+    "[0.1]": NUMBER,
+}
+NOT_FINITE = {".inf": FINITE, "-.inf": FINITE, ".nan": FINITE, "1e999": FINITE}
+NO_FLOAT = {**NOT_NUMBER, **NOT_FINITE}
+NOT_BOOL = {
+    "no": BOOL,
+    "yes": BOOL,
+    "on": BOOL,
+    "off": BOOL,
+    "1": BOOL,
+    "0": BOOL,
+    "'true'": BOOL,
+    "null": BOOL,
+}
+NOT_TEXT_OR_NULL = {"3": TEXT, "1e5": TEXT, "true": TEXT, "[a]": TEXT, "{a: 1}": TEXT}
+NOT_TEXT = {**NOT_TEXT_OR_NULL, "null": TEXT}
+NO_PATH = {**NOT_TEXT, "''": "must not be empty"}
+NO_CHOICE = {
+    "'': ''": "",
+    "nonsense": "'nonsense' is not allowed",
+    "null": "null is not allowed",
+    "true": "true is",
+}
+NO_CHOICE = {
+    "qqq": "'qqq' is not allowed. Allowed: ",
+    "null": "null is not allowed",
+    "[]": "[] is not",
+}
+FRACTION = {**NO_FLOAT, "0": "must be above 0", "1": "must be below 1"}
+
+REFUSED: dict[str, dict[str, str]] = {
+    "version": {
+        "2": VERSION,
+        "1.0": VERSION,
+        "true": VERSION,
+        "'1'": VERSION,
+        "null": VERSION,
+        "[1]": VERSION,
+    },
+    "name": {
+        **NOT_TEXT,
+        "012": TEXT,
+        "''": "must be letters",
+        "a b": "must be letters",
+        "a/b": "must be letters",
+        "..": "must be letters",
+        '"a\\n"': "must be letters",
+        "ü": "must be letters",
+        "a" * 81: "must have at most 80 characters",
+    },
+    "description": NOT_TEXT,
+    "model": {"3": KEYS, "null": KEYS, "[]": KEYS, "microsoft/phi-4": KEYS},
+    "model.base": NO_PATH,
+    "model.revision": NOT_TEXT_OR_NULL,
+    "model.quantization": NO_CHOICE,
+    "model.double_quant": NOT_BOOL,
+    "model.compute_dtype": {**NO_CHOICE, "bf16": "Did you mean 'bfloat16'?"},
+    "adapter": {"lora": KEYS, "null": KEYS, "[lora]": KEYS},
+    "adapter.method": {**NO_CHOICE, "Lora": "Did you mean 'lora'? Allowed: lora."},
+    "adapter.rank": COUNT,
+    "adapter.alpha": COUNT,
+    "adapter.dropout": {**NO_FLOAT, "-0.1": "must be 0.0 or more", "1": "must be below 1.0"},
+    "adapter.targets": {
+        "null": TARGET,
+        "3": TARGET,
+        "{q: 1}": TARGET,
+        "o_proj": TARGET,
+        "q_prj": "is not a Phi-3 projection. Did you mean 'qkv_proj'?",
+        "all-linaer": "Did you mean 'all-linear'?",
+    },
+    "adapter.split_fused": NOT_BOOL,
+    "data": {"3": KEYS, "null": KEYS, "[a.jsonl]": KEYS, "a.jsonl": KEYS},
+    "data.train": {"a.jsonl": KEYS, "null": KEYS, "[a.jsonl]": KEYS},
+    "data.train.path": NO_PATH,
+    "data.train.format": {**NO_CHOICE, "mesages": "Did you mean 'messages'? Allowed: auto, messages."},
+    "data.train.split": NOT_TEXT,
+    "data.train.limit": COUNT_OR_NULL,
+    "data.eval": {"a.jsonl": KEYS, "[a.jsonl]": KEYS, "3": KEYS},
+    "data.eval.path": NO_PATH,
+    "data.eval.format": NO_CHOICE,
+    "data.eval.split": NOT_TEXT,
+    "data.eval.limit": COUNT_OR_NULL,
+    "data.eval.fraction": FRACTION,
+    "data.max_length": {**NOT_WHOLE, "7": "must be 8 or more"},
+    "data.overlong": NO_CHOICE,
+    "data.packing": NOT_BOOL,
+    "data.loss_on": NO_CHOICE,
+    "train": {"3": KEYS, "null": KEYS, "[]": KEYS},
+    "train.task": NO_CHOICE,
+    "train.engine": NO_CHOICE,
+    "train.activations": NO_CHOICE,
+    "train.epochs": COUNT,
+    "train.max_steps": COUNT_OR_NULL,
+    "train.effective_batch": COUNT,
+    "train.micro_batch": {
+        "0": AUTO,
+        "-1": AUTO,
+        "1.0": AUTO,
+        "true": AUTO,
+        "null": AUTO,
+        "'4'": AUTO,
+        "[1]": AUTO,
+    },
+    "train.learning_rate": {**FRACTION, "1e-400": "must be above 0"},
+    "train.scheduler": {**NO_CHOICE, "cosin": "Did you mean 'cosine'?"},
+    "train.warmup": {**NO_FLOAT, "-1": "must be 0.0 or more"},
+    "train.weight_decay": {**NO_FLOAT, "-0.1": "must be 0.0 or more", "1.1": "must be 1.0 or less"},
+    "train.max_grad_norm": {**NO_FLOAT, "0": "must be above 0"},
+    "train.optimizer": {**NO_CHOICE, "adamw": "Did you mean 'adamw_"},
+    "train.seed": {
+        **NOT_WHOLE,
+        "null": WHOLE,
+        "-1": "must be 0 or more",
+        "4294967296": "must be below 4294967296",
+    },
+    "train.log_every": COUNT,
+    "train.eval_every": COUNT_OR_NULL,
+    "train.save_every": NOT_WHOLE,
+    "train.keep_checkpoints": COUNT,
+    "memory": {"8GiB": KEYS, "null": KEYS},
+    "memory.budget": NOT_TEXT,
+    "memory.on_oom": NO_CHOICE,
+    "evaluate": {"[loss]": KEYS, "null": KEYS},
+    "evaluate.metrics": {"loss": "needs a list. Write [loss].", "null": LIST, "3": LIST, "{loss: 1}": LIST},
+    "evaluate.samples": COUNT,
+    "evaluate.max_new_tokens": COUNT,
+    "evaluate.compare_base": NOT_BOOL,
+    "export": {"adapter": "needs a list. Write [adapter].", "null": LIST, "3": LIST, "{adapter: 1}": LIST},
+    "track": {"wandb": "needs a list. Write [wandb].", "null": LIST, "false": LIST},
+}
+"""Key -> YAML text -> part of the message, beside the found value."""
+
+REFUSED_ITEMS = {
+    "adapter.targets": {
+        "nope": "'nope' is not a Phi-3 projection. Allowed: qkv_proj, o_proj,",
+        "all-linear": "needs to stand alone, outside a list",
+        "3": "needs the name of a linear",
+        "{q: 1}": "needs the name of a linear",
+        "null": "needs the name of a linear",
+    },
+    "evaluate.metrics": {
+        "los": "Did you mean 'loss'? Allowed: loss, perplexity, exact_match, json_match.",
+        "3": "3 is",
+    },
+    "export": {"1": "needs text. Quote it.", "null": TEXT},
+    "track": {"wandbb": "Did you mean 'wandb'?", "no": "'no' is not allowed"},
+}
+
+LATER: dict[str, list[str]] = {
+    "adapter.method": ["rslora", "dora", "pissa", "olora", "loftq"],
+    "adapter.split_fused": ["true"],
+    "data.train.format": ["sharegpt", "alpaca", "prompt-completion", "text", "preference"],
+    "data.train.split": ["test", "''"],
+    "data.eval.format": ["sharegpt", "alpaca", "prompt-completion", "text", "preference"],
+    "data.eval.split": ["test"],
+    "data.eval.fraction": ["0.05"],
+    "data.overlong": ["truncate", "split"],
+    "data.packing": ["true"],
+    "data.loss_on": ["last", "all"],
+    "train.task": ["dpo"],
+    "train.engine": ["native"],
+    "train.activations": ["offload"],
+    "train.save_every": ["1", "100"],
+    "train.keep_checkpoints": ["1", "3"],
+    "memory.budget": ["8GiB"],
+    "memory.on_oom": ["adapt"],
+    "export": ["[merged]", "[adapter, gguf:q8_0]", "[adapter, adapter]"],
+    "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
+}
+INSIDE_LINEARS = ["q", "k", "v", "gate", "up", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+LATER_ITEMS = {
+    "adapter.targets": [*INSIDE_LINEARS, "embed_tokens", "lm_head"],
+    "evaluate.metrics": ["rouge"],
+}
+
+
+def write(folder: Path, key: str, value: str) -> tuple[Path, int]:
+    """A recipe with `key: value` put into BASE, and the line of that key."""
+    values = {other: text for other, text in BASE.items() if not f"{other}.".startswith(f"{key}.")}
+    if key == "data.eval.fraction":
+        del values["data.eval.path"]
+    if key == "data":
+        values = {other: text for other, text in values.items() if not other.startswith("data.")}
+    values[key] = value
+    lines: list[str] = ["# every key in a line of its own"]
+    seen: set[str] = set()
+    for dotted in sorted(values):
+        steps = dotted.split(".")
+        for depth, step in enumerate(steps):
+            prefix = ".".join(steps[: depth + 1])
+            if prefix not in seen:
+                seen.add(prefix)
+                lines.append(f"{'  ' * depth}{step}:" + (f" {values[dotted]}" if prefix == dotted else ""))
+            if prefix == key:
+                line = len(lines)
+    path = folder / "r.yaml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path, line
+
+
+def load(folder: Path, key: str, value: str) -> Recipe:
+    return load_recipe(write(folder, key, value)[0])
+
+
+def refusal(folder: Path, key: str, value: str, *, item: bool = False) -> str:
+    """The one message about `key`, after its place was checked."""
+    path, line = write(folder, key, value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert len(caught.value.problems) == 1, str(caught.value)
+    place = f"{path}:{line}: {key}" + ("[0]" if item else "")
+    message = str(caught.value)
+    assert message.startswith(f"{place}: ")
+    return message.removeprefix(f"{place}: ")
+
+
+def cases(table: Any) -> list[Any]:
+    """(key, text), and what stands behind the text where the table says it."""
+    found = []
+    for key, texts in table.items():
+        for text in texts:
+            rest = (texts[text],) if isinstance(texts, dict) else ()
+            found.append(pytest.param(key, text, *rest, id=f"{key}={text[:40]}"))
+    return found
+
+
+@pytest.mark.parametrize(("key", "text", "value"), cases(ACCEPTED))
+def test_accepted(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    found = reduce(getattr, key.split("."), load(tmp_path, key, text))
+    if value is not Any:
+        assert found == value
+        assert type(found) is type(value)
+
+
+OPTIONAL = {key: next(iter(texts)) for key, texts in ACCEPTED.items() if key not in BASE and texts}
+OPTIONAL.pop("data.eval")  # BASE sets it; its default is tested below
+
+
+@pytest.mark.parametrize(("key", "text"), OPTIONAL.items())
+def test_defaults(tmp_path: Path, key: str, text: str) -> None:
+    assert load(tmp_path, key, text) == load(tmp_path, "version", "1")
+
+
+def test_what_has_to_be_given() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({})
+    assert [(error["type"], error["loc"]) for error in caught.value.errors()] == [
+        ("missing", (name,)) for name in ("version", "name", "data")
+    ]
+    smallest = Recipe.model_validate({"version": 1, "name": "a", "data": {"train": {"path": "x"}}})
+    assert smallest.data.eval is None
+
+
+@pytest.mark.parametrize(("key", "text", "words"), cases(REFUSED))
+def test_refused(tmp_path: Path, key: str, text: str, words: str) -> None:
+    message = refusal(tmp_path, key, text)
+    assert words in message
+    assert "Input should be" not in message  # pydantic's words for programmers
+
+
+@pytest.mark.parametrize(("key", "text", "words"), cases(REFUSED_ITEMS))
+def test_refused_items(tmp_path: Path, key: str, text: str, words: str) -> None:
+    assert words in refusal(tmp_path, key, f"[{text}]", item=True)
+
+
+@pytest.mark.parametrize(("key", "text"), cases(LATER))
+def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
+    found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
+    assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
+    assert remedy.startswith(("Today: ", "Give a file of its own", "Every logged step"))
+
+
+@pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
+def test_items_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
+    assert refusal(tmp_path, key, f"[{text}]", item=True).startswith(f"'{text}' is not available yet. ")
+
+
+@pytest.mark.parametrize("name", INSIDE_LINEARS)
+def test_a_slice_names_the_linear_that_holds_it(tmp_path: Path, name: str) -> None:
+    linear = "qkv_proj" if name[0] in "qkv" else "gate_up_proj"
+    wanted = f"'{name}' is not available yet. Phi-3 stores it inside {linear}: choose that, or all-linear."
+    assert refusal(tmp_path, "adapter.targets", name) == wanted
+    assert refusal(tmp_path, "adapter.targets", f"[{name}]", item=True) == wanted
+
+
+def parts(kind: Any) -> list[type[BaseModel]]:
+    """The recipe parts an annotation stands for."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [part for inner in typing.get_args(kind) for part in parts(inner)]
+
+
+def schema_keys(part: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, annotation) of every key, parts included."""
+    for name, info in part.model_fields.items():
+        yield f"{prefix}{name}", info.annotation
+        for inner in parts(info.annotation):
+            yield from schema_keys(inner, f"{prefix}{name}.")
+
+
+def choices(kind: Any) -> list[Any]:
+    """Values of every Literal in an annotation."""
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    return [value for inner in typing.get_args(kind) for value in choices(inner)]
+
+
+def test_every_key_is_tested() -> None:
+    keys = dict(schema_keys())
+    parts_of_recipe = {key for key, kind in keys.items() if parts(kind)} - {"data.eval"}
+    assert set(REFUSED) == set(keys)
+    assert set(ACCEPTED) == set(keys) - parts_of_recipe
+
+
+@pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in schema_keys() if choices(kind)])
+def test_every_choice_is_tested(key: str, kind: Any) -> None:
+    tested = [*ACCEPTED[key], *LATER.get(key, ()), *LATER_ITEMS.get(key, ())]
+    words = {word for text in tested for word in re.findall(r"[^\[\], ]+", text)}
+    assert {str(choice) for choice in choices(kind)} <= words
+
+
+def test_names_of_targets_and_metrics_are_tested() -> None:
+    assert set(re.findall(r"\w+", str(list(ACCEPTED["adapter.targets"])))) >= set(TARGETS) - {
+        "o_proj",
+        "down_proj",
+    }
+    assert set(re.findall(r"\w+", str(list(ACCEPTED["evaluate.metrics"])))) == set(METRICS)
+    assert set(GENERATION_METRICS) < set(METRICS)
+
+
+def test_every_arm_of_a_union_has_its_part() -> None:
+    found = {part for _, kind in schema_keys() if len(parts(kind)) > 1 for part in parts(kind)}
+    assert found == {part for part in ARMS.values() if part is not None}
+
+
+# Checks between keys
+
+
+def recipe(**changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "version": 1,
+        "name": "a",
+        "data": {"train": {"path": "x"}, "eval": {"path": "y"}},
+    }
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        values.setdefault(part, {})[name] = value
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "words"),
+    [
+        ({"train__micro_batch": 3}, "train.micro_batch", "3 does not divide train.effective_batch 16."),
+        ({"train__micro_batch": 32}, "train.micro_batch", "32 does not divide train.effective_batch 16."),
+        ({"adapter__targets": []}, "adapter.targets", "is empty: nothing would be trained."),
+        ({"adapter__targets": ["o_proj", "o"]}, "adapter.targets", "names a linear twice: o_proj, o_proj."),
+        ({"train__warmup": 1.5}, "train.warmup", "1.5 is neither a fraction below 1 nor a whole number"),
+        ({"data__eval": None, "train__eval_every": 5}, "train.eval_every", "data.eval is null."),
+        (
+            {"data__eval": None, "evaluate__metrics": ["loss", "exact_match"]},
+            "evaluate.metrics",
+            "loss, exact_match asked for, but data.eval is null.",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(changes: dict[str, Any], place: str, words: str) -> None:
+    [(path, reason, remedy)] = cross_problems(recipe(**changes))
+    assert ".".join(path) == place
+    assert words in reason
+    assert remedy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__eval": None},
+        {"data__eval": None, "evaluate__metrics": []},
+        {"train__micro_batch": 16},
+        {"train__micro_batch": 6, "train__effective_batch": 12},
+        {"train__warmup": 1},
+        {"train__warmup": 0.999},
+        {"train__eval_every": 5, "evaluate__metrics": ["json_match"]},
+        {"adapter__targets": ["o_proj", "down"]},
+    ],
+)
+def test_keys_that_agree(changes: dict[str, Any]) -> None:
+    assert cross_problems(recipe(**changes)) == []
+
+
+def test_all_contradictions_at_once() -> None:
+    changes = {"train__micro_batch": 5, "train__warmup": 2.5, "adapter__targets": []}
+    places = {".".join(path) for path, _, _ in cross_problems(recipe(**changes))}
+    assert places == {"train.micro_batch", "train.warmup", "adapter.targets"}
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    made = recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        made.train.epochs = 2  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        made.name = "b"  # type: ignore[misc]
+
+
+def test_settled_replaces_auto_and_nothing_else() -> None:
+    made = recipe(train__effective_batch=12)
+    settled = made.settled(4)
+    assert settled.accumulation == 3
+    assert settled == recipe(train__effective_batch=12, train__micro_batch=4)
+    assert made.train.micro_batch == "auto"
+
+
+# The JSON schema, which editors check and complete with
+
+SCHEMA = json.loads(json.dumps(Recipe.model_json_schema()))
+TYPES = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Does `value` obey `schema`? Only what our schema uses; an unknown keyword is a KeyError."""
+    checks = {
+        "type": lambda name: (
+            isinstance(value, TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
+        ),
+        "const": lambda constant: value == constant and type(value) is type(constant),
+        "enum": lambda names: any(value == name and type(value) is type(name) for name in names),
+        "not": lambda inner: not fits(value, inner),
+        "anyOf": lambda arms: any(fits(value, arm) for arm in arms),
+        "oneOf": lambda arms: sum(fits(value, arm) for arm in arms) == 1,
+        "$ref": lambda name: fits(value, SCHEMA["$defs"][name.removeprefix("#/$defs/")]),
+        "minimum": lambda limit: value >= limit,
+        "maximum": lambda limit: value <= limit,
+        "exclusiveMinimum": lambda limit: value > limit,
+        "exclusiveMaximum": lambda limit: value < limit,
+        "minLength": lambda limit: len(value) >= limit,
+        "maxLength": lambda limit: len(value) <= limit,
+        "pattern": lambda pattern: re.search(pattern, value) is not None,
+        "items": lambda inner: all(fits(item, inner) for item in value),
+        "required": lambda names: set(names) <= set(value),
+        "additionalProperties": lambda allowed: allowed or set(value) <= set(schema["properties"]),
+        "properties": lambda keys: all(fits(value[key], keys[key]) for key in keys if key in value),
+    }
+    rules = {
+        key: rule for key, rule in schema.items() if key not in ("title", "description", "default", "$defs")
+    }
+    wrong_type = "type" in rules and not checks["type"](rules["type"])
+    return not wrong_type and all(checks[key](rule) for key, rule in rules.items())
+
+
+def test_the_json_schema_describes_every_key_and_its_default() -> None:
+    described = {
+        (part["title"], key): info for part in schema_parts() for key, info in part["properties"].items()
+    }
+    assert len(described) == sum(len(part.model_fields) for part in {Recipe, *all_parts()})
+    for place, info in described.items():
+        assert len(info.get("description", "")) > 5, place
+        if "default" in info and "$ref" not in info:
+            assert fits(info["default"], info), place
+
+
+def schema_parts() -> list[dict[str, Any]]:
+    return [SCHEMA, *SCHEMA["$defs"].values()]
+
+
+def all_parts() -> list[type[BaseModel]]:
+    return [part for _, kind in schema_keys() for part in parts(kind)]
+
+
+def values_in(path: Path) -> dict[str, Any]:
+    return strict_yaml.parse(path.read_text(encoding="utf-8"), str(path)).values
+
+
+@pytest.mark.parametrize(("key", "text", "value"), cases(ACCEPTED))
+def test_the_json_schema_accepts_what_is_accepted(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    path, _ = write(tmp_path, key, text)
+    assert fits(values_in(path), SCHEMA)
+    assert fits(load_recipe(path).model_dump(mode="json"), SCHEMA)
+
+
+REFUSED_LISTS = {key: [f"[{text}]" for text in texts] for key, texts in (REFUSED_ITEMS | LATER_ITEMS).items()}
+NOT_IN_JSON = {".inf", "-.inf", ".nan", "1e999", '"a\\n"'}  # JSON has no such numbers; `$` before a newline
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [*cases({key: list(texts) for key, texts in REFUSED.items()}), *cases(LATER), *cases(REFUSED_LISTS)],
+)
+def test_the_json_schema_refuses_what_is_refused(tmp_path: Path, key: str, text: str) -> None:
+    if text not in NOT_IN_JSON:
+        assert not fits(values_in(write(tmp_path, key, text)[0]), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"nam": "x"}, {"adapter": {"rnk": 3}}, {"data": {"train": {"path": "x", "p": 1}}}]
+)
+def test_the_json_schema_refuses_unknown_keys(extra: dict[str, Any]) -> None:
+    smallest = {"version": 1, "name": "a", "data": {"train": {"path": "x"}}}
+    assert fits(smallest, SCHEMA)
+    assert not fits(smallest | extra, SCHEMA)
