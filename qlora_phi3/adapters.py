@@ -19,8 +19,9 @@ from torch import nn
 
 from . import phi3
 from .errors import ModelError, RunError
+from .memory import target_linears
 from .model import Base, logical_numel
-from .recipe import Adapter
+from .recipe import Recipe
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_NAME: Final = "base_provenance.json"
@@ -42,15 +43,7 @@ class Trained:
         return asdict(self)
 
 
-def resolve_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Fused linears that a recipe's targets stand for, in the order of the forward pass."""
-    if targets == "all-linear":
-        return phi3.LINEARS
-    wanted = {phi3.PROJECTIONS.get(name, name) for name in targets}
-    return tuple(name for name in phi3.LINEARS if name in wanted)
-
-
-def attach(base: Base, settings: Adapter) -> Any:
+def attach(base: Base, recipe: Recipe) -> Any:
     """Wrap the base in a `PeftModel` with float32 LoRA on the chosen linears.
 
     Raises:
@@ -58,7 +51,7 @@ def attach(base: Base, settings: Adapter) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = resolve_targets(settings.targets)
+    settings, targets = recipe.adapter, target_linears(recipe)
     check_targets(base.model, targets, base.checkpoint.geometry.num_layers)
     config = LoraConfig(
         r=settings.rank,

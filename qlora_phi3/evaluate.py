@@ -12,17 +12,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from . import generate
 from .data import Prompt, Split, TokenRow, prompts
+from .memory import LOGIT_TOKENS
 from .recipe import GENERATION_METRICS, Evaluate
-
-LOGIT_TOKENS: Final = 1024
-"""Supervised tokens whose logits exist at once: 131 MB of float32 for Phi-3-mini's vocabulary."""
 
 
 @dataclass(frozen=True)

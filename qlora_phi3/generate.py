@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-BATCH_TOKENS: Final = 4096
-"""Tokens of prompts and answers that share a batch, pads included: 1.5 GiB of KV cache on Phi-3-mini."""
+from .memory import ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> Iterable[list
     """Indices of prompts that are answered together, shortest first; at least one a batch."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and (len(batch) + 1) * (len(prompts[i]) + max_new_tokens) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * (len(prompts[i]) + max_new_tokens) > ANSWER_TOKENS:
             yield batch
             batch = []
         batch.append(i)

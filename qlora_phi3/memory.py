@@ -28,8 +28,11 @@ CONTEXT_BYTES: Final = 600 * 1024**2
 ALLOCATOR_SLACK: Final = 0.05
 """Share of the rest lost to rounding and fragmentation; a cautious guess until measured."""
 
-EVAL_BATCH: Final = 8
-"""Held-out rows in one forward pass, and samples answered at once."""
+LOGIT_TOKENS: Final = 1024
+"""Supervised tokens whose logits exist at once in evaluate.py: 131 MB of float32 for Phi-3-mini."""
+
+ANSWER_TOKENS: Final = 4096
+"""Tokens of prompts and answers that generate.py takes at once, pads too: a KV cache of 1.5 GiB on mini."""
 
 LOSS_CHUNK: Final = (4096, 32768)
 """(tokens, vocabulary columns) of TRL 1.16's logits tile; it is this wide for a smaller vocabulary too."""
@@ -349,8 +352,8 @@ def answering_bytes(case: _Case) -> int:
 
 
 def scoring_bytes(case: _Case) -> int:
-    """evaluate.py's loss: hidden states, and every token's logits, as float32 too, and their log-softmax."""
-    logits = case.tokens * case.geometry.vocab_size * (case.compute + 4 + 4)
+    """evaluate.py's loss: hidden states, and a chunk's logits, as float32 too, and their log-softmax."""
+    logits = min(case.tokens, LOGIT_TOKENS) * case.geometry.vocab_size * (case.compute + 4 + 4)
     return max(answering_bytes(case), 2 * case.states * case.compute + logits)
 
 
@@ -417,16 +420,19 @@ def _train_phase(case: _Case) -> Phase:
 def _evaluate_phase(case: _Case) -> Phase:
     """Weights, adapters, the optimizer of a trainer still alive; then the loss, or answers with their cache.
 
-    EVAL_BATCH rows or prompts at once, each taken to be as long as the longest row.
+    The loss takes the micro batch at once; answers as many prompts as ANSWER_TOKENS holds. Every row is
+    taken to be as long as the longest.
     """
     settings = case.recipe.evaluate
-    batch = replace(case, rows=min(EVAL_BATCH, settings.samples))
-    words = f"{batch.rows} x {batch.row_tokens} tokens"
-    ways = [[Part("working set", scoring_bytes(batch), f"loss of {words}")]]
+    words = f"{case.rows} x {case.row_tokens} tokens"
+    ways = [(case, [Part("working set", scoring_bytes(case), f"loss of {words}")])]
     if set(settings.metrics) & set(GENERATION_METRICS):
+        at_once = ANSWER_TOKENS // (case.row_tokens + settings.max_new_tokens)
+        batch = replace(case, rows=max(1, min(at_once, settings.samples)))
+        words = f"{batch.rows} x {batch.row_tokens} tokens"
         cache = Part("KV cache", kv_cache_bytes(batch), f"{words}, each + {settings.max_new_tokens}")
-        ways.append([Part("working set", answering_bytes(batch), f"one layer of {words}"), cache])
-    fullest = max(ways, key=lambda parts: sum(part.num_bytes for part in parts))
+        ways.append((batch, [Part("working set", answering_bytes(batch), f"one layer of {words}"), cache]))
+    batch, fullest = max(ways, key=lambda way: sum(part.num_bytes for part in way[1]))
     states = (_adapter_part(case, "adapters"), _optimizer_part(case), _mask_part(batch))
     return Phase("evaluate", (*_weight_parts(case), *states, *fullest))
 

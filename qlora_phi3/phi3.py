@@ -187,6 +187,16 @@ def check_architecture(config: Mapping[str, Any], place: str) -> None:
         raise ModelError(place, f"architectures is {architectures}, not Phi3ForCausalLM.", remedy)
 
 
+def _check_heads(config: Mapping[str, Any], place: str) -> None:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    if hidden % heads or heads % kv_heads or (head_dim is not None and head_dim != hidden // heads):
+        reason = (
+            f"{heads} heads, {kv_heads} KV heads, head_dim {head_dim} and hidden_size {hidden} do not fit."
+        )
+        raise ModelError(place, reason, "Choose a Phi-3 checkpoint with the usual heads.")
+
+
 def geometry_from_config(config: Mapping[str, Any], place: str = "config.json") -> Geometry:
     """Read the sizes out of a checkpoint's config.json, of either transformers 4 or 5 spelling.
 
@@ -202,15 +212,17 @@ def geometry_from_config(config: Mapping[str, Any], place: str = "config.json") 
         "vocab_size": "vocab_size",
     }
     found = {name: config.get(key) for name, key in sizes.items()}
-    bad = [sizes[name] for name, value in found.items() if not isinstance(value, int) or value < 1]
+    found["num_kv_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    sizes["num_kv_heads"] = "num_key_value_heads"
+    bad = [sizes[n] for n, v in found.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
     if bad:
         raise ModelError(place, f"{', '.join(bad)} must be positive whole numbers.", "Download it again.")
+    _check_heads(config, place)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     positions = config.get("max_position_embeddings", 4096)
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     return Geometry(
         **found,  # type: ignore[arg-type]  # checked just above
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         rotary_fraction=config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0,
         sliding_window=config.get("sliding_window"),

@@ -50,7 +50,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     with meter.phase("load"):
         base = model.load(checkpoint, recipe.model, device)
         torch.manual_seed(recipe.train.seed)
-        tuned = adapters.attach(base, recipe.adapter)
+        tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):
         display.say(
             f"training {row.target}: {row.num_modules} x rank {row.rank}, {row.num_parameters:,} parameters"
@@ -108,9 +108,10 @@ def settle(
     recipe: Recipe, checkpoint: weights.Checkpoint, splits: data.Splits, device: torch.device
 ) -> tuple[Recipe, memory.Plan, list[str]]:
     """Replace `auto` by what fits, predict its memory, and note what a user should know."""
-    longest = splits.train.longest
+    longest = max(split.longest for split in (splits.train, splits.eval) if split is not None)
+    usable = memory.usable_bytes(free_bytes(device))
     micro_batch = memory.choose_micro_batch(
-        recipe, checkpoint.geometry, free_bytes(device), row_tokens=longest, device=device_kind(device)
+        recipe, checkpoint.geometry, usable, row_tokens=longest, device=device_kind(device)
     )
     recipe = recipe.settled(micro_batch)
     plan = memory.predict(

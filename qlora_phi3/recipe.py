@@ -49,7 +49,7 @@ class Today:
         return {**handler(schema), **({"enum": today} if today else {"not": {}})}
 
     def _check(self, value: Any) -> Any:
-        if any(value == known and type(value) is type(known) for known in self.values):
+        if value in self.values:
             return value
         detail = {"today": list(self.values), "hint": self.instead}
         raise PydanticCustomError("not_available", "not available yet", detail)

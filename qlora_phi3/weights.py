@@ -73,6 +73,7 @@ def locate(settings: Model, say: Say = lambda _: None) -> Checkpoint:
     else:
         folder, source = _download(base, settings.revision, say), "hub"
         revision = folder.name
+    _check_files(folder, base if source == "folder" else f"model.base: {base}")
     config = read_config(folder)
     return Checkpoint(
         folder=folder,
@@ -90,6 +91,7 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
     """
     if Path(settings.base).is_absolute():
         folder = _local_folder(settings.base)
+        _check_files(folder, settings.base)
         return phi3.geometry_from_config(read_config(folder), str(folder / "config.json"))
     return phi3.VARIANTS.get(settings.base)
 
@@ -111,8 +113,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if key.startswith("_") and not isinstance(value, _HARMLESS_UNDERSCORE.get(key, ())):
             reason = f"the key {key!r} is internal to transformers and must not come from a checkpoint."
             raise ModelError(str(path), reason, "Choose another checkpoint.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    found = config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         reason = f"the checkpoint is already quantized ({method})."
         raise ModelError(str(path), reason, "Give the original 16-bit checkpoint; NF4 is made while loading.")
     return config
@@ -136,17 +139,24 @@ def _local_folder(base: str) -> Path:
     folder = Path(base)
     if not folder.is_dir():
         raise ModelError(base, "no such folder.", "Give a folder with config.json, or a hub id.")
+    return folder
+
+
+def _check_files(folder: Path, place: str) -> None:
     if not any(folder.glob("*.safetensors")):
         other = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         reason = f"holds {other[0]} but no safetensors." if other else "holds no *.safetensors."
-        raise ModelError(base, reason, "Convert it to safetensors with its own tools first.")
-    return folder
+        raise ModelError(place, reason, "Convert it to safetensors with its own tools first.")
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        reason = "stands beside the base: transformers would load the base that this adapter names instead."
+        raise ModelError(str(adapter), reason, "Give the folder of a base without an adapter in it.")
 
 
 def _download(base: str, revision: str | None, say: Say) -> Path:
     """Snapshot folder of a hub model, named after its commit; from the local hub cache when offline."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     place = f"model.base: {base}"
     say(f"looking up {base} on the hub")
@@ -155,15 +165,16 @@ def _download(base: str, revision: str | None, say: Say) -> Path:
     except HFValidationError:
         remedy = "Write org/name, ./folder, or builtin:smollm2-135m."
         raise ModelError(place, "is neither a hub id nor a folder.", remedy) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # what its HTTP library raises is no OSError: a connection cut short, a proxy
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise ModelError(place, *_explain_hub(error, status)) from None
 
 
 def _explain_hub(error: Exception, status: int | None) -> tuple[str, str]:
     if status in (401, 403):
-        remedy = "Accept its licence on the hub and log in with `hf auth login`."
-        return f"the hub refuses access (HTTP {status}): gated or private.", remedy
+        # 401 is also its answer to an unknown name when nobody is logged in
+        remedy = "Check the name; accept its licence on the hub and log in with `hf auth login`."
+        return f"the hub refuses access (HTTP {status}): gated, private or no such model.", remedy
     if status == 404:
         return "not on the hub, or no such revision.", "Check model.base and model.revision."
     remedy = "Check the network; a folder (./name) and builtin:smollm2-135m need none."
@@ -191,13 +202,16 @@ def _provenance(base: str, source: str, revision: str | None, folder: Path) -> P
 
 
 def _header_sha256(path: Path) -> str:
-    """Hash of a safetensors header: names, shapes, dtypes; cheap on a 5 GB file."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 2**63
-        if length > path.stat().st_size:
-            raise ModelError(str(path), "is truncated or no safetensors file.", "Download it again.")
-        return hashlib.sha256(file.read(length)).hexdigest()
+    """Hash of a safetensors header: names, shapes, dtypes; cheap on a 5 GB file, and so is its length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return hashlib.sha256(file.read(length)).hexdigest()
+    except (OSError, SafetensorError) as error:
+        reason = f"is truncated or no safetensors file: {first_line(error)}."
+        raise ModelError(str(path), reason, "Download it again.") from None
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_slices_cover_every_output_once(name: str) -> None:
     for linear in phi3.LINEARS:
         edges = sorted(geometry.slices(linear).values())
         assert edges[0][0] == 0
-        assert all(stop == start for (_, stop), (start, _) in zip(edges, edges[1:], strict=False))
+        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(edges))
         assert edges[-1][1] == geometry.linear_shape(linear)[0]
         seen += [(part, linear) for part in geometry.slices(linear)]
     assert dict(seen) == phi3.PROJECTIONS
@@ -187,7 +188,7 @@ def test_sizes_must_be_positive_whole_numbers(value: Any) -> None:
 
 
 def test_every_missing_size_is_named_at_once() -> None:
-    with pytest.raises(ModelError, match="num_hidden_layers.*hidden_size.*intermediate_size.*vocab_size"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers.*hidden_size.*intermediate_size.*vocab_size"):
         geometry_from_config({"model_type": "phi3"})
 
 

@@ -80,6 +80,7 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
         ("adapter: {rnk: 8}", f"adapter.rnk: unknown key. Did you mean 'rank'? Allowed: {ADAPTER_KEYS}."),
         ("model: {double_quant: no}", "model.double_quant: found 'no', needs true or false."),
         ("model: {revision: 1234567}", "model.revision: found 1234567, needs text. Quote it."),
+        ("model: {revision: 12e34}", "model.revision: found 1.2e+35, needs text. Quote it."),
         (
             "model: {quantization: int4}",
             "model.quantization: 'int4' is not allowed. Did you mean 'nf4'? Allowed: nf4, none.",
@@ -188,6 +189,13 @@ def test_all_problems_at_once_in_the_order_of_the_file(write: Any) -> None:
 def test_contradictions_have_their_line(write: Any) -> None:
     text = f"{SMALLEST}train:\n  micro_batch: 5\n  warmup: 2.5\n"
     assert [message.partition(": t")[0] for message in refusals(write(text))] == ["r.yaml:7", "r.yaml:8"]
+
+
+def test_an_unknown_key_is_told_even_where_its_value_is_refused(write: Any) -> None:
+    assert refusals(write(f"{SMALLEST}nme: !!str x\n")) == [
+        "r.yaml:6: nme: tags are not supported. Remove the part that begins with `!`.",
+        f"r.yaml:6: nme: unknown key. Did you mean 'name'? Allowed: {TOP_KEYS}.",
+    ]
 
 
 def test_a_refused_value_is_blamed_once(write: Any) -> None:
@@ -463,7 +471,7 @@ def test_model_base(
 
 
 def test_a_path_that_cannot_be_followed(write: Any) -> None:
-    [message] = refusals(write(SMALLEST.replace("train.jsonl", "~no_such_user/x.jsonl")))
+    [message] = refusals(write(SMALLEST.replace("train.jsonl", "~no_such_user/x.jsonl")), "name=other")
     assert message.startswith("r.yaml:5: data.train.path: '~no_such_user/x.jsonl' leads nowhere: ")
     [message] = refusals(write(SMALLEST), "model.base=~no_such_user/x")
     assert message.startswith("command line: model.base: '~no_such_user/x' leads nowhere: ")

@@ -244,6 +244,7 @@ def test_nesting_up_to_the_limit_is_read() -> None:
     depth = MAX_DEPTH - 2  # the mapping and the innermost value count too
     text = "[" * depth + "1" + "]" * depth
     assert str(parse(f"a: {text}", "r.yaml").values["a"]) == text
+    assert problems_of(f"a: [{text}]")
 
 
 @pytest.mark.parametrize(

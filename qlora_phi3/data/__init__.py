@@ -82,8 +82,9 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
     found = []
     for conversation in split.conversations[:limit]:
         ids, expected = prompt_ids(conversation, tokenizer)
-        asked = next(m.content for m in reversed(conversation.messages) if m.role == "user")
-        found.append(Prompt(ids, expected, asked, conversation.place))
+        before = conversation.messages[: conversation.last_answer]
+        asked = next((m for m in reversed(before) if m.role == "user"), before[-1])
+        found.append(Prompt(ids, expected, asked.content, conversation.place))
     return found
 
 

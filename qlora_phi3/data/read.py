@@ -5,9 +5,11 @@ Owns sources and the check of a row's shape. Knows nothing of tokens.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -32,6 +34,11 @@ class Conversation:
 
     messages: tuple[Message, ...]
     place: str
+
+    @property
+    def last_answer(self) -> int:
+        """Index of the last assistant message."""
+        return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
 
     def to_template(self, stop: int | None = None) -> list[dict[str, str]]:
         """The first `stop` messages as a chat template takes them."""
@@ -85,11 +92,9 @@ def read(source: Source) -> list[Conversation]:
     path = check_source(source)
     rows: list[Conversation] = []
     problems: list[Problem] = []
-    for place, line in _lines(path):
-        if source.limit is not None and len(rows) >= source.limit:
-            break
+    for place, line in islice(_lines(path), source.limit):
         try:
-            rows.append(parse_row(line, place))
+            rows.append(parse_row(_text(line, place), place))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -108,15 +113,14 @@ def parse_row(line: str, place: str) -> Conversation:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg} at column {error.colno}."
+        reason = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}."
         raise DataError(place, reason, "Write one JSON object a line.") from None
-    except RecursionError:
-        raise DataError(
-            place, "not valid JSON: nested too deeply.", "Write one JSON object a line."
-        ) from None
+    except (RecursionError, ValueError) as error:  # ValueError: Python reads 4300 digits at most
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise DataError(place, f"not valid JSON: {what}.", "Write one JSON object a line.") from None
     if not isinstance(row, dict) or "messages" not in row:
-        found = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else type(row).__name__
-        reason = f"has no `messages` (found {found or 'no keys'})."
+        found = f"keys {', '.join(map(repr, row))}" if row and isinstance(row, dict) else _kind(row)
+        reason = f"has no `messages` (found {found})."
         raise DataError(place, reason, 'Write {"messages": [{"role": "user", "content": "..."}, ...]}.')
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -128,17 +132,31 @@ def parse_row(line: str, place: str) -> Conversation:
 
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
-        raise DataError(place, f"is {type(message).__name__}, not an object.", "Give it role and content.")
+        raise DataError(place, f"is {_kind(message)}, not an object.", "Give it role and content.")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(place, f"role {role!r} is unknown.", f"Use one of {', '.join(ROLES)}.")
+        found = "is missing" if role is None else f"{role!r} is unknown"
+        raise DataError(place, f"role {found}.", f"Use one of {', '.join(ROLES)}.")
+    for key in sorted(set(message) - {"role", "content", "name"}):
+        if message[key] not in (None, "", [], {}):  # 0 and false mean something: do not train on it
+            raise DataError(place, f"{key!r} is not available yet.", "Leave only role and content.")
     if not isinstance(content, str):
-        found = "missing" if content is None else f"{type(content).__name__}, not text"
+        found = "missing" if content is None else f"{_kind(content)}, not text"
         raise DataError(place, f"content is {found}.", "Give the text of the message.")
-    surplus = sorted(set(message) - {"role", "content", "name"})
-    if surplus and any(message[key] for key in surplus):
-        raise DataError(place, f"{surplus[0]!r} is not available yet.", "Leave only role and content.")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        reason = f"content has half a character: {content[error.start]!r}."
+        remedy = "It was cut inside an emoji: mend the text, or remove the row."
+        raise DataError(place, reason, remedy) from None
     return Message(role, content)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {dict: "an object", list: "a list", str: "text"}.get(type(value), "a number")
 
 
 def _check_turns(messages: tuple[Message, ...], place: str) -> None:
@@ -151,18 +169,22 @@ def _check_turns(messages: tuple[Message, ...], place: str) -> None:
         raise DataError(place, "begins with the assistant.", "Begin with what it answers to.")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of every line that is not blank; a BOM is dropped."""
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, bytes) of every line that is not blank; a BOM is dropped."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 text (byte {error.start + 1} of the line)."
-                raise DataError(place, reason, "Convert the file to UTF-8.") from None
-            if text.strip():
-                yield place, text
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{path}:{number}", line.rstrip()  # JSON counts columns from the last newline
+
+
+def _text(line: bytes, place: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text (byte {error.start + 1} of the line)."
+        raise DataError(place, reason, "Convert the file to UTF-8.") from None
 
 
 def shortened(problems: list[Problem], path: Path | str) -> list[Problem]:

@@ -39,17 +39,19 @@ class Turns:
 
     `header`: tokens that prompt for an answer (Phi-3: `<|assistant|>`; ChatML: `<|im_start|>assistant\\n`).
     `end`: the token that ends the answer (`<|end|>`, `<|im_end|>`), trained on so that the model stops.
+    `special`: every special token; `end` is one and `header` has one, so text without them holds neither.
     """
 
     header: tuple[int, ...]
     end: int
+    special: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Turns:
         """Read both off a probe conversation.
 
         Raises:
-            ModelError: the template does not prompt for an answer, or does not end one.
+            ModelError: the template does not prompt for an answer with a special token, or does not end one.
         """
         asked = [{"role": "user", "content": "1"}]
         closed = _ids(tokenizer, asked, prompt=False)
@@ -58,29 +60,36 @@ class Turns:
         header = prompt[_common(prompt, closed) :]
         special = _special_ids(tokenizer)
         ends = [token for token in whole[len(prompt) :] if token in special]
-        if not header or whole[: len(prompt)] != prompt:
-            reason = "the chat template does not open the assistant's turn with tokens of its own."
-            raise ModelError("chat_template", reason, "Use the template of the original checkpoint.")
+        if not special.intersection(header) or whole[: len(prompt)] != prompt:
+            reason = "the chat template does not open the assistant's turn with a special token of its own."
+            remedy = "Use one that adds it for add_generation_prompt, as Phi-3-mini-4k-instruct's does."
+            raise ModelError("chat_template", reason, remedy)
         if not ends:
             reason = "the chat template does not end the assistant's turn with a special token."
             raise ModelError("chat_template", reason, "A model trained on it would never stop; mend it.")
-        return cls(tuple(header), ends[0])
+        return cls(tuple(header), ends[0], special)
 
 
 def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns) -> TokenRow:
     """Token ids with labels on every assistant turn, its end token included.
 
     Raises:
-        DataError: the turns found in the tokens are not those of the conversation, for example because
-            a message contains special tokens.
+        DataError: a message contains special tokens, the template refuses the conversation, or the turns
+            found in the tokens are not those of the conversation: a header ran together with the answer.
     """
-    ids = _ids(tokenizer, conversation.to_template(), prompt=False)
+    from jinja2 import TemplateError
+
+    _check_text(conversation, tokenizer, turns)
+    try:
+        ids = _ids(tokenizer, conversation.to_template(), prompt=False)
+    except TemplateError as error:
+        reason = f"the model's chat template refuses it: {error}."
+        raise DataError(conversation.place, reason, "Change the row, or remove it.") from None
     spans = assistant_spans(ids, turns)
     expected = sum(message.role == "assistant" for message in conversation.messages)
-    ends = sum(token == turns.end for start, stop in spans for token in ids[start:stop])
-    if len(spans) != expected or ends != expected:
+    if len(spans) != expected:
         reason = f"{expected} assistant turns, but {len(spans)} in its tokens."
-        remedy = "Remove special tokens from its text, or the row."
+        remedy = "Remove whitespace from the beginning of its answers, or the row."
         raise DataError(conversation.place, reason, remedy)
     labels = [IGNORE] * len(ids)
     for start, stop in spans:
@@ -88,9 +97,19 @@ def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns) -> TokenR
     return TokenRow(ids, labels, conversation.place)
 
 
+def _check_text(conversation: Conversation, tokenizer: Any, turns: Turns) -> None:
+    """A special token in a message would open or close turns, and never be shown in an answer."""
+    for i, message in enumerate(conversation.messages):
+        ids = tokenizer(message.content, add_special_tokens=False)["input_ids"]
+        for token in ids:
+            if token in turns.special:
+                reason = f"contains the special token {tokenizer.decode([token])!r}."
+                raise DataError(f"{conversation.place}: messages[{i}]", reason, "Remove it, or the row.")
+
+
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> tuple[list[int], str]:
     """Tokens that ask for the last assistant turn, and the answer it has there."""
-    last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+    last = conversation.last_answer
     ids = _ids(tokenizer, conversation.to_template(last), prompt=True)
     return ids, conversation.messages[last].content
 
@@ -119,8 +138,8 @@ def _ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> lis
     return list(found["input_ids"])
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    return set(tokenizer.all_special_ids) | {
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(tokenizer.all_special_ids) | {
         token for token, added in tokenizer.added_tokens_decoder.items() if added.special
     }
 

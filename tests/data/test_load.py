@@ -1,0 +1,172 @@
+"""What is kept, dropped and counted of the recipe's sources; every count here is made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import phi3_tokenizer
+
+from qlora_phi3.data import Split, load, prompts
+from qlora_phi3.data.read import MAX_PROBLEMS
+from qlora_phi3.errors import DataError
+from qlora_phi3.recipe import Data, Source
+
+TOKENIZER = phi3_tokenizer()
+# <|user|> q... <|end|> <|assistant|> a... <|end|> eos: 5 tokens of the template, 1 of them supervised
+FRAME, SUPERVISED_FRAME = 5, 1
+
+
+def write(folder: Path, *lengths: tuple[int, int], name: str = "train") -> Source:
+    """Rows of a question and an answer of so many bytes."""
+    path = folder / f"{name}.jsonl"
+    rows = [[("user", "q" * asked), ("assistant", "a" * answered)] for asked, answered in lengths]
+    messages = [[{"role": role, "content": content} for role, content in row] for row in rows]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages))
+    return Source(path=str(path))
+
+
+def lines_of(split: Split) -> list[int]:
+    return [int(row.place.rsplit(":", 1)[1]) for row in split.rows]
+
+
+def test_counts(tmp_path: Path) -> None:
+    splits = load(Data(train=write(tmp_path, (3, 2), (10, 4), (1, 1))), TOKENIZER)
+    assert splits.eval is None
+    assert splits.train.to_json() == {
+        "rows": 3,
+        "tokens": (3 + 2) + (10 + 4) + (1 + 1) + 3 * FRAME,
+        "supervised_tokens": 2 + 4 + 1 + 3 * SUPERVISED_FRAME,
+        "longest_row_tokens": 10 + 4 + FRAME,
+        "dropped_overlong_rows": 0,
+    }
+
+
+def test_counts_of_two_turns(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    messages = [("system", "Be."), ("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "d")]
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]}))
+    found = load(Data(train=Source(path=str(path))), TOKENIZER).train.to_json()
+    # system, 2 x (user, assistant): a header and an end each, and the eos
+    assert found["tokens"] == 3 + 1 + 2 + 1 + 1 + 5 * 2 + 1
+    assert found["supervised_tokens"] == (2 + 1) + (1 + 1)
+
+
+def test_overlong_rows_are_dropped_and_counted(tmp_path: Path) -> None:
+    at_limit = (16 - FRAME - 2, 2)
+    source = write(tmp_path, (3, 2), (16 - FRAME - 1, 2), at_limit, (500, 500))
+    split = load(Data(train=source, max_length=16), TOKENIZER).train
+    assert lines_of(split) == [1, 3]
+    assert [talk.place for talk in split.conversations] == [row.place for row in split.rows]
+    assert split.to_json() == {
+        "rows": 2,
+        "tokens": 3 + 2 + FRAME + 16,
+        "supervised_tokens": 3 + 3,
+        "longest_row_tokens": 16,
+        "dropped_overlong_rows": 2,
+    }
+
+
+def test_overlong_rows_are_errors_when_asked(tmp_path: Path) -> None:
+    source = write(tmp_path, (3, 2), (10, 2), (9, 2), (20, 2))
+    with pytest.raises(DataError) as caught:
+        load(Data(train=source, max_length=16, overlong="error"), TOKENIZER)
+    assert [(p.place, p.reason) for p in caught.value.problems] == [
+        (f"{source.path}:2", "has 17 tokens, data.max_length is 16."),
+        (f"{source.path}:4", "has 27 tokens, data.max_length is 16."),
+    ]
+
+
+def test_all_rows_dropped(tmp_path: Path) -> None:
+    source = write(tmp_path, (30, 2), (40, 2))
+    with pytest.raises(DataError, match="all 2 rows are longer than data.max_length 16") as caught:
+        load(Data(train=source, max_length=16), TOKENIZER)
+    assert caught.value.problems[0].place == source.path
+
+
+def test_all_held_out_rows_dropped(tmp_path: Path) -> None:
+    data = Data(train=write(tmp_path, (3, 2)), eval=write(tmp_path, (30, 2), name="eval"), max_length=16)
+    with pytest.raises(DataError, match=r"eval\.jsonl: all 1 rows are longer"):
+        load(data, TOKENIZER)
+
+
+def test_rows_that_cannot_be_masked_are_told_together_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    bad = [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "a"}]
+    path.write_text(f"{json.dumps({'messages': bad})}\n" * (MAX_PROBLEMS + 3))
+    with pytest.raises(DataError) as caught:
+        load(Data(train=Source(path=str(path))), TOKENIZER)
+    *rows, rest = caught.value.problems
+    assert [p.place for p in rows] == [f"{path}:{line}: messages[0]" for line in range(1, MAX_PROBLEMS + 1)]
+    assert str(rest) == f"{path}: and 3 more rows with problems."
+
+
+def test_held_out_rows(tmp_path: Path) -> None:
+    held_out = write(tmp_path, (4, 1), (5, 1), (90, 1), (6, 1), name="eval").model_copy(update={"limit": 3})
+    data = Data(train=write(tmp_path, (3, 2)), eval=held_out, max_length=16)
+    splits = load(data, TOKENIZER)
+    assert lines_of(splits.train) == [1]
+    assert splits.eval is not None
+    assert lines_of(splits.eval) == [1, 2]
+    assert splits.eval.num_dropped == 1
+    assert {row.place.rsplit(":", 1)[0] for row in splits.eval.rows} == {held_out.path}
+
+
+# --- prompts
+
+
+def split_of(folder: Path, *rows: list[tuple[str, str]]) -> Split:
+    path = folder / "eval.jsonl"
+    messages = [[{"role": role, "content": content} for role, content in row] for row in rows]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages))
+    return load(Data(train=Source(path=str(path))), TOKENIZER).train
+
+
+@pytest.mark.parametrize(("limit", "num"), [(1, 1), (2, 2), (9, 2)])
+def test_prompts_are_those_of_the_first_rows(tmp_path: Path, limit: int, num: int) -> None:
+    rows = [[("user", f"question {i}"), ("assistant", f"answer {i}")] for i in range(2)]
+    split = split_of(tmp_path, *rows)
+    found = prompts(split, TOKENIZER, limit)
+    assert [p.text for p in found] == ["question 0", "question 1"][:num]
+    assert [p.expected for p in found] == ["answer 0", "answer 1"][:num]
+    assert [p.place for p in found] == [row.place for row in split.rows][:num]
+    assert [TOKENIZER.decode(p.input_ids) for p in found] == [
+        f"<|user|>question {i}<|end|><|assistant|>" for i in range(num)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "text"),
+    [
+        pytest.param(
+            [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
+            "c",
+            id="two turns",
+        ),
+        pytest.param(
+            [("user", "a"), ("assistant", "d"), ("user", "later")],
+            "<|user|>a<|end|><|assistant|>",
+            "a",
+            id="a question after the last answer",
+        ),
+        pytest.param(
+            [("user", "a"), ("assistant", "b"), ("assistant", "d")],
+            "<|user|>a<|end|><|assistant|>b<|end|><|assistant|>",
+            "a",
+            id="two answers",
+        ),
+        pytest.param(
+            [("system", "Count."), ("assistant", "d")],
+            "<|system|>Count.<|end|><|assistant|>",
+            "Count.",
+            id="no question",
+        ),
+    ],
+)
+def test_prompt_for_the_last_answer(
+    tmp_path: Path, row: list[tuple[str, str]], prompt: str, text: str
+) -> None:
+    [found] = prompts(split_of(tmp_path, row), TOKENIZER, 1)
+    assert (TOKENIZER.decode(found.input_ids), found.text, found.expected) == (prompt, text, "d")

@@ -1,0 +1,394 @@
+"""Ids are the tokenizer's own template's; labels stand on every assistant turn and its end, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import CHATML_TEMPLATE, PHI3_TEMPLATE, chatml_tokenizer, phi3_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_phi3.data.read import Conversation, Message
+from qlora_phi3.data.tokens import IGNORE, Turns, assistant_spans, prompt_ids, tokenize
+from qlora_phi3.errors import DataError, ModelError
+
+PHI3, CHATML = phi3_tokenizer(), chatml_tokenizer()
+EOS, ASSISTANT, SYSTEM, END, USER = 256, 257, 258, 259, 260
+START, CLOSE = 257, 258
+"""ChatML's `<|im_start|>` and `<|im_end|>`."""
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = [*PRINTABLE, *sorted(set(range(256)) - set(PRINTABLE))]
+"""The byte of each of the first 256 ids, in GPT-2's order."""
+
+
+def ids(*pieces: int | str) -> list[int]:
+    """Ids by hand: a number stands for itself, text for its UTF-8 bytes."""
+    found: list[int] = []
+    for piece in pieces:
+        found += [piece] if isinstance(piece, int) else [BYTES.index(byte) for byte in piece.encode()]
+    return found
+
+
+def quiet(*pieces: int | str) -> list[tuple[int, int]]:
+    """(id, label) of tokens that are not trained on."""
+    return [(token, IGNORE) for token in ids(*pieces)]
+
+
+def trained(*pieces: int | str) -> list[tuple[int, int]]:
+    """(id, label) of tokens that are."""
+    return [(token, token) for token in ids(*pieces)]
+
+
+def talk(*messages: str, place: str = "chats.jsonl:7") -> Conversation:
+    """`"user: hi"`, `"assistant: yo"` ... as a conversation."""
+    return Conversation(tuple(Message(*message.split(": ", 1)) for message in messages), place)
+
+
+def label(tokenizer: Any, conversation: Conversation) -> list[tuple[int, int]]:
+    row = tokenize(conversation, tokenizer, Turns.of(tokenizer))
+    assert row.place == conversation.place
+    assert row.num_supervised == sum(label != IGNORE for label in row.labels)
+    return list(zip(row.input_ids, row.labels, strict=True))
+
+
+def template_ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+
+
+# --- labels by hand
+
+EMOJI = "🙂é"
+
+PHI3_ROWS = [
+    pytest.param(
+        talk("user: hi", "assistant: yo"),
+        quiet(USER, "hi", END, ASSISTANT) + trained("yo", END) + quiet(EOS),
+        id="single turn",
+    ),
+    pytest.param(
+        talk("system: Sh", "user: hi", "assistant: yo"),
+        quiet(SYSTEM, "Sh", END, USER, "hi", END, ASSISTANT) + trained("yo", END) + quiet(EOS),
+        id="system",
+    ),
+    pytest.param(
+        talk("system: S", "user: a", "assistant: b", "user: c", "assistant: d e"),
+        quiet(SYSTEM, "S", END, USER, "a", END, ASSISTANT)
+        + trained("b", END)
+        + quiet(USER, "c", END, ASSISTANT)
+        + trained("d e", END)
+        + quiet(EOS),
+        id="two turns",
+    ),
+    pytest.param(
+        talk("user: a", "assistant: b", "assistant: c", "user: d"),
+        quiet(USER, "a", END, ASSISTANT)
+        + trained("b", END)
+        + quiet(ASSISTANT)
+        + trained("c", END)
+        + quiet(USER, "d", END, EOS),
+        id="two answers in a row, the user last",
+    ),
+    pytest.param(
+        talk("system: S", "assistant: b"),
+        quiet(SYSTEM, "S", END, ASSISTANT) + trained("b", END) + quiet(EOS),
+        id="no user",
+    ),
+    pytest.param(
+        talk("user: \n hi \n", "assistant: \n\n  yo\n x \n"),
+        quiet(USER, "hi \n", END, ASSISTANT) + trained("yo\n x \n", END) + quiet(EOS),
+        id="whitespace: swallowed in front, kept behind",
+    ),
+    pytest.param(
+        talk("user: ", "assistant: yo"),
+        quiet(USER, END, ASSISTANT) + trained("yo", END) + quiet(EOS),
+        id="the user says nothing",
+    ),
+    pytest.param(
+        talk(f"user: {EMOJI}", f"assistant: {EMOJI}"),
+        quiet(USER, EMOJI, END, ASSISTANT) + trained(EMOJI, END) + quiet(EOS),
+        id="unicode",
+    ),
+    pytest.param(
+        talk("user: assistant\n", "assistant: <|end|"),
+        quiet(USER, "assistant\n", END, ASSISTANT) + trained("<|end|", END) + quiet(EOS),
+        id="text that resembles the template",
+    ),
+]
+DEFAULT = quiet(START, "system\nYou help.", CLOSE, "\n")
+ASKS = quiet(START, "assistant\n")
+CHATML_ROWS = [
+    pytest.param(
+        talk("user: hi", "assistant: yo"),
+        DEFAULT + quiet(START, "user\nhi", CLOSE, "\n") + ASKS + trained("yo", CLOSE) + quiet("\n"),
+        id="single turn, default system",
+    ),
+    pytest.param(
+        talk("system: Sh", "user: hi", "assistant: yo"),
+        quiet(START, "system\nSh", CLOSE, "\n", START, "user\nhi", CLOSE, "\n")
+        + ASKS
+        + trained("yo", CLOSE)
+        + quiet("\n"),
+        id="own system",
+    ),
+    pytest.param(
+        talk("user: a", "assistant: b", "user: c", "assistant: d e", "user: f"),
+        DEFAULT
+        + quiet(START, "user\na", CLOSE, "\n")
+        + ASKS
+        + trained("b", CLOSE)
+        + quiet("\n", START, "user\nc", CLOSE, "\n")
+        + ASKS
+        + trained("d e", CLOSE)
+        + quiet("\n", START, "user\nf", CLOSE, "\n"),
+        id="two turns, the user last",
+    ),
+    pytest.param(
+        talk("user: \n hi \n", "assistant: \n\n  yo\n x \n"),
+        DEFAULT
+        + quiet(START, "user\n\n hi \n", CLOSE, "\n")
+        + ASKS
+        + trained("\n\n  yo\n x \n", CLOSE)
+        + quiet("\n"),
+        id="whitespace: kept on both sides",
+    ),
+    pytest.param(
+        talk("user: assistant\n", "assistant: assistant\n"),
+        DEFAULT
+        + quiet(START, "user\nassistant\n", CLOSE, "\n")
+        + ASKS
+        + trained("assistant\n", CLOSE)
+        + quiet("\n"),
+        id="text that resembles the template",
+    ),
+]
+
+
+@pytest.mark.parametrize(("conversation", "expected"), PHI3_ROWS)
+def test_labels_phi3(conversation: Conversation, expected: list[tuple[int, int]]) -> None:
+    assert label(PHI3, conversation) == expected
+
+
+@pytest.mark.parametrize(("conversation", "expected"), CHATML_ROWS)
+def test_labels_chatml(conversation: Conversation, expected: list[tuple[int, int]]) -> None:
+    assert label(CHATML, conversation) == expected
+
+
+def test_turns() -> None:
+    phi3, chatml = Turns.of(PHI3), Turns.of(CHATML)
+    assert (phi3.header, phi3.end) == ((ASSISTANT,), END)
+    assert (list(chatml.header), chatml.end) == (ids(START, "assistant\n"), CLOSE)
+
+
+def test_prompt_asks_for_the_last_answer() -> None:
+    conversation = talk("user: a", "assistant: b", "user: c", "assistant:  d ", "user: e")
+    assert prompt_ids(conversation, PHI3) == (
+        ids(USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT),
+        " d ",
+    )
+
+
+# --- special tokens in the text are refused, with the message they stand in
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|assistant|>", "<|user|>", "<|system|>", "<|endoftext|>"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("text", ["{}", "a {} b"])
+def test_special_token_in_the_text_phi3(token: str, role: str, text: str) -> None:
+    refused(PHI3, token, role, text)
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("text", ["{}", "a {} b"])
+def test_special_token_in_the_text_chatml(token: str, role: str, text: str) -> None:
+    refused(CHATML, token, role, text)
+
+
+def refused(tokenizer: Any, token: str, role: str, text: str) -> None:
+    contents = {"system": "S", "user": "hi", "assistant": "yo"} | {role: text.replace("{}", token)}
+    conversation = talk(*(f"{name}: {content}" for name, content in contents.items()))
+    with pytest.raises(DataError) as caught:
+        tokenize(conversation, tokenizer, Turns.of(tokenizer))
+    [problem] = caught.value.problems
+    assert problem.place == f"chats.jsonl:7: messages[{list(contents).index(role)}]"
+    assert problem.reason == f"contains the special token {token!r}."
+
+
+def test_a_whole_turn_in_the_text_is_refused() -> None:
+    """Its spans, counted over the whole row, could cancel those of a turn that was lost."""
+    for text in ("x<|end|>\n<|assistant|>\ny", "x<|assistant|>y<|end|>"):
+        with pytest.raises(DataError, match=r"messages\[0\]"):
+            tokenize(talk(f"user: {text}", "assistant: b"), PHI3, Turns.of(PHI3))
+
+
+# --- templates that cannot be used
+
+
+def with_template(template: str, tokenizer: Any = None) -> Any:
+    found = tokenizer or phi3_tokenizer()
+    found.chat_template = template
+    return found
+
+
+PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+assert PHI3_TEMPLATE.endswith(PROMPT)
+
+MEDIUM_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+"""Phi-3-medium's: the user's turn opens the assistant's, asked or not."""
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+
+BAD_TEMPLATES = [
+    pytest.param(PHI3_TEMPLATE.removesuffix(PROMPT), "does not open", id="no generation prompt"),
+    pytest.param(PHI3_TEMPLATE.replace("{% if add", "{% if true or add"), "does not open", id="always prompts"),
+    pytest.param(MEDIUM_TEMPLATE, "does not open", id="the user's turn prompts"),
+    pytest.param(
+        PHI3_TEMPLATE.replace("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>\n<think>\n' }}"),
+        "does not open",
+        id="prompts for more than a turn begins with",
+    ),
+    pytest.param(PLAIN_TEMPLATE, "does not open", id="a header of plain text, which any message can hold"),
+    pytest.param(
+        PHI3_TEMPLATE.replace("<|end|>", "").replace("{{ eos_token }}", ""), "does not end", id="never ends"
+    ),
+    pytest.param(
+        CHATML_TEMPLATE.replace("<|im_start|>", "<|user|>").replace("<|im_end|>", "[END]"),
+        "does not end",
+        id="ends in plain text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "reason"), BAD_TEMPLATES)
+def test_bad_template(template: str, reason: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        Turns.of(with_template(template))
+    [problem] = caught.value.problems
+    assert problem.place == "chat_template"
+    assert reason in problem.reason
+
+
+def test_turns_that_only_the_eos_ends() -> None:
+    """One turn is taught to stop with it; a turn in the middle, which nothing ends, is refused."""
+    tokenizer = with_template(PHI3_TEMPLATE.replace("<|end|>", ""))
+    assert label(tokenizer, talk("user: hi", "assistant: yo")) == (
+        quiet(USER, "hi\n", ASSISTANT) + trained("yo\n", EOS)
+    )
+    with pytest.raises(DataError, match="2 assistant turns, but 1 in its tokens"):
+        label(tokenizer, talk("user: a", "assistant: b", "user: c", "assistant: d"))
+
+
+def test_row_that_the_template_refuses() -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer = with_template(strict + PHI3_TEMPLATE)
+    assert label(tokenizer, talk("user: a", "assistant: b"))
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: .*no system role"):
+        label(tokenizer, talk("system: S", "user: a", "assistant: b"))
+
+
+# --- random conversations against an oracle that adds one message at a time
+
+SPECIAL_TEXT = [*PHI3.get_added_vocab(), *CHATML.get_added_vocab()]
+FRAGMENTS = ["\n", " ", "\n\n", "\t", "<", "<|", "|>", "<|end|", "|end|>", "assistant\n", "user", "a", "S\n"]
+TEXT = (
+    st.lists(st.one_of(st.text(max_size=6), st.sampled_from(FRAGMENTS)), max_size=4)
+    .map("".join)
+    .filter(lambda text: not any(special in text for special in SPECIAL_TEXT))
+)
+ANSWER = TEXT.filter(str.strip)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    messages = [Message("system", draw(TEXT))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        messages += [Message("user", draw(TEXT)), Message("assistant", draw(ANSWER))]
+    return Conversation(tuple(messages), "random:1")
+
+
+def spans_by_prefixes(tokenizer: Any, conversation: Conversation, tail: int) -> list[tuple[int, int]]:
+    """From the end of the prompt for a turn to the end of the row that stops with it, less `tail` tokens."""
+    messages = conversation.to_template()
+    whole = template_ids(tokenizer, messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = template_ids(tokenizer, messages[:i], prompt=True)
+            through = template_ids(tokenizer, messages[: i + 1])[:-tail]
+            assert whole[: len(prompt)] == prompt
+            assert whole[: len(through)] == through
+            spans.append((len(prompt), len(through)))
+    return spans
+
+
+@pytest.mark.parametrize("tokenizer", [PHI3, CHATML], ids=["phi3", "chatml"])
+@settings(max_examples=150, deadline=None, database=None)
+@given(conversation=conversations())
+def test_random_conversations(tokenizer: Any, conversation: Conversation) -> None:
+    turns = Turns.of(tokenizer)
+    row = tokenize(conversation, tokenizer, turns)
+    assert row.input_ids == template_ids(tokenizer, conversation.to_template())
+    spans = spans_by_prefixes(tokenizer, conversation, tail=1)  # the eos, or ChatML's newline
+    assert assistant_spans(row.input_ids, turns) == spans
+    inside = {i for start, stop in spans for i in range(start, stop)}
+    expected = [token if i in inside else IGNORE for i, token in enumerate(row.input_ids)]
+    assert row.labels == expected
+    assert all(row.input_ids[stop - 1] == turns.end for _, stop in spans)
+    start, stop = spans[-1]
+    assert prompt_ids(conversation, tokenizer)[0] + row.labels[start:stop] == row.input_ids[:stop]
+
+
+def merging_tokenizer() -> Any:
+    """ChatML with merges across words, so that the header's newline can run together with the answer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("Ċ", "Ċ"), ("Ċ", "a"), ("Ċ", "Ġ"), ("Ġ", "Ġ")]
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], pad_token=special[0], chat_template=CHATML_TEMPLATE
+    )
+
+
+MERGING = merging_tokenizer()
+
+
+@pytest.mark.parametrize("answer", ["\nb", "ab", " b"])
+def test_answer_that_runs_together_with_its_header(answer: str) -> None:
+    assert label(MERGING, talk("user: a", "assistant: b"))
+    with pytest.raises(DataError, match="1 assistant turns, but 0 in its tokens"):
+        label(MERGING, talk("user: a", f"assistant: {answer}"))
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(conversation=conversations())
+def test_merging_is_refused_or_right(conversation: Conversation) -> None:
+    whole = template_ids(MERGING, conversation.to_template())
+    prompts = [
+        template_ids(MERGING, conversation.to_template(i), prompt=True)
+        for i, message in enumerate(conversation.messages)
+        if message.role == "assistant"
+    ]
+    clean = all(whole[: len(prompt)] == prompt for prompt in prompts)
+    try:
+        row = tokenize(conversation, MERGING, Turns.of(MERGING))
+    except DataError:
+        assert not clean
+        return
+    assert clean
+    spans = spans_by_prefixes(MERGING, conversation, tail=1)
+    inside = {i for start, stop in spans for i in range(start, stop)}
+    assert [i for i, token in enumerate(row.labels) if token != IGNORE] == sorted(inside)
