@@ -22,6 +22,7 @@ from .errors import ModelError, RunError
 from .memory import target_linears
 from .model import Base, logical_numel
 from .recipe import Recipe
+from .weights import first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_NAME: Final = "base_provenance.json"
@@ -52,7 +53,10 @@ def attach(base: Base, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings, targets = recipe.adapter, target_linears(recipe)
-    check_targets(base.model, targets, base.checkpoint.geometry.num_layers)
+    # not `targets`: a name that is no linear at all is missing there, in a recipe that nobody checked
+    asked = targets if settings.targets == "all-linear" else settings.targets
+    linears = [phi3.PROJECTIONS.get(name, name) for name in asked]
+    check_targets(base.model, linears, base.checkpoint.geometry.num_layers)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -129,7 +133,8 @@ def save(model: Any, base: Base, folder: Path) -> None:
     check_finite(model)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, safe_serialization=True)
+    # "auto", PEFT's default, asks the hub or any folder of the base's name for its vocabulary
+    model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
     base.tokenizer.save_pretrained(partial)
     provenance = json.dumps(base.checkpoint.provenance.to_json(), indent=2)
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
@@ -153,10 +158,22 @@ def check_saved(model: Any, folder: Path) -> None:
         RunError: a weight is missing or differs.
     """
     from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    live, saved = get_peft_model_state_dict(model), load_file(folder / WEIGHTS_NAME)
-    wrong = [key for key in live if key not in saved or not torch.equal(live[key].cpu(), saved[key])]
+    place, remedy = str(folder / WEIGHTS_NAME), "Check the disk, then run again."
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        saved = load_file(place)
+    except (OSError, SafetensorError) as error:
+        raise RunError(place, f"cannot be read back: {first_line(error)}.", remedy) from None
+    wrong = [key for key in live if key not in saved or not _same_bits(live[key].cpu(), saved[key])]
     if wrong or len(saved) != len(live):
         reason = f"reads back differently: {(wrong or ['surplus weights'])[0]}."
-        raise RunError(str(folder / WEIGHTS_NAME), reason, "Check the disk, then run again.")
+        raise RunError(place, reason, remedy)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Stricter than `torch.equal`, to which minus zero is zero and 1 in bfloat16 is 1 in float32."""
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))

@@ -6,7 +6,7 @@ fill the model, and a dtype that the device does not have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more specific
         reason = f"the tokenizer cannot be read: {first_line(error)}"
         raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
     if not tokenizer.chat_template:
@@ -157,9 +157,8 @@ def _check_device(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _load_weights(checkpoint: Checkpoint, settings: Model, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
+    from transformers import BitsAndBytesConfig, Phi3ForCausalLM
 
-    kept = {k: v for k, v in checkpoint.config.items() if k != "auto_map" and not k.startswith("_")}
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -169,13 +168,14 @@ def _load_weights(checkpoint: Checkpoint, settings: Model, dtype: torch.dtype, d
     try:
         model, loading = Phi3ForCausalLM.from_pretrained(
             checkpoint.folder,
-            config=Phi3Config.from_dict(kept),
+            config=_native_config(checkpoint),
             dtype=dtype,
             quantization_config=nf4 if settings.quantization == "nf4" else None,
             device_map={"": device},
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # _check_complete refuses them, and can name one
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -184,7 +184,23 @@ def _load_weights(checkpoint: Checkpoint, settings: Model, dtype: torch.dtype, d
         reason = f"the weights cannot be loaded: {first_line(error)}"
         raise ModelError(str(checkpoint.folder), reason, "Download the checkpoint again.") from error
     _check_complete(loading, checkpoint.folder)
+    _check_packed_shapes(model, checkpoint.folder)
+    _check_tied(model, checkpoint)
     return model
+
+
+def _native_config(checkpoint: Checkpoint) -> Any:
+    """config.json as transformers' own class, without what names code or is internal to transformers."""
+    from transformers import Phi3Config
+
+    kept = {k: v for k, v in checkpoint.config.items() if k != "auto_map" and not k.startswith("_")}
+    try:
+        return Phi3Config.from_dict(kept)
+    except Exception as error:  # its validation raises many kinds, some of them plain Exceptions
+        reason = f"transformers refuses it: {' '.join(str(error).split())[:300]}."
+        raise ModelError(
+            str(checkpoint.folder / "config.json"), reason, "Download the checkpoint again."
+        ) from error
 
 
 def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:
@@ -195,3 +211,29 @@ def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:
     if surplus:
         reason = f"{len(surplus)} weights fit nowhere in Phi-3, {surplus[0]} the first."
         raise ModelError(str(folder), reason, "Give a full Phi3ForCausalLM checkpoint.")
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise _wrong_shape(folder, name, found, expected)
+
+
+def _check_packed_shapes(model: nn.Module, folder: Path) -> None:
+    # transformers 5.23 packs a 4-bit weight in the shape it finds, and never compares that to the module's
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise _wrong_shape(
+                folder, f"{name}.weight", state.shape, (module.out_features, module.in_features)
+            )
+
+
+def _wrong_shape(folder: Path, name: str, found: Iterable[int], expected: Iterable[int]) -> ModelError:
+    reason = f"{name} is {list(found)}, but config.json says {list(expected)}."
+    return ModelError(str(folder), reason, "Give the config.json that belongs to these weights.")
+
+
+def _check_tied(model: Any, checkpoint: Checkpoint) -> None:
+    # transformers then keeps both matrices, while counts and memory plans take them for one
+    if checkpoint.geometry.tied_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        reason = "tie_word_embeddings is true, but the weights hold a head that is not the embedding."
+        raise ModelError(
+            str(checkpoint.folder / "config.json"), reason, "Set tie_word_embeddings to false there."
+        )

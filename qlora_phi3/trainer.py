@@ -1,8 +1,8 @@
 """The one mapping from recipe to TRL, and what is watched while it trains.
 
-Owns the trainer's arguments, the collation of rows, `metrics.jsonl`, and the guard against losses that
-are not numbers. The loop itself is TRL's: its loss is summed over the supervised tokens of the whole
-effective batch and divided by their number, whatever the micro batch is.
+Owns the trainer's arguments, the collation of rows, the loss' normalisation, `metrics.jsonl`, and the
+guard against losses that are not numbers. The loop itself is TRL's. The loss is summed over the supervised
+tokens of the whole effective batch and divided by their number, whatever the micro batch is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .data import Split
+from .engine.loss import supervised_nll
 from .errors import RunError
 from .memory import format_bytes
 from .meter import Meter
@@ -66,8 +67,8 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         optim=OPTIMIZERS[train.optimizer],
         seed=train.seed,
         data_seed=train.seed,
-        bf16=recipe.model.compute_dtype == "bfloat16",
-        fp16=recipe.model.compute_dtype == "float16",
+        bf16=False,  # PhiTrainer.compute_loss has its own autocast, without accelerate's wrapped forward
+        fp16=recipe.model.compute_dtype == "float16",  # for the loss scaler
         use_cpu=device.type == "cpu",
         activation_checkpointing=train.activations != "keep",
         activation_checkpointing_kwargs={"use_reentrant": False} if train.activations != "keep" else None,
@@ -129,7 +130,7 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.watch = watch
+    trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data = kept[name]  # TRL cast it to bfloat16
@@ -138,7 +139,7 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
 
 
 def _unwrap(trainer: PhiTrainer) -> None:
-    # accelerate left an autocast and a cast to float32 around the model's forward
+    # with float16, accelerate left an autocast and a cast to float32 around the model's forward
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
@@ -166,14 +167,38 @@ class Collator:
 
 
 class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
-    """TRL's trainer, counting tokens on the way."""
+    """TRL's trainer with the loss of supervised tokens only, counting tokens on the way."""
 
     watch: _Watch
+    compute_dtype: torch.dtype
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         inputs = kwargs.get("inputs") or args[1]
         self.watch.count(inputs["attention_mask"], inputs["labels"])
         return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Summed loss of the micro batch over the supervised tokens of the whole effective batch.
+
+        TRL 1.16 names overriding this as the way to another loss; its own, on a CPU, scores all positions.
+        """
+        assert num_items_in_batch is not None, "transformers no longer counts the tokens of a whole step"
+        assert not return_outputs
+        causal = model.get_base_model()
+        with torch.autocast(
+            causal.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+        ):
+            hidden = causal.model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).last_hidden_state
+            nll = supervised_nll(hidden, inputs["labels"], causal.lm_head.weight)
+        return nll / num_items_in_batch
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere about a user's run."""

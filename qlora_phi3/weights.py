@@ -187,7 +187,7 @@ def _provenance(base: str, source: str, revision: str | None, folder: Path) -> P
         template = folder / "tokenizer_config.json"
     tokenizer = folder / "tokenizer.json"
     weights = [
-        {"file": path.name, "bytes": path.stat().st_size, "header_sha256": _header_sha256(path)}
+        {"file": path.name, "header_sha256": _header_sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.glob("*.safetensors"))
     ]
     return Provenance(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def parrot(checkpoints: Callable[[str], Path]) -> Any:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        for token, successor in zip(chain, chain[1:], strict=False):
+        for token, successor in pairwise(chain):
             model.lm_head.weight[successor] = model.model.embed_tokens.weight[token]
     return model
 
@@ -263,9 +264,7 @@ def test_shares(parrot: Any, tmp_path: Path) -> None:
         ("perplexity", "json_match", "loss", "exact_match"),
     ],
 )
-def test_metrics_are_those_asked_for_in_order(
-    parrot: Any, tmp_path: Path, metrics: tuple[str, ...]
-) -> None:
+def test_metrics_are_those_asked_for_in_order(parrot: Any, tmp_path: Path, metrics: tuple[str, ...]) -> None:
     found = measured(parrot, answers(tmp_path, "{}", "[]"), *metrics)
     assert list(found.metrics) == list(metrics)
     generates = bool({"exact_match", "json_match"} & set(metrics))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,8 +63,9 @@ def test_batched_answers(
     model: Any, greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch, batch_tokens: int, limit: int
 ) -> None:
     monkeypatch.setattr(generate, "ANSWER_TOKENS", batch_tokens)
-    found = answer(model, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=limit)
-    assert found == [cut(ids, [END], limit) for ids in greedy]
+    stops = [TOKENIZER.eos_token_id, END]  # the eos pads, too: the mask must not be guessed from it
+    found = answer(model, TOKENIZER, PROMPTS, stops=stops, max_new_tokens=limit)
+    assert found == [cut(ids, stops, limit) for ids in greedy]
     assert all(given.num_tokens == limit and not given.stopped for given in found)
 
 
@@ -75,6 +77,17 @@ def test_stop_tokens_end_an_answer(model: Any, greedy: list[list[int]], at: int)
     assert found[0].stopped
     assert found[0].num_tokens <= at + 1
     assert {given.stopped for given in found} == {True, False}, "others go on in the same batch"
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_nothing_is_computed_after_the_last_stop(model: Any, greedy: list[list[int]], at: int) -> None:
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[greedy[0][at]], max_new_tokens=NEW)
+    finally:
+        hook.remove()
+    assert len(passes) == found.num_tokens == greedy[0].index(greedy[0][at]) + 1
 
 
 def test_the_end_of_turn_stops_and_is_not_shown(
@@ -89,16 +102,16 @@ def test_the_end_of_turn_stops_and_is_not_shown(
     head[[END, ids[at]]] = head[[ids[at], END]]  # now it says <|end|> in that place
     [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=NEW)
     assert found == Answer(TOKENIZER.decode(ids[:at], skip_special_tokens=True), at + 1, True)
-    [found] = answer(
-        model, TOKENIZER, PROMPTS[:1], stops=[TOKENIZER.eos_token_id], max_new_tokens=at + 1
-    )
+    [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[TOKENIZER.eos_token_id], max_new_tokens=at + 1)
     assert (found.num_tokens, found.stopped) == (at + 1, False)
     assert "<|end|>" not in found.text
 
 
 def test_spaces_of_an_answer_are_kept() -> None:
     ids = TOKENIZER.encode(" a , b .\n do n't ")
-    assert generate._decode(TOKENIZER, [*ids, END, 7], [END]) == Answer(" a , b .\n do n't ", len(ids) + 1, True)
+    assert generate._decode(TOKENIZER, [*ids, END, 7], [END]) == Answer(
+        " a , b .\n do n't ", len(ids) + 1, True
+    )
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 200, 10_000])
@@ -112,10 +125,7 @@ def test_batches(monkeypatch: pytest.MonkeyPatch, batch_tokens: int) -> None:
 
     assert sorted(i for batch in batches for i in batch) == list(range(len(PROMPTS)))
     assert all(len(batch) == 1 or size(batch) <= batch_tokens for batch in batches)
-    assert all(
-        size([*batch, following[0]]) > batch_tokens
-        for batch, following in zip(batches, batches[1:], strict=False)
-    )
+    assert all(size([*batch, following[0]]) > batch_tokens for batch, following in pairwise(batches))
 
 
 def test_done_hears_of_every_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

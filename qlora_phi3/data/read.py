@@ -156,7 +156,8 @@ def _kind(value: Any) -> str:
     """What a JSON value is, in JSON's words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {dict: "an object", list: "a list", str: "text"}.get(type(value), "a number")
+    words = {"dict": "an object", "list": "a list", "str": "text"}
+    return words.get(type(value).__name__, "a number")
 
 
 def _check_turns(messages: tuple[Message, ...], place: str) -> None:

@@ -71,7 +71,9 @@ def test_lines(tmp_path: Path, lines: list[str | bytes], newline: bytes, places:
     assert contents(rows) == [["hi", "yo"]] * len(places)
 
 
-@pytest.mark.parametrize("text", ["é", "日本語", "🙂", "a\u2028b\u0085c", " \n both ends \n", "\x00", "<|end|>"])
+@pytest.mark.parametrize(
+    "text", ["é", "日本語", "🙂", "a\u2028b\u0085c", " \n both ends \n", "\x00", "<|end|>"]
+)
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
 def test_text_is_kept_as_written(tmp_path: Path, text: str, ascii_only: bool) -> None:
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"a{text}"}]
@@ -108,10 +110,18 @@ ONLY_ROLE_AND_CONTENT = "Leave only role and content."
 BAD_ROWS = [
     pytest.param("hello", "", "not valid JSON: Expecting value at column 1.", ONE_OBJECT, id="plain text"),
     pytest.param(
-        GOOD[:-1], "", f"not valid JSON: Expecting ',' delimiter at column {len(GOOD)}.", ONE_OBJECT, id="cut off"
+        GOOD[:-1],
+        "",
+        f"not valid JSON: Expecting ',' delimiter at column {len(GOOD)}.",
+        ONE_OBJECT,
+        id="cut off",
     ),
     pytest.param(
-        GOOD + GOOD, "", f"not valid JSON: Extra data at column {len(GOOD) + 1}.", ONE_OBJECT, id="two in a line"
+        GOOD + GOOD,
+        "",
+        f"not valid JSON: Extra data at column {len(GOOD) + 1}.",
+        ONE_OBJECT,
+        id="two in a line",
     ),
     pytest.param(
         '{"messages": "hi',
@@ -199,7 +209,11 @@ BAD_ROWS = [
         id="content in parts",
     ),
     pytest.param(
-        row(USER, {**ASSISTANT, "content": 7}), SECOND, "content is a number, not text.", GIVE_TEXT, id="number"
+        row(USER, {**ASSISTANT, "content": 7}),
+        SECOND,
+        "content is a number, not text.",
+        GIVE_TEXT,
+        id="number",
     ),
     pytest.param(
         '{"messages": [{"role": "user", "content": "cut \\ud83d"}, {"role": "assistant", "content": "yo"}]}',

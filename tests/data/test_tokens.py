@@ -1,4 +1,4 @@
-"""Ids are the tokenizer's own template's; labels stand on every assistant turn and its end, and nowhere else."""
+"""Ids are those of the tokenizer's template; labels stand on assistant turns and their ends, nowhere else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def label(tokenizer: Any, conversation: Conversation) -> list[tuple[int, int]]:
 
 
 def template_ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)[
+        "input_ids"
+    ]
 
 
 # --- labels by hand
@@ -248,7 +250,9 @@ PLAIN_TEMPLATE = (
 
 BAD_TEMPLATES = [
     pytest.param(PHI3_TEMPLATE.removesuffix(PROMPT), "does not open", id="no generation prompt"),
-    pytest.param(PHI3_TEMPLATE.replace("{% if add", "{% if true or add"), "does not open", id="always prompts"),
+    pytest.param(
+        PHI3_TEMPLATE.replace("{% if add", "{% if true or add"), "does not open", id="always prompts"
+    ),
     pytest.param(MEDIUM_TEMPLATE, "does not open", id="the user's turn prompts"),
     pytest.param(
         PHI3_TEMPLATE.replace("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>\n<think>\n' }}"),

@@ -69,7 +69,7 @@ class Split:
 
 
 TRAIN = Split(reserved_values=0.0, reserved_wording=0.0)
-HELDOUT = Split(reserved_values=0.3, reserved_wording=0.28)
+HELDOUT = Split(reserved_values=0.2, reserved_wording=0.28)
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ ITEMS = Words(
         "bike helmet, dog leash, plant pot, watering can, toothbrush, hairbrush, phone case, keyboard, "
         "mouse pad, stapler, tote bag, suitcase"
     ),
-    split_list("cushion, garden hose, laptop sleeve, pencil case, flashlight, doormat, hammock, coat rack"),
+    split_list("mirror, ladder, pencil case, garden table, camera bag, tablecloth, hammer, lantern"),
 )
 IRREGULAR_PLURALS = {"bookshelf": "bookshelves", "scarf": "scarves"}
 
@@ -105,7 +105,7 @@ NAMES = Words(
         "José, Camila, Diego, Lucia, Mateo, Pablo, Carmen, Rafael, Beatriz, Thiago, Chloe, Amelie, Pierre, "
         "Giulia, Francesca, Stefan, Greta, Klaus, Heidi, Tariq, Samir, Daniel, Hannah, Kevin, Laura"
     ),
-    split_list("Oliver, Megan, Jessica, Susan, Zoe, Anton, Ines, Farid, Sunita, Hiroshi, Nina, Tomasz"),
+    split_list("Oliver, Megan, Jessica, Susan, Simon, Julia, Maria, Anton, Karim, Nina, Hugo, Erik"),
 )
 # Invented, so that no full name is a known person's.
 LAST_NAMES = split_list(
@@ -121,7 +121,7 @@ CITIES = Words(
         "Tokyo, Osaka, Shanghai, Melbourne, Toronto, Montreal, Boston, Chicago, Seattle, Miami, New York, "
         "Buenos Aires"
     ),
-    split_list("Vienna, Helsinki, Vancouver, Glasgow, Manila, Krakow, Marseille, Auckland"),
+    split_list("Vienna, Helsinki, Vancouver, Glasgow, Manila, Ottawa, Kyoto, Leeds"),
 )
 
 UNITS = split_list(
@@ -231,17 +231,13 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 EXPRESS: dict[tuple[str, bool], tuple[str, ...]] = {
-    ("rush", True): split_list(
-        "asap, by tomorrow, with express shipping, with overnight delivery, as fast as possible"
-    ),
-    ("rush", False): split_list("no rush, no rush at all"),
+    ("rush", True): split_list("asap, by tomorrow, with express shipping, with overnight delivery"),
+    ("rush", False): split_list("no rush"),
     ("when", True): split_list(
-        "it's urgent, need it by tomorrow, express delivery please, please hurry, i'm in a hurry, "
-        "overnight shipping please, fast delivery pls, i need this asap, it must arrive tomorrow"
+        "it's urgent, need it by tomorrow, express delivery please, overnight shipping please, "
+        "i need this asap"
     ),
-    ("when", False): split_list(
-        "no rush, no rush at all, take your time, it can wait, whenever it suits you"
-    ),
+    ("when", False): split_list("no rush, take your time"),
 }
 QUESTION = re.compile(r"\b(can i|can u|can you|could i|could you|would you|is it possible)\b")
 
@@ -254,9 +250,9 @@ def pick(rng: Random, words: Words, reserved_share: float) -> str:
 def draw_quantity(rng: Random) -> int | None:
     """1 to 48 with small and round numbers more often, or None."""
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.13:
         return None
-    if kind < 0.40:
+    if kind < 0.38:
         return 1
     return rng.choice(COMMON_NUMBERS) if kind < 0.80 else rng.randrange(2, 49)
 
@@ -366,7 +362,7 @@ def chat(rng: Random, order: Order) -> str:
 
 def deadline(rng: Random, part: str, express: bool) -> str:
     """How the message asks for speed, or, sometimes, says that there is no need; marked."""
-    if not express and rng.random() < 0.7:
+    if not express and rng.random() < 0.75:
         return ""
     comma = ", " if part == "rush" and not express else ""
     return comma + mark("express", rng.choice(EXPRESS[part, express]))
@@ -437,7 +433,7 @@ def harmless(slip: str, word: str) -> str:
 
 def render(rng: Random, marked: str) -> tuple[str, dict[str, tuple[int, int]]]:
     """Take the marks out of a message and add its typos; also where each value then stands."""
-    rate = 0.08 if rng.random() < 0.4 else 0.0
+    rate = 0.07 if rng.random() < 0.4 else 0.0
     text, spans = "", {}
     for literal, field, surface in re.findall(r"([^{]*)(?:\{(\w+):([^}]*)\})?", marked):
         text += add_typos(rng, literal, rate)
@@ -451,7 +447,7 @@ def render(rng: Random, marked: str) -> tuple[str, dict[str, tuple[int, int]]]:
 def recase(rng: Random, text: str) -> str:
     """The message in the letter case of its writer; the length stays."""
     kind = rng.random()
-    if kind < 0.05:
+    if kind < 0.04:
         return text.upper()
     if kind < 0.4:
         return text.lower()

@@ -1,0 +1,402 @@
+"""adapters.py: what is trained is what was asked for, and what is saved is what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GEOMETRIES
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from qlora_phi3 import phi3
+from qlora_phi3.adapters import (
+    PROVENANCE_NAME,
+    WEIGHTS_NAME,
+    attach,
+    check_saved,
+    check_targets,
+    save,
+    trained_table,
+)
+from qlora_phi3.errors import ModelError, RunError
+from qlora_phi3.model import Base, ParameterCounts, check_dtypes, load
+from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
+from qlora_phi3.weights import locate
+
+IDS = torch.arange(24).view(2, 12)
+QUANTIZATIONS = ["nf4", "none"]
+SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(phi3.LINEARS, size)]
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""What recipes for Llama ask for; PEFT would train o_proj and down_proj and say nothing."""
+
+
+def load_base(folder: Path, quantization: str = "nf4") -> Base:
+    settings = Model(base=str(folder), quantization=quantization)
+    return load(locate(settings), settings, torch.device("cpu"))
+
+
+def recipe(**adapter: Any) -> Recipe:
+    settings = Adapter(**{"rank": 4, "alpha": 8, **adapter})
+    return Recipe(version=1, name="t", adapter=settings, data=Data(train=Source(path="unused.jsonl")))
+
+
+def tuned(base: Base, **adapter: Any) -> Any:
+    """An adapter as after training: B is no longer zero."""
+    torch.manual_seed(0)
+    model = attach(base, recipe(**adapter))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def base(checkpoints: Callable[[str], Path]) -> Base:
+    return load_base(checkpoints("gqa"))
+
+
+# --- what is trained ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exactly_the_targets_are_trained(
+    checkpoints: Callable[[str], Path], geometry: str, targets: tuple[str, ...]
+) -> None:
+    base = load_base(checkpoints(geometry))
+    sizes = base.checkpoint.geometry
+    model = attach(base, recipe(targets=targets))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * len(targets)
+    for name, parameter in trained.items():
+        _, linear, matrix, adapter, kind = name.rsplit(".", 4)
+        assert linear in targets
+        assert matrix in ("lora_A", "lora_B")
+        assert (adapter, kind) == ("default", "weight")
+        num_out, num_in = sizes.linear_shape(linear)
+        assert parameter.shape == ((4, num_in) if matrix == "lora_A" else (num_out, 4))
+        assert parameter.dtype == torch.float32
+    counts = ParameterCounts.of(model)
+    assert counts.trainable == sizes.lora_parameters(targets, rank=4)
+    assert counts.total == sizes.num_parameters + counts.trainable
+    assert counts.quantized == sizes.num_linear_parameters
+    check_dtypes(model, compute=torch.bfloat16, quantized=True)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_trained_table(checkpoints: Callable[[str], Path], geometry: str, quantization: str) -> None:
+    base = load_base(checkpoints(geometry), quantization)
+    sizes = base.checkpoint.geometry
+    table = {row.target: row for row in trained_table(attach(base, recipe(rank=2)))}
+    assert set(table) == set(phi3.LINEARS)
+    for linear, row in table.items():
+        assert (row.out_features, row.in_features) == sizes.linear_shape(linear)
+        assert (row.num_modules, row.rank, row.dtype) == (2, 2, "float32")
+        assert row.num_parameters == sizes.lora_parameters((linear,), rank=2)
+    assert json.loads(json.dumps(table["o_proj"].to_json())) == {
+        "target": "o_proj", "num_modules": 2, "in_features": 64, "out_features": 64,
+        "rank": 2, "num_parameters": 2 * 2 * 128, "dtype": "float32",
+    }  # fmt: skip
+
+
+def test_nothing_is_trained_before_an_adapter_is_attached(base: Base) -> None:
+    assert trained_table(base.model) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [
+        ("all-linear", phi3.LINEARS),
+        (["o"], ["o_proj"]),
+        (["down"], ["down_proj"]),
+        (["o_proj", "down"], ["o_proj", "down_proj"]),
+        (phi3.LINEARS[::-1], phi3.LINEARS),
+        *(([name], [name]) for name in phi3.LINEARS),
+    ],
+    ids=str,
+)
+def test_names_of_targets(base: Base, targets: Any, trained: list[str]) -> None:
+    assert {row.target for row in trained_table(attach(base, recipe(targets=targets)))} == set(trained)
+
+
+def test_a_new_adapter_changes_nothing(checkpoints: Callable[[str], Path]) -> None:
+    before = logits(load_base(checkpoints("gqa")).model)
+    assert torch.equal(logits(attach(load_base(checkpoints("gqa")), recipe())), before)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 1)])
+def test_the_update_is_scaled_by_alpha_over_rank(
+    checkpoints: Callable[[str], Path], rank: int, alpha: int
+) -> None:
+    model = tuned(load_base(checkpoints("gqa"), "none"), rank=rank, alpha=alpha)
+    linear = model.get_submodule("base_model.model.model.layers.1.mlp.gate_up_proj")
+    a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    update = alpha / rank * (x.double() @ a.double().T @ b.double().T)
+    expected = x.double() @ linear.base_layer.weight.double().T + update
+    torch.testing.assert_close(linear(x).double(), expected, rtol=0.02, atol=0.02)
+
+
+def test_dropout_acts_on_the_adapter_in_training_only(base: Base) -> None:
+    model = tuned(base, dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+# --- targets that are not there ----------------------------------------------------------------------------
+
+
+def test_every_linear_is_found_in_every_layer(base: Base) -> None:
+    check_targets(base.model, phi3.LINEARS, 2)
+
+
+def delete(parent: torch.nn.Module, name: str) -> None:
+    delattr(parent, name)
+
+
+def rename(parent: torch.nn.Module, name: str) -> None:
+    parent.add_module("renamed", parent.get_submodule(name))
+    delattr(parent, name)
+
+
+@pytest.mark.parametrize("spoil", [delete, rename])
+@pytest.mark.parametrize(("parent", "target"), [("self_attn", "qkv_proj"), ("mlp", "down_proj")])
+def test_target_missing_in_one_layer(
+    base: Base, spoil: Callable[[torch.nn.Module, str], None], parent: str, target: str
+) -> None:
+    spoil(base.model.get_submodule(f"model.layers.1.{parent}"), target)
+    with pytest.raises(ModelError, match=f"{target} exists in 1 of 2 layers of the base") as caught:
+        attach(base, recipe())
+    assert caught.value.problems[0].place == "adapter.targets"
+    assert trained_table(base.model) == []
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head", "embed_tokens", "norm", "proj", "", "q"])
+def test_names_that_are_no_linear_of_a_layer(base: Base, target: str) -> None:
+    with pytest.raises(ModelError, match=f"^adapter.targets: {target} exists in 0 of 2 layers"):
+        check_targets(base.model, ["o_proj", target], 2)
+
+
+def test_llama_names_are_refused_by_the_recipe() -> None:
+    with pytest.raises(ValidationError):
+        recipe(targets=LLAMA)
+
+
+@pytest.mark.parametrize("targets", [LLAMA, ["q_proj"], ["o_proj", "gate_proj"], ["lm_head"]], ids="+".join)
+def test_names_that_passed_the_recipe_by_are_refused_too(base: Base, targets: list[str]) -> None:
+    """`model_copy` checks nothing; each target is trained, or none is."""
+    unchecked = recipe().adapter.model_copy(update={"targets": tuple(targets)})
+    with pytest.raises(ModelError, match="exists in 0 of 2 layers"):
+        attach(base, recipe().model_copy(update={"adapter": unchecked}))
+    assert trained_table(base.model) == []
+
+
+# --- saving ------------------------------------------------------------------------------------------------
+
+
+def test_saved_files(base: Base, tmp_path: Path) -> None:
+    save(tuned(base), base, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        WEIGHTS_NAME, PROVENANCE_NAME, "adapter_config.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"]], ids=str)
+def test_saved_weights(base: Base, tmp_path: Path, targets: Any) -> None:
+    model = tuned(base, targets=targets)
+    save(model, base, tmp_path / "adapter")
+    live = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    saved = load_file(tmp_path / "adapter" / WEIGHTS_NAME)
+    assert set(saved) == set(live)
+    assert all(torch.equal(saved[name], live[name]) for name in live)
+
+
+def test_saved_config(base: Base, tmp_path: Path) -> None:
+    save(tuned(base, rank=4, alpha=8, dropout=0.25), base, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base.checkpoint.folder)
+    assert set(config["target_modules"]) == set(phi3.LINEARS)
+    found = [config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "task_type", "revision")]
+    assert found == [4, 8, 0.25, "none", "CAUSAL_LM", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [("microsoft/Phi-3-mini-4k-instruct", "0" * 40), ("builtin:smollm2-135m", None)],
+)
+@pytest.mark.parametrize("decoy", [False, True])
+def test_base_is_named_as_the_recipe_names_it(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, revision: str | None, decoy: bool
+) -> None:
+    """Where it was loaded from on this machine is nobody's business, nor is anything asked of the hub."""
+    if decoy:  # a folder that happens to have this name is not looked into
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"model_type": "phi3", "vocab_size": 7}')
+    monkeypatch.chdir(tmp_path)
+    provenance = dataclasses.replace(base.checkpoint.provenance, base=name, revision=revision)
+    base.checkpoint = dataclasses.replace(base.checkpoint, provenance=provenance)
+    model = tuned(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(model, base, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (name, revision)
+    assert all("lora_" in key for key in load_file(tmp_path / "adapter" / WEIGHTS_NAME))
+
+
+def test_saved_provenance(base: Base, tmp_path: Path) -> None:
+    save(tuned(base), base, tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / PROVENANCE_NAME).read_text())
+    assert saved == json.loads(json.dumps(base.checkpoint.provenance.to_json()))
+    assert saved["base"] == str(base.checkpoint.folder)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_stock_peft_loads_the_very_same_model(
+    checkpoints: Callable[[str], Path], tmp_path: Path, geometry: str, quantization: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = load_base(checkpoints(geometry), quantization)
+    untrained = logits(base.model)
+    live = tuned(base)
+    save(live, base, tmp_path / "adapter")
+    if quantization == "nf4":  # bitsandbytes' own packing for inference computes a little differently
+        fresh = load_base(checkpoints(geometry)).model
+    else:
+        fresh = AutoModelForCausalLM.from_pretrained(checkpoints(geometry), dtype=torch.bfloat16)
+    reloaded = logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter"))
+    assert torch.equal(reloaded, logits(live))
+    assert not torch.equal(reloaded, untrained)
+
+
+def test_saved_tokenizer_is_the_bases(base: Base, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save(tuned(base), base, tmp_path / "adapter")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    chat = [{"role": "user", "content": "Say ä\n"}, {"role": "assistant", "content": " 1 "}]
+    assert saved.apply_chat_template(chat) == base.tokenizer.apply_chat_template(chat)
+    assert saved.pad_token == base.tokenizer.pad_token
+
+
+# --- all or nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_saved(base: Base, tmp_path: Path, value: float) -> None:
+    model = tuned(base)
+    name, parameter = [(n, p) for n, p in model.named_parameters() if p.requires_grad][-1]
+    parameter.data.view(-1)[-1] = value
+    with pytest.raises(RunError, match="1 trained weights are not finite") as caught:
+        save(model, base, tmp_path / "adapter")
+    assert name in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_run_do_not_get_in(base: Base, tmp_path: Path) -> None:
+    partial = tmp_path / ".adapter.partial"
+    partial.mkdir()
+    (partial / "checkpoint.pt").write_text("left over")
+    (partial / WEIGHTS_NAME).write_text("half written")
+    save(tuned(base), base, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert not (tmp_path / "adapter" / "checkpoint.pt").exists()
+
+
+def flip(bit: int) -> Callable[[Path], None]:
+    """Flips one bit of the last weight of a saved B."""
+
+    def spoil(path: Path) -> None:
+        tensors = load_file(path)
+        name = max(name for name in tensors if "lora_B" in name)
+        tensors[name].view(torch.int32).view(-1)[-1] ^= torch.tensor(1).bitwise_left_shift(bit).int()
+        save_file(tensors, path)
+
+    return spoil
+
+
+def drop_one(path: Path) -> None:
+    save_file(dict(list(load_file(path).items())[1:]), path)
+
+
+def add_one(path: Path) -> None:
+    save_file(load_file(path) | {"surplus": torch.zeros(1)}, path)
+
+
+def halve_precision(path: Path) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+
+
+def transpose(path: Path) -> None:
+    save_file({name: tensor.T.contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FAULTS = [
+    *(pytest.param(flip(bit), id=f"bit {bit}") for bit in (0, 22, 23, 30, 31)),
+    drop_one,
+    add_one,
+    halve_precision,
+    transpose,
+    truncate,
+    Path.unlink,
+]
+
+
+@pytest.mark.parametrize("b_std", [0.0, 0.1])
+@pytest.mark.parametrize("spoil", FAULTS)
+def test_what_was_written_is_compared(
+    base: Base, tmp_path: Path, spoil: Callable[[Path], None], b_std: float
+) -> None:
+    model = tuned(base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(b_std)  # an untrained B is zero, and minus zero equals zero
+    save(model, base, tmp_path / "adapter")
+    check_saved(model, tmp_path / "adapter")
+    spoil(tmp_path / "adapter" / WEIGHTS_NAME)
+    with pytest.raises(RunError) as caught:
+        check_saved(model, tmp_path / "adapter")
+    assert caught.value.problems[0].place == str(tmp_path / "adapter" / WEIGHTS_NAME)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_disk_leaves_no_adapter(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned(base)
+    write = model.save_pretrained
+
+    def write_badly(folder: Path, **settings: Any) -> None:
+        write(folder, **settings)
+        flip(0)(Path(folder) / WEIGHTS_NAME)
+
+    monkeypatch.setattr(model, "save_pretrained", write_badly)
+    with pytest.raises(RunError, match="reads back differently"):
+        save(model, base, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.undo()
+    save(model, base, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
