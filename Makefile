@@ -33,7 +33,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tests/readme.py --check
+	$(BIN)/python docs/generate.py --check
 
 ## mend the format, and the README's generated parts
 format: $(VENV)/.installed
@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python tests/readme.py
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -17,14 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, memory, weights
-from .errors import OutputError, QloraError
+from . import __version__, builtin, memory, phi3, weights
+from .errors import InputError, OutputError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 
 app = typer.Typer(
     name="qlora-phi3",
-    help="Fine-tune the Phi-3 family on consumer GPUs.",
+    help="Fine-tune the Phi-3 family on consumer GPUs. Begin with `recipe quickstart`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,15 +55,24 @@ def _version(
 
 @app.command()
 def recipe(
-    name: Annotated[str | None, typer.Argument(help="Name of a recipe, or path of a YAML file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...", metavar="KEY=VALUE")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME/TIME.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and print the memory plan.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, for example train.epochs=3.", metavar="KEY=VALUE"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; default runs/NAME/TIME.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check it and predict its memory; run nothing.")
+    ] = False,
     as_json: AsJson = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with every key filled in.")] = False,
-    copy_to: Annotated[Path | None, typer.Option(help="Write a copy to edit.")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Write a copy to this path, for editing.")] = None,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, save. Without a name: list the recipes."""
+    options = {"--out": out, "--dry-run": dry_run, "--show": show, "--copy-to": copy_to}
+    _check_options(name, [option for option, value in options.items() if value])
     if name is None:
         _list_recipes(as_json)
         return
@@ -72,8 +81,10 @@ def recipe(
     if copy_to is not None:
         copy_recipe(path, found if overrides else None, copy_to)
         typer.echo(f"wrote {copy_to}", err=True)
+        if as_json:
+            _print_json({"path": str(copy_to)})
     elif show:
-        typer.echo(dump_recipe(found), nl=False)
+        _print_json(found.model_dump(mode="json")) if as_json else typer.echo(dump_recipe(found), nl=False)
     elif dry_run:
         _dry_run(found, out, as_json)
     else:
@@ -93,7 +104,18 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the keys as a table instead.")] = False,
 ) -> None:
     """Print the recipe's JSON schema, for editors that complete from it."""
-    typer.echo(document_keys() if markdown else json.dumps(Recipe.model_json_schema(), indent=2))
+    if markdown:
+        typer.echo(document_keys(), nl=False)
+    else:
+        _print_json(Recipe.model_json_schema())
+
+
+def _check_options(name: str | None, given: list[str]) -> None:
+    """Refuse options that would be passed over in silence."""
+    if name is None and given:
+        raise InputError(given[0], "is for one recipe, and none was named.", "Write `recipe NAME` before it.")
+    if len(given) > 1 and given != ["--out", "--dry-run"]:
+        raise InputError(" ".join(given), "do not go together.", "Give one of them.")
 
 
 def _list_recipes(as_json: bool) -> None:
@@ -111,7 +133,7 @@ def _list_recipes(as_json: bool) -> None:
         table.add_row(name, one.description, f"{card} GB" if card else "none")
     console = Console()
     console.print(table)
-    console.print("* predicted; `recipe NAME --dry-run` shows how. The quickstart needs no GPU at all.")
+    console.print("* predicted GPU memory; see `recipe NAME --dry-run`. quickstart needs no GPU.")
 
 
 def _card(found: Recipe) -> int | None:
@@ -119,13 +141,36 @@ def _card(found: Recipe) -> int | None:
     return memory.smallest_card(found, geometry) if geometry is not None else None
 
 
-def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
+def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
+    """Refuse what can be told without torch, before seconds pass on it; the base's sizes where known."""
     from .data.read import check_files
 
     check_files(found.data)
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(str(out), "is not an empty folder.", "Choose another folder with --out.")
-    geometry = weights.known_geometry(found.model)
+    if out is not None:
+        _check_out(out)
+    kind, _, base = found.model.base.partition(":")
+    if kind == "builtin" and base not in builtin.MODELS:
+        builtin.ensure(base)  # says which there are
+    return weights.known_geometry(found.model)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that holds anything or cannot be made; whether it can be written, the run tries."""
+    remedy = "Choose another folder with --out."
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            reason = "is a file." if there == out else f"cannot be made: {there} is a file."
+            raise OutputError(str(out), reason, remedy)
+        if there == out and any(out.iterdir()):
+            reason = "holds another run." if (out / "recipe.yaml").exists() else "is not empty."
+            raise OutputError(str(out), reason, remedy)
+    except OSError as error:
+        raise OutputError(str(out), f"cannot be used: {error.strerror}.", remedy) from None
+
+
+def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
+    geometry = _check(found, out)
     micro_batch = found.train.micro_batch if isinstance(found.train.micro_batch, int) else 1
     plan = memory.predict(found, geometry, micro_batch=micro_batch) if geometry is not None else None
     if as_json:
@@ -138,10 +183,10 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
         )
         return
     console = Console()
-    console.print(f"{found.name}: the recipe is valid", highlight=False, markup=False)
+    console.print(f"{found.name}: the recipe is valid; nothing was run", highlight=False, markup=False)
     if plan is None:
-        reason = f"no plan: the sizes of {found.model.base} are known once it is downloaded"
-        console.print(reason, highlight=False, markup=False)
+        reason = f"no memory plan yet: the sizes of {found.model.base} are known once it is downloaded"
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
         return
     _print_plan(plan, console)
     card = _card(found)
@@ -167,6 +212,7 @@ def _print_plan(plan: memory.Plan, console: Console) -> None:
 
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
+    _check(found, out)
     _quiet()
     from . import pipeline, report
     from .progress import Display

@@ -35,6 +35,10 @@ class QloraError(Exception):
         self.problems: tuple[Problem, ...] = (Problem(place, reason, remedy),)
         super().__init__(str(self.problems[0]))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with all problems, so that a worker process can pass the error on."""
+        return type(self).of, (self.problems,)
+
     @classmethod
     def of(cls, problems: Iterable[Problem]) -> Self:
         """One error that carries several problems, in the order given.

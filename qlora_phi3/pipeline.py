@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, adapters, data, evaluate, memory, model, report, trainer, weights
-from .errors import InputError, OutputError
+from .errors import FitError, InputError, OutputError
 from .meter import Meter
 from .progress import Display
 from .recipe import Recipe
@@ -30,12 +30,17 @@ def run(
     Raises:
         InputError: recipe, data, model or folder cannot be used -> nothing is left behind.
         RunError: the training failed -> the folder keeps what was measured until then.
+        FitError: the GPU's memory did not suffice -> likewise.
     """
     display = display or Display()
     _one_process()
     data.check_files(recipe.data)
     with run_folder(out or default_folder(recipe)) as folder:
-        return _run(recipe, folder, display), folder
+        try:
+            return _run(recipe, folder, display), folder
+        except torch.OutOfMemoryError as error:
+            remedy = "Lower train.micro_batch or data.max_length; plan.json has the prediction part by part."
+            raise FitError(str(folder), f"out of memory: {weights.first_line(error)}", remedy) from None
 
 
 def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:

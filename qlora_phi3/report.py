@@ -6,6 +6,7 @@ Owns the shape of the report. Every view is made from the same RunReport, and on
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .errors import InputError
+from .errors import InputError, OutputError
 from .memory import format_bytes
+from .recipe import GENERATION_METRICS
 
 VERSIONED: Final = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose version decides what a run computes."""
+
+MEANINGS: Final = {
+    "loss": "per trained token; lower is better",
+    "perplexity": "exp(loss); lower is better",
+    "exact_match": "answers equal to the expected ones",
+    "json_match": "answers in JSON with the expected keys",
+}
+"""Metric -> what it says, for people who meet it first here."""
+
+MEMORY: Final = {"allocated": "on the GPU", "resident": "of the process"}
+"""Kind of a measured peak -> whose memory it is."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,9 @@ class RunReport:
     format_version: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As report.json has it; a number that is not finite is null there, since JSON has no NaN."""
+        content: dict[str, Any] = _finite(asdict(self))
+        return content
 
 
 def versions() -> dict[str, str]:
@@ -79,69 +94,83 @@ def machine(device: str) -> dict[str, Any]:
 
 def write(report: RunReport, folder: Path) -> None:
     """Write report.json, report.html and the adapter's README.md into a run folder."""
-    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
+    content = report.to_json()
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
-    rebuild(folder)
-    card = _template("card.md.j2").render(report=report.to_json())
+    card = _template("card.md.j2").render(report=content)
     (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
+    (folder / "report.html").write_text(_html(content, folder), encoding="utf-8")
 
 
 def rebuild(folder: Path) -> Path:
     """Make report.html anew from what the run folder holds.
 
     Raises:
-        InputError: the folder holds no readable report.json.
+        InputError: the folder holds no report.json, or its files are damaged.
+        OutputError: report.html cannot be written.
     """
-    path = folder / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if report["format_version"] != RunReport.format_version:
+            raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
+        html = _html(report, folder)
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(str(folder), "holds no report.json.", "Give the folder of a finished run.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), f"cannot be read: {error}.", "Run the recipe again.") from None
-    if not isinstance(report, dict) or report.get("format_version") != 1:
-        raise InputError(str(path), "is no report of this version.", "Run the recipe again.")
-    lines = _json_lines(folder / "metrics.jsonl")
-    samples = _samples(folder / "eval.json")
-    html = _template("report.html.j2").render(
-        report=report, lines=[line for line in lines if "loss" in line], samples=samples
-    )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+        reason = f"its report.json, metrics.jsonl or eval.json is damaged: {error}."
+        raise InputError(str(folder), reason, "Run the recipe again.") from None
     target = folder / "report.html"
-    target.write_text(html, encoding="utf-8")
+    try:
+        target.write_text(html, encoding="utf-8")
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}."
+        raise OutputError(str(target), reason, "Check its permissions.") from None
     return target
 
 
 def show(report: RunReport, folder: Path, console: Console) -> None:
     """The closing tables: before and after, and what it took."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     if report.metrics:
+        say(f"{report.name}: base and tuned model on {report.data['eval_samples']} held-out rows")
         console.print(_metrics_table(report))
+    say("what it took")
     console.print(_run_table(report))
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"adapter  {folder / 'adapter'}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report   {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        say(f"note: {note}")
+    say(f"adapter  {folder / 'adapter'}")
+    say(f"report   {folder / 'report.html'}")
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A metric for people: a share in percent, anything else in four digits."""
+    if value is None or not math.isfinite(value):
+        return "not a number"
+    return f"{value:.1%}" if name in GENERATION_METRICS else f"{value:.4g}"
 
 
 def _metrics_table(report: RunReport) -> Table:
-    rows = report.data["eval_samples"]
-    table = Table(title=f"{report.name}: {rows} held-out rows", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("metric")
+    table = Table("metric", box=box.SIMPLE_HEAD)
     for which in report.metrics:
         table.add_column(which, justify="right")
+    table.add_column("")
     for name in next(iter(report.metrics.values())):
-        table.add_row(name, *(f"{values[name]:.4g}" for values in report.metrics.values()))
+        values = (format_metric(name, found[name]) for found in report.metrics.values())
+        table.add_row(name, *values, MEANINGS.get(name, ""))
     return table
 
 
 def _run_table(report: RunReport) -> Table:
-    table = Table(title="what it took", title_justify="left", show_header=False, box=box.SIMPLE)
-    table.add_column("what")
-    table.add_column("how much", justify="right")
+    table = Table("what", "how much", show_header=False, box=box.SIMPLE)
+    table.columns[1].justify = "right"
     training, measured = report.training, report.memory["measured"]
     table.add_row("steps", f"{training['num_steps']}")
     table.add_row("loss, first and last step", f"{training['first_loss']:.4f} -> {training['last_loss']:.4f}")
     table.add_row(
-        "tokens (supervised)", f"{training['num_tokens']:,} ({training['num_supervised_tokens']:,})"
+        "tokens (of them trained on)", f"{training['num_tokens']:,} ({training['num_supervised_tokens']:,})"
     )
     table.add_row("tokens per second", f"{training['tokens_per_second']:.0f}")
     parameters = report.parameters
@@ -150,10 +179,29 @@ def _run_table(report: RunReport) -> Table:
         "trained parameters", f"{parameters['trainable']:,} ({share:.2%} of {parameters['total']:,})"
     )
     peak = max(use["peak_bytes"] for use in measured["phases"].values())
-    table.add_row(f"peak memory ({measured['kind']})", format_bytes(peak))
+    table.add_row(f"peak memory {MEMORY[measured['kind']]}", format_bytes(peak))
+    if measured["kind"] == "allocated":  # the process' memory holds Python and torch, which no plan counts
+        table.add_row("peak memory, predicted", format_bytes(report.memory["predicted"]["peak_bytes"]))
     for name, use in measured["phases"].items():
         table.add_row(f"time: {name}", f"{use['seconds']:.1f} s")
     return table
+
+
+def _html(report: dict[str, Any], folder: Path) -> str:
+    lines = _json_lines(folder / "metrics.jsonl")
+    curves = {name: _curve(lines, key) for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
+    return _template("report.html.j2").render(
+        report=report,
+        curves={name: points for name, points in curves.items() if points},
+        samples=_samples(folder / "eval.json"),
+    )
+
+
+def _curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, loss) of the lines that have a finite one."""
+    return [
+        (line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])
+    ]
 
 
 def _template(name: str) -> jinja2.Template:
@@ -164,9 +212,19 @@ def _template(name: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["bytes"] = format_bytes
+    environment.globals |= {"format_metric": format_metric, "meanings": MEANINGS, "memory_of": MEMORY}
     return environment.get_template(name)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

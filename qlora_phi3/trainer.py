@@ -113,6 +113,7 @@ def train(
         trainer = build(model, base, split, recipe, out, watch)
         trainer.train()
     _unwrap(trainer)
+    (out / "checkpoints").rmdir()  # transformers makes it; saving steps is not available yet
     return watch.summary()
 
 

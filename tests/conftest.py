@@ -76,7 +76,7 @@ def make_checkpoint(folder: Path, geometry: str = "gqa", tokenizer: Any = None, 
     config = Phi3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,

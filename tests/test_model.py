@@ -302,6 +302,7 @@ def test_code_beside_the_weights_never_runs(
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "Xenova/gpt-4o"})
     base = load_base(folder)
     assert type(base.model).__module__ == "transformers.models.phi3.modeling_phi3"
+    assert not hasattr(base.model.config, "auto_map")  # nor does a saved copy name the code
     assert not ran.exists()
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -316,8 +317,8 @@ def test_code_beside_the_weights_never_runs(
 @pytest.mark.parametrize("make", [phi3_tokenizer, chatml_tokenizer])
 def test_tokenizer(tmp_path: Path, make: Callable[[], Any]) -> None:
     tokenizer = make()
-    tokenizer.padding_side = "left"
     tokenizer.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", padding_side="left")
     loaded = load_tokenizer(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.chat_template == tokenizer.chat_template

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -239,7 +239,7 @@ def test_values_have_their_types_and_canonical_spelling(name: str) -> None:
 def test_spans_cover_whole_words_and_do_not_overlap() -> None:
     for row in ROWS:
         ends = sorted(row.spans.values())
-        assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:], strict=False)), row
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(ends)), row
         for start, stop in ends:
             assert not re.match(r"\w\w", row.message[max(start - 1, 0) : start + 1] if start else ""), row
             assert not re.match(r"\w\w", row.message[stop - 1 : stop + 1]), row

@@ -309,7 +309,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif isinstance(self.server.fails, int):
             self.answer(self.server.fails, b"", **{"X-Error-Code": ERROR_CODES.get(self.server.fails, "")})
-        elif path.startswith(f"/api/models/{HUB_ID}/revision/"):
+        elif path == f"/api/models/{HUB_ID}/revision/v1":
             self.answer(200, json.dumps({"id": HUB_ID, "sha": COMMIT}).encode())
         elif path == f"/api/models/{HUB_ID}/tree/{COMMIT}":
             files = [

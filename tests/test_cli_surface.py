@@ -1,0 +1,460 @@
+"""The command line as a user meets it: what answers at once, what is printed where, exit codes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import write_chats
+
+from qlora_phi3 import __version__
+from qlora_phi3.data.read import MAX_PROBLEMS
+from qlora_phi3.recipe_file import list_recipes, load_recipe
+
+COMMAND = (sys.executable, "-m", "qlora_phi3")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets")
+FAST_SECONDS = 0.7
+
+FAST: dict[str, tuple[str, ...]] = {
+    "help": ("--help",),
+    "version": ("--version",),
+    "list": ("recipe",),
+    "list as JSON": ("recipe", "--json"),
+    "dry run": ("recipe", "quickstart", "--dry-run"),
+    "dry run as JSON": ("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json"),
+    "dry run of an unknown base": ("recipe", "quickstart", "--dry-run", "model.base=someone/phi3"),
+    "show": ("recipe", "quickstart", "--show"),
+    "show as JSON": ("recipe", "quickstart", "--show", "--json"),
+    "schema": ("schema",),
+    "schema as Markdown": ("schema", "--markdown"),
+}
+
+Answer = subprocess.CompletedProcess[str]
+
+
+def command(*arguments: str, cwd: Path | None = None) -> Answer:
+    """Run the command line as a user does."""
+    return subprocess.run(
+        (*COMMAND, *arguments), capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=120
+    )
+
+
+SEVERAL = """
+import contextlib, io, json, sys, traceback
+from qlora_phi3.cli import main
+
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv = ["qlora-phi3", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    heavy = [name for name in HEAVY if name in sys.modules]
+    answers.append([code, out.getvalue(), err.getvalue(), heavy])
+print(json.dumps(answers))
+""".replace("HEAVY", repr(HEAVY))
+
+
+def several(commands: Iterable[Sequence[str]], cwd: Path) -> list[tuple[Answer, list[str]]]:
+    """Run commands one after the other in one process, since importing torch takes seconds.
+
+    Each answer comes with the heavy modules that were imported by then.
+    """
+    lines = json.dumps([list(one) for one in commands])
+    done = subprocess.run(
+        (sys.executable, "-c", SEVERAL),
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [(Answer([], *answer), heavy) for *answer, heavy in json.loads(done.stdout)]
+
+
+def output(*arguments: str, cwd: Path | None = None) -> str:
+    """What a command that succeeds prints on stdout."""
+    done = command(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_refused(done: Answer, *words: str, lines: int = 1) -> None:
+    """One message a problem on stderr, nothing on stdout, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+    assert [word for word in words if word not in done.stderr] == []
+
+
+# What answers at once
+
+
+@pytest.mark.parametrize("arguments", FAST.values(), ids=FAST)
+def test_answers_at_once(arguments: tuple[str, ...]) -> None:
+    took = []
+    for _ in range(3):  # the best of three: another program may have had the cores
+        start = time.perf_counter()
+        done = command(*arguments)
+        took.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout and not done.stderr
+        if took[-1] < FAST_SECONDS:
+            return
+    pytest.fail(f"took {min(took):.2f} s")
+
+
+def test_what_answers_at_once_imports_nothing_heavy(tmp_path: Path) -> None:
+    answers = several(FAST.values(), cwd=tmp_path)
+    assert {name: heavy for name, (_, heavy) in zip(FAST, answers, strict=True) if heavy} == {}
+
+
+# What is printed
+
+
+def test_version() -> None:
+    assert output("--version") == f"{__version__}\n"
+
+
+def test_help_names_every_command_and_where_to_begin() -> None:
+    text = output("--help")
+    assert "recipe quickstart" in text
+    assert [word for word in ("recipe", "report", "schema", "--version") if f"\n  {word} " not in text] == []
+
+
+def test_the_list_has_every_recipe_uncut() -> None:
+    text = output("recipe")
+    assert [path.stem for path in list_recipes() if path.stem not in text] == []
+    assert "…" not in text
+
+
+def test_the_list_as_json() -> None:
+    rows = json.loads(output("recipe", "--json"))
+    assert [row["name"] for row in rows] == [path.stem for path in list_recipes()]
+    assert all(set(row) == {"name", "description", "smallest_card_gib"} for row in rows)
+
+
+def test_a_dry_run_prints_the_plan_uncut() -> None:
+    text = output("recipe", "phi3-mini-chat-8gb", "--dry-run")
+    assert "the recipe is valid" in text and "smallest card: 4 GB" in text
+    assert [word for word in ("linears", "adapters", "gradients", "peak") if word not in text] == []
+    assert "…" not in text
+
+
+def test_a_dry_run_as_json() -> None:
+    found = json.loads(output("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json", "adapter.rank=8"))
+    assert set(found) == {"recipe", "plan", "smallest_card_gib"}
+    assert found["recipe"]["adapter"]["rank"] == 8
+    assert found["plan"]["peak_bytes"] == max(phase["peak_bytes"] for phase in found["plan"]["phases"])
+
+
+@pytest.mark.parametrize("base", ["someone/phi3", "someone/a-very-long-name-" + "x" * 60])
+def test_a_dry_run_of_an_unknown_hub_id_has_no_plan_yet(base: str) -> None:
+    text = output("recipe", "quickstart", "--dry-run", f"model.base={base}")
+    assert f"no memory plan yet: the sizes of {base} are known once it is downloaded\n" in text
+    found = json.loads(output("recipe", "quickstart", "--dry-run", "--json", f"model.base={base}"))
+    assert found["plan"] is None and found["smallest_card_gib"] is None
+
+
+def test_a_dry_run_plans_a_local_folder(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (answer, heavy), *_ = several([["recipe", str(write_recipe()), "--dry-run", "--json"]], cwd=tmp_path)
+    assert heavy == []
+    assert json.loads(answer.stdout)["plan"]["micro_batch"] == 2
+
+
+def test_show_prints_what_runs_the_same(tmp_path: Path) -> None:
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(output("recipe", "quickstart", "--show", "train.epochs=3"))
+    assert load_recipe(shown) == load_recipe(list_recipes()[0].parent / "quickstart.yaml", ["train.epochs=3"])
+    as_json = json.loads(output("recipe", "quickstart", "--show", "--json", "train.epochs=3"))
+    assert as_json == load_recipe(shown).model_dump(mode="json")
+
+
+def test_schema() -> None:
+    assert json.loads(output("schema"))["title"] == "Recipe"
+    table = output("schema", "--markdown")
+    assert table.splitlines()[0].startswith("| key | default")
+    assert table.endswith("|\n")  # and no empty line after it
+
+
+def test_the_console_script_is_the_same() -> None:
+    script = Path(sys.executable).with_name("qlora-phi3")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout == output("--help")
+
+
+def test_no_arguments_print_the_help() -> None:
+    done = command()
+    assert "Usage: qlora-phi3" in done.stdout + done.stderr
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path]) -> Path:
+    """A folder with a recipe, its data, and things that stand in the way."""
+    place = tmp_path_factory.mktemp("cli")
+    write_chats(place / "chats.jsonl")
+    (place / "tiny.yaml").write_text(
+        f"version: 1\nname: tiny\nmodel: {{base: {checkpoints('gqa')}}}\nadapter: {{rank: 4}}\n"
+        "data:\n  train: {path: chats.jsonl}\n  eval: {path: chats.jsonl, limit: 2}\n  max_length: 128\n"
+        "train: {max_steps: 2, effective_batch: 2, micro_batch: 2}\nevaluate: {max_new_tokens: 4}\n"
+    )
+    (place / "full").mkdir()
+    (place / "full" / "notes.txt").touch()
+    (place / "run").mkdir()
+    (place / "run" / "recipe.yaml").touch()
+    (place / "nothing").mkdir()
+    (place / "empty").mkdir()
+    rows = [
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [',
+        '{"text": "a"}',
+    ]
+    (place / "bad.jsonl").write_text("\n".join(rows))
+    (place / "many.jsonl").write_text("\n".join(["{"] * (MAX_PROBLEMS + 5)))
+    (place / "empty.jsonl").write_text("\n")
+    return place
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Answer, Path]:
+    """What a run with --json said, and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "new" / "run"
+    done = command("recipe", "tiny.yaml", "--json", "--out", str(folder), cwd=place)
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_a_run_prints_one_json_document_and_progress_on_stderr(finished: tuple[Answer, Path]) -> None:
+    done, folder = finished
+    found = json.loads(done.stdout)
+    assert found.pop("folder") == str(folder)
+    assert found == json.loads((folder / "report.json").read_text())
+    assert "train 2/2" in done.stderr and "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr  # of libraries: nothing that a user can act on
+
+
+def test_a_lost_report_is_made_again(finished: tuple[Answer, Path]) -> None:
+    _, folder = finished
+    report = folder / "report.html"
+    before = report.read_bytes()
+    report.unlink()
+    (answer, heavy), *_ = several([["report", str(folder)]], cwd=folder)
+    assert (answer.returncode, answer.stdout, answer.stderr, heavy) == (0, f"{report}\n", "", [])
+    assert report.read_bytes() == before
+
+
+# Refusals that need no torch
+
+
+@dataclass(frozen=True)
+class Refused:
+    arguments: Sequence[str]
+    words: Sequence[str]
+    lines: int = 1
+    more: Sequence[str] = field(default=("--out", "a/b"))
+
+
+AT_ONCE = {
+    "unknown name": Refused(["quikstart"], ["quikstart: no recipe of this name. Did you mean 'quickstart'?"]),
+    "unknown path": Refused(["mine.yaml"], ["mine.yaml: no such file.", "List the recipes"]),
+    "folder": Refused(["full"], ["full: no recipe of this name."]),
+    "override without value": Refused(
+        ["tiny.yaml", "train.epochs"],
+        ["command line: 'train.epochs' is not key=value.", "train.learning_rate=1e-4"],
+    ),
+    "override of an unknown key": Refused(
+        ["tiny.yaml", "train.epoch=1"],
+        ["command line: train.epoch: unknown key. Did you mean 'epochs'?"],
+    ),
+    "all problems at once": Refused(
+        ["tiny.yaml", "train.epochs=0", "adapter.targets=[q_prj]", "model.quantization=nf5"],
+        ["train.epochs", "adapter.targets", "'q_prj'", "model.quantization", "Did you mean 'nf4'?"],
+        lines=3,
+    ),
+    "two places that are missing": Refused(
+        ["tiny.yaml", "data.train.path=no.jsonl", "data.eval.path=none.jsonl"],
+        ["/no.jsonl: no such file.", "/none.jsonl: no such file.", "data.train.path=chats.jsonl"],
+        lines=2,
+    ),
+    "no such model folder": Refused(
+        ["tiny.yaml", "model.base=./nowhere"], ["/nowhere: no such folder.", "hub id"]
+    ),
+    "model folder without weights": Refused(
+        ["tiny.yaml", "model.base=./full"], ["/full: holds no *.safetensors."]
+    ),
+    "no such built-in model": Refused(
+        ["quickstart", "model.base=builtin:smollm2"],
+        ["builtin:smollm2: there is no such built-in model", "Use builtin:smollm2-135m."],
+    ),
+    "out below a file": Refused(
+        ["tiny.yaml"],
+        ["chats.jsonl/a/b: cannot be made: ", "/chats.jsonl is a file.", "--out"],
+        more=["--out", "chats.jsonl/a/b"],
+    ),
+    "out is a file": Refused(
+        ["tiny.yaml"], ["chats.jsonl: is a file.", "--out"], more=["--out", "chats.jsonl"]
+    ),
+    "out is another run": Refused(["tiny.yaml"], ["run: holds another run.", "--out"], more=["--out", "run"]),
+    "out is not empty": Refused(["tiny.yaml"], ["full: is not empty.", "--out"], more=["--out", "full"]),
+    "out has too long a name": Refused(
+        ["tiny.yaml"], ["cannot be used: File name too long.", "--out"], more=["--out", "x" * 300]
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_ONCE.values(), ids=AT_ONCE)
+def test_refused_at_once(place: Path, case: Refused) -> None:
+    before = listing(place)
+    check_refused(command("recipe", *case.arguments, *case.more, cwd=place), *case.words, lines=case.lines)
+    assert listing(place) == before
+
+
+def test_a_dry_run_refuses_the_same_without_torch(place: Path) -> None:
+    before = listing(place)
+    commands = [["recipe", *case.arguments, *case.more, "--dry-run"] for case in AT_ONCE.values()]
+    for (answer, heavy), case in zip(several(commands, cwd=place), AT_ONCE.values(), strict=True):
+        check_refused(answer, *case.words, lines=case.lines)
+        assert heavy == []
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dri-run"], "No such option: --dri-run"),
+        (["recipe", "quickstart", "--dri-run"], "No such option: --dri-run (Possible options: --dry-run)"),
+        (["recip"], "No such command 'recip'. Did you mean 'recipe'?"),
+        (["report"], "Missing argument"),
+    ],
+)
+def test_what_the_command_line_does_not_know(arguments: list[str], message: str) -> None:
+    check_refused(command(*arguments), message, "--help", lines=4)  # after the usage and an empty line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "a"], "--out: is for one recipe, and none was named. Write `recipe NAME` before it."),
+        (["--dry-run"], "--dry-run: is for one recipe"),
+        (["quickstart", "--show", "--dry-run"], "--dry-run --show: do not go together. Give one of them."),
+        (["quickstart", "--show", "--out", "a"], "--out --show: do not go together."),
+        (["quickstart", "--copy-to", "a.yaml", "--dry-run"], "--dry-run --copy-to: do not go together."),
+    ],
+)
+def test_no_option_is_passed_over(place: Path, arguments: list[str], message: str) -> None:
+    before = listing(place)
+    check_refused(command("recipe", *arguments, cwd=place), message)
+    assert listing(place) == before
+
+
+# Refusals that only the run itself can tell
+
+LATE = {
+    "malformed rows": Refused(
+        ["tiny.yaml", "data.train.path=bad.jsonl"],
+        [
+            "/bad.jsonl:2: has no assistant turn: nothing to train on.",
+            "/bad.jsonl:3: not valid JSON",
+            "/bad.jsonl:4: has no `messages` (found keys 'text').",
+        ],
+        lines=3,
+    ),
+    "many malformed rows": Refused(
+        ["tiny.yaml", "data.train.path=many.jsonl"],
+        ["/many.jsonl:20: not valid JSON", "and 5 more rows with problems."],
+        lines=MAX_PROBLEMS + 1,
+    ),
+    "malformed held-out rows": Refused(
+        ["tiny.yaml", "data.eval={path: bad.jsonl}"], ["/bad.jsonl:2: ", "/bad.jsonl:4: "], lines=3
+    ),
+    "no rows": Refused(["tiny.yaml", "data.train.path=empty.jsonl"], ["/empty.jsonl: holds no rows."]),
+    "rows too long": Refused(
+        ["tiny.yaml", "data.max_length=8"], ["all 12 rows are longer than data.max_length 8."]
+    ),
+    "an empty folder": Refused(
+        ["tiny.yaml", "data.train.path=empty.jsonl"], ["holds no rows."], more=["--out", "nothing"]
+    ),
+    "a folder that cannot be written": Refused(
+        ["tiny.yaml"], ["/proc/a/b: cannot be written to", "--out"], more=["--out", "/proc/a/b"]
+    ),
+    "as JSON": Refused(
+        ["tiny.yaml", "data.train.path=empty.jsonl"], ["holds no rows."], more=["--out", "a", "--json"]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def late(place: Path) -> dict[str, Answer]:
+    """The answers to LATE, once it is known that nothing was left behind."""
+    before = listing(place)
+    answers = several([["recipe", *case.arguments, *case.more] for case in LATE.values()], cwd=place)
+    assert listing(place) == before  # `nothing` was there, stays and stays empty
+    return {name: answer for name, (answer, _) in zip(LATE, answers, strict=True)}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_refused_by_the_run(late: dict[str, Answer], name: str) -> None:
+    loading = [line for line in late[name].stderr.splitlines() if line.startswith(("loading", "training"))]
+    assert loading == []  # refused before the model is loaded
+    check_refused(late[name], *LATE[name].words, lines=LATE[name].lines)
+
+
+# Copies and reports
+
+
+def test_a_copy_runs_from_anywhere(tmp_path: Path) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    done = command("recipe", "quickstart", "--copy-to", "mine.yaml", cwd=there)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "wrote mine.yaml\n")
+    assert "# The offline quickstart" in (there / "mine.yaml").read_text()
+    assert "quickstart: the recipe is valid" in output(
+        "recipe", "../there/mine.yaml", "--dry-run", cwd=elsewhere
+    )
+
+
+def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("precious")
+    done = command("recipe", "quickstart", "--copy-to", "mine.yaml", cwd=tmp_path)
+    check_refused(done, "mine.yaml: exists already.")
+    assert (tmp_path / "mine.yaml").read_text() == "precious"
+
+
+def test_a_copy_says_its_path_as_json(tmp_path: Path) -> None:
+    text = output("recipe", "quickstart", "--copy-to", "mine.yaml", "--json", "train.epochs=2", cwd=tmp_path)
+    assert json.loads(text) == {"path": "mine.yaml"}
+    assert load_recipe(tmp_path / "mine.yaml").train.epochs == 2
+
+
+@pytest.mark.parametrize("run", ["nowhere", "full", "chats.jsonl", "chats.jsonl/below"])
+def test_a_report_needs_the_folder_of_a_run(place: Path, run: str) -> None:
+    before = listing(place)
+    done = command("report", run, cwd=place)
+    check_refused(done, f"{run}: holds no report.json. Give the folder of a finished run.")
+    assert listing(place) == before

@@ -1,0 +1,218 @@
+"""A whole run through the real command line: what it leaves, that it repeats, and what others can load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_phi3.recipe_file import load_recipe
+
+RUN_FOLDER = {
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "adapter",
+    "eval.json",
+    "report.json",
+    "report.html",
+}
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_phi3", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def step_losses(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run folder, recipe) of one small run, `micro_batch: auto`."""
+    from conftest import make_checkpoint, write_chats
+
+    home = tmp_path_factory.mktemp("run")
+    make_checkpoint(home / "base", "gqa")
+    write_chats(home / "chats.jsonl")
+    recipe = home / "small.yaml"
+    recipe.write_text(
+        "version: 1\nname: small\nmodel: {base: ./base}\nadapter: {rank: 4, alpha: 8, dropout: 0.1}\n"
+        "data: {train: {path: chats.jsonl}, eval: {path: chats.jsonl, limit: 6}, max_length: 128}\n"
+        "train: {max_steps: 6, effective_batch: 4, learning_rate: 2.0e-2}\n"
+        "evaluate: {metrics: [loss, perplexity, exact_match, json_match], samples: 6, max_new_tokens: 8}\n"
+    )
+    done = command("recipe", recipe, "--out", home / "out")
+    assert done.returncode == 0, done.stderr
+    return home / "out", recipe
+
+
+def test_the_run_folder_is_as_promised(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == RUN_FOLDER
+    adapter = {path.name for path in (folder / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= adapter
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_resolved_recipe_is_settled_and_repeats_the_run(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, original = finished
+    resolved = load_recipe(folder / "recipe.yaml")
+    assert resolved.train.micro_batch == 4
+    assert resolved == load_recipe(original).settled(4)
+    done = command("recipe", folder / "recipe.yaml", "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert step_losses(tmp_path / "again") == step_losses(folder)
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_metrics_stand_equal_in_all_three_places(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    report, evaluated = (json.loads((folder / n).read_text()) for n in ("report.json", "eval.json"))
+    for which in ("base", "tuned"):
+        assert report["metrics"][which] == evaluated[which]["metrics"]
+        assert len(evaluated[which]["samples"]) == 6
+        exact = sum(sample["exact_match"] for sample in evaluated[which]["samples"]) / 6
+        assert report["metrics"][which]["exact_match"] == exact
+    assert report["metrics"]["tuned"]["loss"] < report["metrics"]["base"]["loss"]
+    assert list(report["memory"]["measured"]["phases"]) == [
+        "load",
+        "evaluate base",
+        "train",
+        "evaluate tuned",
+        "save",
+    ]
+
+
+def test_the_adapter_loads_in_plain_peft_with_the_same_loss(finished: tuple[Path, Path]) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from qlora_phi3 import data, evaluate, model, weights
+
+    folder, recipe_path = finished
+    recipe = load_recipe(recipe_path)
+    base = model.load(weights.locate(recipe.model), recipe.model, torch.device("cpu"))
+    tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
+    splits = data.load(recipe.data, AutoTokenizer.from_pretrained(folder / "adapter"))
+    assert splits.eval is not None
+    live = json.loads((folder / "eval.json").read_text())["tuned"]["metrics"]["loss"]
+    assert evaluate.mean_loss(tuned, splits.eval.rows[:6], 4) == live
+    with tuned.disable_adapter():
+        assert evaluate.mean_loss(tuned, splits.eval.rows[:6], 4) != live
+
+
+def test_the_adapter_loads_in_a_stock_4_bit_model(finished: tuple[Path, Path]) -> None:
+    """Without our loader; on a CPU bitsandbytes then repacks weights and rounds a little differently."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from qlora_phi3 import data, evaluate
+
+    folder, recipe_path = finished
+    recipe = load_recipe(recipe_path)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        recipe.model.base, dtype=torch.bfloat16, quantization_config=nf4, device_map="cpu"
+    )
+    tuned = PeftModel.from_pretrained(base, folder / "adapter")
+    splits = data.load(recipe.data, AutoTokenizer.from_pretrained(folder / "adapter"))
+    assert splits.eval is not None
+    metrics = json.loads((folder / "eval.json").read_text())
+    live, untrained = (metrics[which]["metrics"]["loss"] for which in ("tuned", "base"))
+    found = evaluate.mean_loss(tuned, splits.eval.rows[:6], 4)
+    assert abs(found - live) < 0.02 * abs(untrained - live)
+
+
+@pytest.mark.parametrize("geometry", ["untied", "tied"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_other_geometries_run(
+    write_recipe: Callable[..., Path], tmp_path: Path, geometry: str, quantization: str
+) -> None:
+    recipe = write_recipe(geometry=geometry)
+    done = command(
+        "recipe", recipe, f"model.quantization={quantization}", "--out", tmp_path / "out", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["parameters"]["quantized"] > 0) == (quantization == "nf4")
+
+
+def test_without_held_out_rows_nothing_is_evaluated_and_said_so(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe()
+    done = command("recipe", recipe, "data.eval=", "evaluate.metrics=[loss]", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out" / "eval.json").exists()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metrics"] == {}
+    assert any("nothing was evaluated" in note for note in report["notes"])
+
+
+def test_default_folder_is_named_after_recipe_and_time(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("recipe", write_recipe(), "data.eval=", "evaluate.metrics=[loss]", "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert (folder / "report.json").is_file()
+
+
+def test_a_failed_run_exits_1_and_keeps_what_was_measured(
+    write_recipe: Callable[..., Path], checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A base with a weight that is not a number."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints("gqa"), broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    overrides = [f"model.base={broken}", "data.eval=", "evaluate.metrics=[loss]"]
+    done = command("recipe", write_recipe(), *overrides, "--out", tmp_path / "out")
+    assert done.returncode == 1, (done.returncode, done.stderr[-500:])
+    assert "Traceback" not in done.stderr
+    assert "step 1: loss is nan" in done.stderr
+    assert (tmp_path / "out" / "metrics.jsonl").stat().st_size > 0
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_several_processes_are_refused(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_phi3", "recipe", str(write_recipe()), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "WORLD_SIZE": "2"},
+    )
+    assert done.returncode == 2
+    assert "WORLD_SIZE: several processes are not available yet." in done.stderr
+    assert not (tmp_path / "out").exists()

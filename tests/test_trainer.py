@@ -1,0 +1,246 @@
+"""The mapping from recipe to TRL, and the invariants of training: what must not change the losses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from qlora_phi3 import adapters, data, evaluate, model, trainer, weights
+from qlora_phi3.errors import RunError
+from qlora_phi3.meter import Meter
+from qlora_phi3.progress import Display
+from qlora_phi3.recipe import Recipe
+from qlora_phi3.recipe_file import load_recipe
+
+CPU = torch.device("cpu")
+
+
+def ready(recipe: Recipe) -> tuple[Any, model.Base, data.Splits]:
+    checkpoint = weights.locate(recipe.model)
+    base = model.load(checkpoint, recipe.model, CPU)
+    torch.manual_seed(recipe.train.seed)
+    return adapters.attach(base, recipe), base, data.load(recipe.data, base.tokenizer)
+
+
+def quiet() -> Display:
+    return Display(Console(file=io.StringIO()))
+
+
+def run(recipe: Recipe, out: Path, *, before: Callable[..., None] | None = None) -> list[dict[str, Any]]:
+    """Train and give back the lines of metrics.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    tuned, base, splits = ready(recipe)
+    if before is not None:
+        before(tuned, base, splits)
+    meter = Meter("cpu")
+    with meter.phase("train"):
+        trainer.train(tuned, base, splits.train, recipe, out, meter=meter, display=quiet())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture
+def recipe(write_recipe: Callable[..., Path]) -> Callable[..., Recipe]:
+    def make(*overrides: str, geometry: str = "gqa") -> Recipe:
+        return load_recipe(write_recipe(geometry=geometry), overrides)
+
+    return make
+
+
+def test_a_line_has_the_promised_keys_and_true_counts(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = recipe()
+    lines = run(settings, tmp_path / "a")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert set(line) == {
+            "step",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens",
+            "supervised_tokens",
+            "tokens_per_second",
+            "step_seconds",
+            "peak_bytes",
+        }
+        assert 0 < line["supervised_tokens"] < line["tokens"]
+        assert line["peak_bytes"] > 10**8
+    _, _, splits = ready(settings)  # 12 rows in 3 steps of 4: every row once
+    assert sum(line["tokens"] for line in lines) == splits.train.num_tokens
+    assert sum(line["supervised_tokens"] for line in lines) == splits.train.num_supervised
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
+def test_training_learns(
+    recipe: Callable[..., Recipe], tmp_path: Path, quantization: str, optimizer: str
+) -> None:
+    settings = recipe(
+        f"model.quantization={quantization}", f"train.optimizer={optimizer}", "train.max_steps=20"
+    )
+    found = losses(run(settings, tmp_path / "a"))
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+
+
+def test_accumulation_does_not_change_the_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    plain = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
+    whole, halves, ones = (
+        losses(run(recipe(*plain, f"train.micro_batch={n}"), tmp_path / str(n))) for n in (4, 2, 1)
+    )
+    assert halves == pytest.approx(whole, rel=2e-5)
+    assert ones == pytest.approx(whole, rel=2e-5)
+
+
+def test_recomputing_does_not_change_the_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    keep, recompute = (
+        losses(run(recipe(f"train.activations={name}"), tmp_path / name)) for name in ("keep", "recompute")
+    )
+    assert keep == recompute
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    dropout = "adapter.dropout=0.2"
+    one, again, other = (
+        losses(run(recipe(dropout, f"train.seed={seed}"), tmp_path / name))
+        for seed, name in ((1, "a"), (1, "b"), (2, "c"))
+    )
+    assert one == again
+    assert one != other
+
+
+def test_evaluating_before_training_changes_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def look(tuned: Any, base: model.Base, splits: data.Splits) -> None:
+        assert splits.eval is not None
+        settings = recipe().evaluate
+        evaluate.measure(tuned, base.tokenizer, splits.eval, settings, splits.turns.end, batch_rows=2)
+
+    plain = losses(run(recipe("train.max_steps=8"), tmp_path / "a"))
+    looked = losses(run(recipe("train.max_steps=8"), tmp_path / "b", before=look))
+    assert plain == looked
+
+
+def test_step_loss_is_the_token_mean_over_the_whole_effective_batch(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Rows of unequal length: a mean of micro-batch means would differ."""
+    plain = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
+    settings = recipe(*plain, "train.effective_batch=12", "train.max_steps=1", "train.micro_batch=1")
+    (line,) = run(settings, tmp_path / "a")
+    tuned, _, splits = ready(settings)
+    assert line["loss"] == pytest.approx(evaluate.mean_loss(tuned, splits.train.rows, 12), rel=1e-5)
+    means = [evaluate.mean_loss(tuned, [row], 1) for row in splits.train.rows]
+    assert abs(line["loss"] - sum(means) / len(means)) > 1e-3
+
+
+def test_gradients_equal_stock_transformers(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Our loss path against `model(labels=...)` of transformers with PEFT, one step, every adapter."""
+    settings = recipe("model.compute_dtype=float32", "model.quantization=none", "train.micro_batch=4")
+    tuned, base, splits = ready(settings)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    rows = [{"input_ids": r.input_ids, "labels": r.labels} for r in splits.train.rows[:4]]
+    batch = trainer.Collator(base.tokenizer.pad_token_id)(rows)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    stock = torch.autograd.grad(tuned(**batch).loss, trained)
+    meter = Meter("cpu")
+    with meter.phase("x"), quiet().steps("t", 1) as steps:
+        watch = trainer._Watch(settings, meter, steps, io.StringIO(), None)
+        built = trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
+        count = (batch["labels"][:, 1:] != -100).sum()
+        ours = torch.autograd.grad(built.compute_loss(tuned, batch, num_items_in_batch=count), trained)
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dtypes_hold_after_the_trainer_is_built(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = recipe()
+    tuned, base, splits = ready(settings)
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+    with Meter("cpu").phase("x"), quiet().steps("t", 1) as steps:
+        watch = trainer._Watch(settings, Meter("cpu"), steps, io.StringIO(), None)
+        trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def poison(tuned: Any, base: model.Base, splits: data.Splits) -> None:
+        with torch.no_grad():
+            next(p for n, p in tuned.named_parameters() if "lora_B" in n).fill_(float("nan"))
+
+    with pytest.raises(RunError, match=r"step 1: loss is nan"):
+        run(recipe(), tmp_path / "a", before=poison)
+    assert math.isnan(json.loads((tmp_path / "a" / "metrics.jsonl").read_text())["loss"])
+
+
+def test_held_out_losses_are_written_and_change_nothing(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("train.eval_every=2", "train.max_steps=4")
+    out = tmp_path / "a"
+    out.mkdir()
+    tuned, base, splits = ready(settings)
+    meter = Meter("cpu")
+    with meter.phase("train"):
+        trainer.train(
+            tuned,
+            base,
+            splits.train,
+            settings,
+            out,
+            meter=meter,
+            display=quiet(),
+            held_out_loss=lambda: evaluate.mean_loss(tuned, splits.train.rows, 2),
+        )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    trained = [line for line in lines if "loss" in line]
+    plain = run(recipe("train.max_steps=4"), tmp_path / "b")
+    assert losses(trained) == losses(plain)
+    first, second = (line["eval_loss"] for line in lines if "eval_loss" in line)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "steps"),
+    [
+        (["train.max_steps=7"], 12, 7),
+        (["train.max_steps=", "train.epochs=2"], 12, 6),
+        (["train.max_steps=", "train.epochs=1"], 13, 4),
+        (["train.max_steps=", "train.epochs=3"], 2, 3),
+    ],
+)
+def test_num_steps(recipe: Callable[..., Recipe], overrides: list[str], rows: int, steps: int) -> None:
+    assert trainer.num_steps(recipe(*overrides), rows) == steps
+
+
+def test_a_remainder_is_trained_too(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = recipe("train.max_steps=", "train.epochs=2", "train.effective_batch=8", "train.micro_batch=2")
+    lines = run(settings, tmp_path / "a")  # 12 rows: 8 and 4, twice
+    _, _, splits = ready(settings)
+    assert len(lines) == trainer.num_steps(settings, 12) == 4
+    assert sum(line["tokens"] for line in lines) == 2 * splits.train.num_tokens
+
+
+def test_collator_pads_right_and_never_supervises_pad() -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = trainer.Collator(pad_id=9)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
