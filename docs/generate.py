@@ -44,7 +44,12 @@ def hardware() -> str:
 
 def _hardware_row(base: str, quantization: str, lengths: tuple[int, ...]) -> str:
     path = next(p for p in list_recipes() if p.stem == "phi3-mini-chat-8gb")
-    overrides = [f"model.base={base}", f"model.quantization={quantization}", "train.micro_batch=1", "data.eval="]
+    overrides = [
+        f"model.base={base}",
+        f"model.quantization={quantization}",
+        "train.micro_batch=1",
+        "data.eval=",
+    ]
     recipe = load_recipe(path, [*overrides, "evaluate.metrics=[loss]", "data.max_length=2048"])
     peaks = [
         memory.predict(recipe, phi3.VARIANTS[base], micro_batch=1, row_tokens=n).peak_bytes for n in lengths

@@ -163,7 +163,7 @@ def _check_cpu_widths(checkpoint: Checkpoint) -> None:
     # weight were measured at width 96, where 0.15 is NF4's own.
     widths = {checkpoint.geometry.hidden_size, checkpoint.geometry.intermediate_size}
     if any(width % 64 for width in widths):
-        reason = f"hidden or intermediate size is no multiple of 64 ({sorted(widths)}): wrong in NF4 on a CPU."
+        reason = f"a width of {sorted(widths)} is no multiple of 64: NF4 is wrong for it on a CPU."
         raise ModelError(str(checkpoint.folder), reason, "Set model.quantization=none, or use a GPU.")
 
 

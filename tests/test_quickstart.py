@@ -1,0 +1,110 @@
+"""The quickstart on the real pretrained model: what the README promises, checked on a finished run.
+
+QLORA_PHI3_QUICKSTART_RUN names the folder of a run just made (`make quickstart RUN_DIR=...`); without it
+the run is made here, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_phi3 import builtin, data, evaluate, generate, model, trainer, weights
+from qlora_phi3.recipe_file import load_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    given = os.environ.get("QLORA_PHI3_QUICKSTART_RUN")
+    if given:
+        return Path(given)
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    arguments = [sys.executable, "-m", "qlora_phi3", "recipe", "quickstart", "--out", str(out)]
+    subprocess.run(arguments, check=True, timeout=1800)
+    return out
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_before_and_after(folder: Path) -> None:
+    metrics = read(folder, "report.json")["metrics"]
+    assert metrics["base"]["exact_match"] < 0.1
+    assert metrics["tuned"]["exact_match"] >= 0.6
+    assert metrics["tuned"]["json_match"] >= 0.95
+    assert metrics["tuned"]["loss"] < 0.2 * metrics["base"]["loss"]
+
+
+def test_every_tuned_answer_stops_by_itself(folder: Path) -> None:
+    assert all(sample["stopped"] for sample in read(folder, "eval.json")["tuned"]["samples"])
+
+
+def test_plain_peft_gives_the_same_answers(folder: Path) -> None:
+    from peft import PeftModel
+
+    recipe = load_recipe(folder / "recipe.yaml")
+    base = model.load(weights.locate(recipe.model), recipe.model, torch.device("cpu"))
+    tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
+    splits = data.load(recipe.data, base.tokenizer)
+    assert splits.eval is not None
+    found = evaluate.measure(
+        tuned, base.tokenizer, splits.eval, recipe.evaluate, splits.turns.end, batch_rows=8
+    ).to_json()
+    assert found == read(folder, "eval.json")["tuned"]
+
+
+def test_a_stock_bfloat16_base_answers_alike(folder: Path) -> None:
+    """The way most people will load it: no NF4, no loader of ours; most answers stay the same."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(builtin.ensure(), dtype=torch.bfloat16)
+    tuned = PeftModel.from_pretrained(base, folder / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    recipe = load_recipe(folder / "recipe.yaml")
+    splits = data.load(recipe.data, tokenizer)
+    assert splits.eval is not None
+    asked = data.prompts(splits.eval, tokenizer, 8)
+    answers = generate.answer(
+        tuned, tokenizer, [p.input_ids for p in asked], stops=[splits.turns.end], max_new_tokens=96
+    )
+    assert all(
+        evaluate.json_shape(a.text) == evaluate.json_shape(p.expected)
+        for a, p in zip(answers, asked, strict=True)
+    )
+
+
+def test_evaluating_first_does_not_change_what_is_learned(folder: Path, tmp_path: Path) -> None:
+    """The first losses of the run, which evaluated the base before, from a run that evaluates nothing."""
+    out = tmp_path / "again"
+    overrides = ["train.max_steps=2", "data.eval=", "evaluate.metrics=[loss]", "train.scheduler=constant"]
+    arguments = [sys.executable, "-m", "qlora_phi3", "recipe", str(folder / "recipe.yaml"), *overrides]
+    subprocess.run([*arguments, "--out", str(out)], check=True, timeout=600)
+
+    def first_loss(run: Path) -> float:
+        return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+    assert first_loss(out) == first_loss(folder)
+
+
+def test_recipe_trains_every_linear(folder: Path) -> None:
+    trained = read(folder, "report.json")["trained"]
+    assert {row["target"]: row["num_modules"] for row in trained} == {
+        "qkv_proj": 30,
+        "o_proj": 30,
+        "gate_up_proj": 30,
+        "down_proj": 30,
+    }
+    assert trainer.num_steps(load_recipe(folder / "recipe.yaml"), 480) == len(
+        (folder / "metrics.jsonl").read_text().splitlines()
+    )
