@@ -172,7 +172,7 @@ def _run_table(report: RunReport) -> Table:
     table.add_row(
         "tokens (of them trained on)", f"{training['num_tokens']:,} ({training['num_supervised_tokens']:,})"
     )
-    table.add_row("tokens per second", f"{training['tokens_per_second']:.0f}")
+    table.add_row("tokens per second", f"{training['tokens_per_second']:,.0f}")
     parameters = report.parameters
     share = parameters["trainable"] / parameters["total"]
     table.add_row(
