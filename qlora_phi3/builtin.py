@@ -115,6 +115,14 @@ def cache_root() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else user_cache_path("qlora_phi3")
 
 
+def check_name(name: str) -> None:
+    """Raises ModelError, with the nearest name, when there is no built-in model `name`."""
+    if name not in MODELS:
+        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        reason = f"there is no such built-in model; known: {', '.join(MODELS)}."
+        raise ModelError(f"builtin:{name}", reason, f"Use builtin:{nearest}.")
+
+
 def ensure(name: str = "smollm2-135m", *, say: Callable[[str], None] = lambda message: None) -> Path:
     """Folder with the converted model, made at first use and verified cheaply at every later one.
 
@@ -122,10 +130,7 @@ def ensure(name: str = "smollm2-135m", *, say: Callable[[str], None] = lambda me
         ModelError: the name is unknown, no source can be had, or a source has the wrong sha256.
         OutputError: the cache folder cannot be written, or its disk is too full.
     """
-    if name not in MODELS:
-        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
-        reason = f"there is no such built-in model; known: {', '.join(MODELS)}."
-        raise ModelError(f"builtin:{name}", reason, f"Use builtin:{nearest}.")
+    check_name(name)
     folder = cache_root() / "builtin" / name
     if find_damage(folder) is None:
         return folder

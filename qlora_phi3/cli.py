@@ -17,10 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, builtin, memory, phi3, weights
-from .errors import InputError, OutputError, QloraError
+from . import __version__, memory, phi3, weights
+from .errors import InputError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
+from .run_folder import check_folder
 
 app = typer.Typer(
     name="qlora-phi3",
@@ -147,26 +148,8 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
 
     check_files(found.data)
     if out is not None:
-        _check_out(out)
-    kind, _, base = found.model.base.partition(":")
-    if kind == "builtin" and base not in builtin.MODELS:
-        builtin.ensure(base)  # says which there are
+        check_folder(out)
     return weights.known_geometry(found.model)
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a folder that holds anything or cannot be made; whether it can be written, the run tries."""
-    remedy = "Choose another folder with --out."
-    try:
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not there.is_dir():
-            reason = "is a file." if there == out else f"cannot be made: {there} is a file."
-            raise OutputError(str(out), reason, remedy)
-        if there == out and any(out.iterdir()):
-            reason = "holds another run." if (out / "recipe.yaml").exists() else "is not empty."
-            raise OutputError(str(out), reason, remedy)
-    except OSError as error:
-        raise OutputError(str(out), f"cannot be used: {error.strerror}.", remedy) from None
 
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from . import __version__, adapters, data, evaluate, memory, model, report, trainer, weights
-from .errors import FitError, InputError, OutputError
+from . import __version__, adapters, data, evaluate, memory, model, report, run_folder, trainer, weights
+from .errors import FitError, InputError
 from .meter import Meter
 from .progress import Display
 from .recipe import Recipe
@@ -34,21 +31,23 @@ def run(
     """
     display = display or Display()
     _one_process()
-    data.check_files(recipe.data)
-    with run_folder(out or default_folder(recipe)) as folder:
+    conversations = data.read_all(recipe.data)
+    with run_folder.create(out or run_folder.default(recipe)) as folder:
         try:
-            return _run(recipe, folder, display), folder
+            return _run(recipe, conversations, folder, display), folder
         except torch.OutOfMemoryError as error:
             remedy = "Lower train.micro_batch or data.max_length; plan.json has the prediction part by part."
             raise FitError(str(folder), f"out of memory: {weights.first_line(error)}", remedy) from None
 
 
-def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
+def _run(
+    recipe: Recipe, conversations: data.Conversations, folder: Path, display: Display
+) -> report.RunReport:
     device = model.device_for_run()
     meter = Meter(device.type)
 
     checkpoint = weights.locate(recipe.model, display.say)
-    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
+    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder), conversations)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
@@ -138,54 +137,6 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def default_folder(recipe: Recipe) -> Path:
-    """runs/<name>/<UTC time>, new."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return Path("runs") / recipe.name / now.strftime("%Y-%m-%dT%H-%M-%SZ")
-
-
-@contextlib.contextmanager
-def run_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write a run into; removed again when the input turns out unusable.
-
-    Raises:
-        OutputError: it holds something already, or cannot be written to.
-    """
-    check_folder(folder)
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        _remove(folder, created)
-        reason = f"cannot be written to: {error.strerror}."
-        raise OutputError(str(folder), reason, "Choose another folder with --out.") from None
-    try:
-        yield folder
-    except InputError:
-        _remove(folder, created)
-        raise
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything.
-
-    Raises:
-        OutputError: another run, other files, or no folder at all.
-    """
-    remedy = "Choose another folder with --out."
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(str(folder), "is a file.", remedy)
-        if folder.is_dir() and (folder / "recipe.yaml").exists():
-            raise OutputError(str(folder), "holds another run.", remedy)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise OutputError(str(folder), "is not empty.", remedy)
-    except OSError as error:
-        raise OutputError(str(folder), f"cannot be used: {error.strerror}.", remedy) from None
-
-
 def write_inputs(recipe: Recipe, plan: memory.Plan, folder: Path) -> None:
     """The settled recipe and the prediction, before anything is trained."""
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -260,15 +211,3 @@ def _data_json(splits: data.Splits, recipe: Recipe) -> dict[str, Any]:
         samples = min(recipe.evaluate.samples, len(splits.eval.rows))
         found |= {"eval": splits.eval.to_json(), "eval_samples": samples}
     return found
-
-
-def _remove(folder: Path, created: list[Path]) -> None:
-    """Undo `run_folder`: its contents, and the parents that it made."""
-    if folder in created:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        for child in folder.iterdir():
-            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
-    for parent in created[1:]:
-        with contextlib.suppress(OSError):
-            parent.rmdir()

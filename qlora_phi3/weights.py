@@ -87,12 +87,14 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
     """Sizes of a base without downloading anything: a known checkpoint or a local folder, else None.
 
     Raises:
-        ModelError: the folder's config.json is missing or refused.
+        ModelError: the folder's config.json is missing or refused, or no such built-in model.
     """
     if Path(settings.base).is_absolute():
         folder = _local_folder(settings.base)
         _check_files(folder, settings.base)
         return phi3.geometry_from_config(read_config(folder), str(folder / "config.json"))
+    if settings.base.startswith("builtin:"):
+        builtin.check_name(settings.base.removeprefix("builtin:"))
     return phi3.VARIANTS.get(settings.base)
 
 

@@ -5,6 +5,7 @@ Owns what the model sees and what it is trained on. Every row that is left out i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +66,34 @@ class Splits:
     turns: Turns
 
 
-def load(data: Data, tokenizer: Any) -> Splits:
-    """Read and tokenize what the recipe names.
+Conversations = Mapping[str, list[Conversation]]
+"""Rows as read, by split: "train", and "eval" where the recipe has it."""
+
+
+def read_all(data: Data) -> Conversations:
+    """Read and check all rows, before a model is fetched for them.
+
+    Raises:
+        DataError: a source is missing, or rows cannot be read.
+    """
+    check_files(data)
+    found = {"train": read(data.train)}
+    if isinstance(data.eval, Source):
+        found["eval"] = read(data.eval)
+    return found
+
+
+def load(data: Data, tokenizer: Any, conversations: Conversations | None = None) -> Splits:
+    """Tokenize what the recipe names; read it first where `conversations` does not bring it.
 
     Raises:
         DataError: rows that cannot be read, are too long for `overlong: error`, or all dropped.
     """
-    turns = Turns.of(tokenizer)
-    train = _split(data.train, data, tokenizer, turns)
-    held_out = _split(data.eval, data, tokenizer, turns) if isinstance(data.eval, Source) else None
+    turns, rows = Turns.of(tokenizer), conversations or read_all(data)
+    train = _split(rows["train"], data.train.path, data, tokenizer, turns)
+    held_out = None
+    if isinstance(data.eval, Source):
+        held_out = _split(rows["eval"], data.eval.path, data, tokenizer, turns)
     return Splits(train, held_out, turns)
 
 
@@ -88,8 +108,7 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
     return found
 
 
-def _split(source: Source, data: Data, tokenizer: Any, turns: Turns) -> Split:
-    conversations = read(source)
+def _split(conversations: list[Conversation], place: str, data: Data, tokenizer: Any, turns: Turns) -> Split:
     rows: list[TokenRow] = []
     problems: list[Problem] = []
     for conversation in conversations:
@@ -101,10 +120,10 @@ def _split(source: Source, data: Data, tokenizer: Any, turns: Turns) -> Split:
     if data.overlong == "error":
         problems += [_overlong(row, data.max_length) for row, fit in zip(rows, fits, strict=True) if not fit]
     if problems:
-        raise DataError.of(shortened(problems, source.path))
+        raise DataError.of(shortened(problems, place))
     if not any(fits):
         reason = f"all {len(rows)} rows are longer than data.max_length {data.max_length}."
-        raise DataError(source.path, reason, "Raise data.max_length.")
+        raise DataError(place, reason, "Raise data.max_length.")
     kept = [(row, talk) for row, talk, fit in zip(rows, conversations, fits, strict=True) if fit]
     return Split([row for row, _ in kept], [talk for _, talk in kept], len(rows) - len(kept))
 
