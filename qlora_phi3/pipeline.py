@@ -49,10 +49,11 @@ def _run(
     checkpoint = weights.locate(recipe.model, display.say)
     splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder), conversations)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
+    attention = model.attention_for(device, plan.row_tokens + recipe.evaluate.max_new_tokens)
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
-        base = model.load(checkpoint, recipe.model, device)
+        base = model.load(checkpoint, recipe.model, device, attention)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):

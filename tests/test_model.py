@@ -19,6 +19,7 @@ from qlora_phi3.model import (
     DTYPES,
     Base,
     ParameterCounts,
+    attention_for,
     check_dtypes,
     is_packed,
     load,
@@ -469,3 +470,23 @@ def test_packed_weights_in_an_unquantized_base(checkpoints: Any) -> None:
     base = load_base(checkpoints("gqa"), "nf4")
     with pytest.raises(AssertionError, match=r"_proj\.weight is packed"):
         check_dtypes(base.model, compute=torch.bfloat16, quantized=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "expected"),
+    [("cpu", 512, "eager"), ("cpu", 513, "sdpa"), ("cuda", 10, "sdpa"), ("cuda", 4096, "sdpa")],
+)
+def test_attention_for(device: str, tokens: int, expected: str) -> None:
+    assert attention_for(torch.device(device), tokens) == expected
+
+
+def test_both_attentions_give_the_same_logits(checkpoints: Callable[[str], Path]) -> None:
+    settings = Model(base=str(checkpoints("gqa")), quantization="none", compute_dtype="float32")
+    ids = torch.arange(40).reshape(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    logits = []
+    for attention in ("eager", "sdpa"):
+        base = load(locate(settings), settings, torch.device("cpu"), attention)
+        logits.append(base.model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*logits)

@@ -111,7 +111,8 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_loss(finished: tuple[Path
 
     folder, recipe_path = finished
     recipe = load_recipe(recipe_path)
-    base = model.load(weights.locate(recipe.model), recipe.model, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    base = model.load(weights.locate(recipe.model), recipe.model, cpu, model.attention_for(cpu, 128))
     tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
     splits = data.load(recipe.data, AutoTokenizer.from_pretrained(folder / "adapter"))
     assert splits.eval is not None

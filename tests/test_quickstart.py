@@ -53,7 +53,8 @@ def test_plain_peft_gives_the_same_answers(folder: Path) -> None:
     from peft import PeftModel
 
     recipe = load_recipe(folder / "recipe.yaml")
-    base = model.load(weights.locate(recipe.model), recipe.model, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    base = model.load(weights.locate(recipe.model), recipe.model, cpu, model.attention_for(cpu, 256))
     tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
     splits = data.load(recipe.data, base.tokenizer)
     assert splits.eval is not None
