@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import phi3_tokenizer
+from conftest import make_checkpoint, phi3_tokenizer
 
 from qlora_phi3 import generate
 from qlora_phi3.generate import Answer, answer, stop_ids
@@ -22,11 +21,17 @@ PROMPTS = [TOKENIZER.encode(text) for text in ["hello there", "a", "what?", "x" 
 
 
 @pytest.fixture(scope="module")
-def model(checkpoints: Callable[[str], Path]) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With this seed it answers every prompt with several different tokens."""
+    return make_checkpoint(tmp_path_factory.mktemp("talkative") / "base", "untied", seed=6)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
     """In float32, in which padding changes no greedy choice; its random weights never stop by themselves."""
     from transformers import Phi3ForCausalLM
 
-    return Phi3ForCausalLM.from_pretrained(checkpoints("untied"), dtype=torch.float32)
+    return Phi3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +95,10 @@ def test_nothing_is_computed_after_the_last_stop(model: Any, greedy: list[list[i
     assert len(passes) == found.num_tokens == greedy[0].index(greedy[0][at]) + 1
 
 
-def test_the_end_of_turn_stops_and_is_not_shown(
-    checkpoints: Callable[[str], Path], greedy: list[list[int]]
-) -> None:
+def test_the_end_of_turn_stops_and_is_not_shown(folder: Path, greedy: list[list[int]]) -> None:
     from transformers import Phi3ForCausalLM
 
-    model = Phi3ForCausalLM.from_pretrained(checkpoints("untied"), dtype=torch.float32)
+    model = Phi3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = greedy[0]
     at = next(i for i in range(1, NEW) if ids[i] not in ids[:i])
     head = model.lm_head.weight.data

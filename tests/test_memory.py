@@ -421,15 +421,22 @@ def test_evaluation_is_planned_only_with_held_out_rows() -> None:
 
 def test_answers_need_a_cache() -> None:
     keys = {"data__eval": {"path": "eval.jsonl"}, "evaluate__metrics": ["exact_match"]}
-    plan = memory.predict(recipe(**keys, evaluate__max_new_tokens=128), MINI, micro_batch=1)
-    tokens = memory.EVAL_BATCH * (2048 + 128)
-    assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
+    settings = recipe(**keys, evaluate__max_new_tokens=128)
+    for row_tokens, at_once in ((2048, 1), (1024, 3), (256, 10)):
+        plan = memory.predict(settings, MINI, micro_batch=1, row_tokens=row_tokens)
+        tokens = at_once * (row_tokens + 128)
+        assert tokens <= memory.ANSWER_TOKENS < tokens + row_tokens + 128
+        assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
 
 
 def test_fewer_samples_than_a_batch_need_less() -> None:
     keys = {"data__eval": {"path": "eval.jsonl"}, "evaluate__metrics": ["exact_match"]}
     many, one = (
-        memory.predict(recipe(**keys, evaluate__samples=n), MINI, micro_batch=1).peak_bytes for n in (32, 1)
+        phase(
+            memory.predict(recipe(**keys, evaluate__samples=n), MINI, micro_batch=1, row_tokens=256),
+            "evaluate",
+        ).peak_bytes
+        for n in (32, 1)
     )
     assert one < many
 

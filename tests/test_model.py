@@ -128,7 +128,7 @@ def test_logical_parameters(checkpoints: Any, geometry: str, quantization: str) 
 
 def test_a_packed_weight_counts_what_it_stands_for(checkpoints: Any) -> None:
     weight = load_base(checkpoints("gqa")).model.model.layers[0].mlp.gate_up_proj.weight
-    assert (logical_numel(weight), weight.numel()) == (192 * 64, 192 * 64 // 2)
+    assert (logical_numel(weight), weight.numel()) == (256 * 64, 256 * 64 // 2)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -215,8 +215,8 @@ def test_surplus_weight(folder: Path, quantization: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        (DOWN, (64, 95), (64, 96)),
-        (DOWN, (96, 64), (64, 96)),
+        (DOWN, (64, 95), (64, 128)),
+        (DOWN, (128, 64), (64, 128)),
         ("model.norm.weight", (63,), (64,)),
         ("lm_head.weight", (300, 64), (261, 64)),
     ],
