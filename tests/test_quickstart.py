@@ -65,24 +65,29 @@ def test_plain_peft_gives_the_same_answers(folder: Path) -> None:
 
 
 def test_a_stock_bfloat16_base_answers_alike(folder: Path) -> None:
-    """The way most people will load it: no NF4, no loader of ours; most answers stay the same."""
+    """The way most people will load it: no NF4, no loader of ours. Another base than it was trained on,
+    so that an answer may differ, but it is the adapter that makes them JSON."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = AutoModelForCausalLM.from_pretrained(builtin.ensure(), dtype=torch.bfloat16)
     tuned = PeftModel.from_pretrained(base, folder / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    recipe = load_recipe(folder / "recipe.yaml")
-    splits = data.load(recipe.data, tokenizer)
+    splits = data.load(load_recipe(folder / "recipe.yaml").data, tokenizer)
     assert splits.eval is not None
     asked = data.prompts(splits.eval, tokenizer, 8)
-    answers = generate.answer(
-        tuned, tokenizer, [p.input_ids for p in asked], stops=[splits.turns.end], max_new_tokens=96
-    )
-    assert all(
-        evaluate.json_shape(a.text) == evaluate.json_shape(p.expected)
-        for a, p in zip(answers, asked, strict=True)
-    )
+
+    def num_right_shapes() -> int:
+        ids = [prompt.input_ids for prompt in asked]
+        given = generate.answer(tuned, tokenizer, ids, stops=[splits.turns.end], max_new_tokens=48)
+        return sum(
+            evaluate.json_shape(answer.text) == evaluate.json_shape(prompt.expected)
+            for answer, prompt in zip(given, asked, strict=True)
+        )
+
+    assert num_right_shapes() >= 6
+    with tuned.disable_adapter():
+        assert num_right_shapes() == 0
 
 
 def test_evaluating_first_does_not_change_what_is_learned(folder: Path, tmp_path: Path) -> None:
