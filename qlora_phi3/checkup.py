@@ -69,7 +69,7 @@ def check_machine() -> Checkup:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         folders["hub cache"] = Path(HF_HUB_CACHE)
-    except ImportError:  # its version is reported as missing
+    except ImportError:  # no run works without it, but the other checks do
         pass
     found = environment.inspect(VERSIONED, folders)
     return Checkup("this machine", by_grade(found.findings), machine=found.facts)

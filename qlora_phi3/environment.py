@@ -30,9 +30,9 @@ MIN_DISK_BYTES: Final = 10 * 1024**3
 MIN_MEMORY_BYTES: Final = 2 * 1024**3
 """A guess: torch and its company take about half of it before a model is loaded."""
 
-SELF_TEST_LIMITS: Final = {"quantization": 0.16, "matmul": 0.02, "optimizer": 0.02}
-"""Largest errors that pass. NF4's own is 0.15 of a block's largest weight; the others are rounding,
-of bfloat16 and of 8-bit states."""
+SELF_TEST_LIMITS: Final = {"quantization": 0.2, "matmul": 0.02, "optimizer": 0.02}
+"""Largest errors that pass. NF4's own is 0.157 of a block's largest weight with quantized scales, where
+bitsandbytes 0.50 is wrong on a CPU it is 0.8; the others are rounding: 0.002 and 0.0000002 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,6 @@ def check_modules(present: Mapping[str, bool]) -> Environment:
 def _hub_token() -> Environment:
     try:
         from huggingface_hub import get_token
-    except Exception:  # its version is reported beside this
+    except Exception:  # a broken install: whether there is a token is then nobody's question
         return Environment({"hub_token": None}, ())
     return Environment({"hub_token": get_token() is not None}, ())
