@@ -118,8 +118,9 @@ def show(found: Checkup, console: Console) -> None:
             _say(console, "\n".join(_histogram(split)))
     for finding in found.findings:
         _show_finding(finding, console)
-    counts = ", ".join(f"{found.count(grade)} {grade}s" for grade in GRADES)
-    _say(console, f"{found.name}: {counts}")
+    counts = [(found.count(grade), grade) for grade in GRADES]
+    words = ", ".join(f"{count} {grade}{'' if count == 1 else 's'}" for count, grade in counts)
+    _say(console, f"{found.name}: {words}")
 
 
 def _micro_batch(recipe: Recipe, checkpoint: weights.Checkpoint, row_tokens: int) -> int:

@@ -89,7 +89,7 @@ def test_clean_data(answers: dict[str, Answer]) -> None:
         word for word in ("longest row", "padding at micro batch 2", "#") if word not in done.stdout
     ] == []
     assert "  4 more" not in done.stdout
-    assert done.stdout.endswith("tiny: 0 errors, 0 warnings, 1 notes\n")  # answers of one digit are short
+    assert done.stdout.endswith("tiny: 0 errors, 0 warnings, 1 note\n")  # answers of one digit are short
 
 
 def test_clean_data_as_json(answers: dict[str, Answer]) -> None:
@@ -134,7 +134,7 @@ def test_errors_are_all_printed_and_exit_with_2(answers: dict[str, Answer]) -> N
     assert (done.returncode, done.stderr) == (2, "")
     assert "error: special-token: " in done.stdout
     assert "/special.jsonl:1: messages[0]: <|end|>\n  -> Remove it" in done.stdout
-    assert done.stdout.endswith("tiny: 1 errors, 1 warnings, 0 notes\n")
+    assert done.stdout.endswith("tiny: 1 error, 1 warning, 0 notes\n")
     as_json = answers["errors as JSON"]
     assert (as_json.returncode, as_json.stderr) == (2, "")
     assert codes(as_json) == [("error", "special-token", 1), ("warning", "large-batch", 1)]
