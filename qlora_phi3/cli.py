@@ -93,6 +93,38 @@ def recipe(
 
 
 @app.command()
+def doctor(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Recipe whose data to check; none: check this machine.", metavar="NAME|PATH"),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it.", metavar="KEY=VALUE")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Print the first N training rows, token by token.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, or a recipe's rows and tokens. Exit code 2 when a run would go wrong."""
+    if name is None:
+        _check_options(None, ["--samples"] if samples is not None else [], "doctor")
+        found = None
+    else:
+        found = load_recipe(find_recipe(name), overrides or ())
+        _check(found, None)
+    _quiet_machine()
+    from . import checkup
+
+    if found is None:
+        result = checkup.check_machine()
+    else:
+        _quiet()
+        result = checkup.check_recipe(found, samples or 0, lambda text: typer.echo(text, err=True))
+    _print_json(result.to_json()) if as_json else checkup.show(result, Console())
+    if result.count("error"):
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Make report.html anew from what a run folder holds."""
     from .report import rebuild
@@ -111,10 +143,12 @@ def schema(
         _print_json(Recipe.model_json_schema())
 
 
-def _check_options(name: str | None, given: list[str]) -> None:
+def _check_options(name: str | None, given: list[str], command: str = "recipe") -> None:
     """Refuse options that would be passed over in silence."""
     if name is None and given:
-        raise InputError(given[0], "is for one recipe, and none was named.", "Write `recipe NAME` before it.")
+        raise InputError(
+            given[0], "is for one recipe, and none was named.", f"Write `{command} NAME` before it."
+        )
     if len(given) > 1 and given != ["--out", "--dry-run"]:
         raise InputError(" ".join(given), "do not go together.", "Give one of them.")
 
@@ -207,10 +241,9 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
         report.show(done, folder, Console())
 
 
-def _quiet() -> None:
-    """Libraries without telemetry and chatter; what matters of it is said by the run itself."""
+def _quiet_machine() -> None:
+    """What has to be set before torch and the hub's library are imported."""
     import logging
-    import warnings
 
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
     # Threads that spin while they wait make a step ten times slower when another program is busy.
@@ -218,6 +251,13 @@ def _quiet() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers would spread over all of them
     # bitsandbytes advises to install `kernels`, which would let a checkpoint run code (CVE-2026-4372)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _quiet() -> None:
+    """Libraries without telemetry and chatter; what matters of it is said by the run itself."""
+    import warnings
+
+    _quiet_machine()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # is a note
     import datasets

@@ -33,6 +33,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "dry run of an unknown base": ("recipe", "quickstart", "--dry-run", "model.base=someone/phi3"),
     "show": ("recipe", "quickstart", "--show"),
     "show as JSON": ("recipe", "quickstart", "--show", "--json"),
+    "help of the doctor": ("doctor", "--help"),
     "schema": ("schema",),
     "schema as Markdown": ("schema", "--markdown"),
 }
@@ -136,7 +137,9 @@ def test_version() -> None:
 def test_help_names_every_command_and_where_to_begin() -> None:
     text = output("--help")
     assert "recipe quickstart" in text
-    assert [word for word in ("recipe", "report", "schema", "--version") if f"\n  {word} " not in text] == []
+    assert [
+        word for word in ("recipe", "doctor", "report", "schema", "--version") if f"\n  {word} " not in text
+    ] == []
 
 
 def test_the_list_has_every_recipe_uncut() -> None:

@@ -1,0 +1,207 @@
+"""What `doctor` does: check this machine, or the rows and tokens of a recipe, before a run spends hours.
+
+Owns the order of the checks and how they are shown. Changes nothing and trains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import builtin, environment, memory, weights
+from .findings import GRADES, SHOWN_PLACES, Finding
+from .recipe import Recipe
+from .report import VERSIONED
+
+if TYPE_CHECKING:
+    from .data.figures import Piece, Summary
+
+TRAINED_STYLES: Final = ("black on green", "black on bright_green")
+OTHER_STYLES: Final = ("default", "reverse dim")
+"""Two of each by turns, so that every token is seen."""
+
+BAR_WIDTH: Final = 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training row, token by token."""
+
+    place: str
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """All that was found, of the machine or of a recipe's data."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    machine: dict[str, Any] | None = None
+    splits: Mapping[str, Summary] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+
+    def count(self, grade: str) -> int:
+        return sum(finding.grade == grade for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "machine": self.machine,
+            "splits": {name: split.to_json() for name, split in self.splits.items()},
+            "findings": [finding.to_json() for finding in self.findings],
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def check_machine() -> Checkup:
+    """This machine: versions, device, bitsandbytes, memory, disk."""
+    folders = {"our cache": builtin.cache_root(), "working folder": Path.cwd()}
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folders["hub cache"] = Path(HF_HUB_CACHE)
+    except ImportError:  # no run works without it, but the other checks do
+        pass
+    found = environment.inspect(VERSIONED, folders)
+    return Checkup("this machine", by_grade(found.findings), machine=found.facts)
+
+
+def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -> Checkup:
+    """The recipe's rows with the base's own tokenizer, as a run would tokenize them.
+
+    Raises:
+        DataError: rows that cannot be read.
+        ModelError: the base or its tokenizer cannot be used.
+    """
+    from . import data, model
+    from .data import doctor, figures
+
+    conversations = data.read_all(recipe.data)
+    checkpoint = weights.locate(recipe.model, say)
+    tokenizer = model.load_tokenizer(checkpoint.folder)
+    rows, findings = doctor.examine_all(conversations, recipe, tokenizer)
+    lengths = [len(row.input_ids) for found in rows.values() for row in found]
+    longest = max((length for length in lengths if length <= recipe.data.max_length), default=1)
+    settings = (recipe.data.max_length, _micro_batch(recipe, checkpoint, longest), recipe.train.seed)
+    return Checkup(
+        recipe.name,
+        by_grade(findings),
+        splits={name: figures.summarize(found, *settings) for name, found in rows.items()},
+        samples=tuple(Sample(r.place, figures.pieces(r, tokenizer)) for r in rows["train"][:num_samples]),
+    )
+
+
+def by_grade(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """The gravest first."""
+    return tuple(sorted(findings, key=lambda finding: GRADES.index(finding.grade)))
+
+
+def show(found: Checkup, console: Console) -> None:
+    """Samples, figures, findings, and a last line that says how it stands."""
+    for sample in found.samples:
+        _show_sample(sample, console)
+    if found.machine is not None:
+        console.print(_machine_table(found.machine))
+    if found.splits:
+        console.print(_splits_table(found.splits))
+        for name, split in found.splits.items():
+            _say(console, f"{name}: rows by length in tokens")
+            _say(console, "\n".join(_histogram(split)))
+    for finding in found.findings:
+        _show_finding(finding, console)
+    counts = [(found.count(grade), grade) for grade in GRADES]
+    words = ", ".join(f"{count} {grade}{'' if count == 1 else 's'}" for count, grade in counts)
+    _say(console, f"{found.name}: {words}")
+
+
+def _micro_batch(recipe: Recipe, checkpoint: weights.Checkpoint, row_tokens: int) -> int:
+    """What a run would choose here and now."""
+    if isinstance(recipe.train.micro_batch, int):
+        return recipe.train.micro_batch
+    from . import model, pipeline
+
+    device = model.device_for_run()
+    usable = memory.usable_bytes(pipeline.free_bytes(device))
+    kind = pipeline.device_kind(device)
+    return memory.choose_micro_batch(recipe, checkpoint.geometry, usable, row_tokens=row_tokens, device=kind)
+
+
+def _say(console: Console, text: str | Text) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_finding(finding: Finding, console: Console) -> None:
+    _say(console, f"{finding.grade}: {finding.code}: {finding.what}")
+    for place in finding.places[:SHOWN_PLACES]:
+        _say(console, f"  {place}")
+    if len(finding.places) > SHOWN_PLACES:
+        _say(console, f"  and {len(finding.places) - SHOWN_PLACES} more, {len(finding.places)} in all")
+    _say(console, f"  -> {finding.fix}")
+
+
+def _show_sample(sample: Sample, console: Console) -> None:
+    from .data.figures import bracketed
+
+    trained = sum(piece.trained for piece in sample.pieces)
+    _say(console, f"{sample.place}: {len(sample.pieces)} tokens, {trained} trained on")
+    plain = console.no_color or not console.is_terminal
+    _say(console, bracketed(sample.pieces) if plain else _coloured(sample.pieces))
+    _say(console, "")
+
+
+def _coloured(pieces: Sequence[Piece]) -> Text:
+    """Trained tokens on green, by turns lighter, the others plain and reversed."""
+    styles = {True: TRAINED_STYLES, False: OTHER_STYLES}
+    return Text.assemble(*((piece.text, styles[piece.trained][i % 2]) for i, piece in enumerate(pieces)))
+
+
+def _machine_table(facts: Mapping[str, Any]) -> Table:
+    table = Table("what", "found", show_header=False, box=box.SIMPLE)
+    for name, value in facts.items():
+        table.add_row(name.removesuffix("_bytes").replace("_", " "), Text(_format_fact(name, value)))
+    return table
+
+
+def _format_fact(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = (f"{key} {_format_fact(name, one)}" for key, one in value.items())
+        return "\n".join(parts)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return memory.format_bytes(value) if name.endswith("_bytes") else str(value)
+
+
+def _splits_table(splits: Mapping[str, Summary]) -> Table:
+    table = Table("", *splits, box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    found = list(splits.values())
+    rows: dict[str, list[str]] = {
+        "rows": [f"{split.rows:,}" for split in found],
+        "tokens": [f"{split.tokens:,}" for split in found],
+        "trained on": [f"{split.supervised_tokens:,} ({split.supervised_share:.1%})" for split in found],
+        "longest row": [f"{split.longest_row_tokens:,}" for split in found],
+        "over data.max_length": [f"{split.over_max_length_share:.1%}" for split in found],
+        f"padding at micro batch {found[0].micro_batch}": [f"{split.padding_share:.1%}" for split in found],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _histogram(split: Summary) -> list[str]:
+    most = max((one.rows for one in split.histogram), default=0)
+    width = len(str(split.histogram[-1].last)) if split.histogram else 0
+    bars = [(one, "#" * math.ceil(BAR_WIDTH * one.rows / most)) for one in split.histogram]
+    return [f"  {one.first:>{width}}-{one.last:<{width}} {bar} {one.rows}" for one, bar in bars]

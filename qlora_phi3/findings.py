@@ -1,0 +1,37 @@
+"""What a check found out: how grave it is, what it means, where, and the way to mend it.
+
+Owns the shape of a finding. Knows nothing of what is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+Grade = Literal["error", "warning", "note"]
+GRADES: Final[tuple[Grade, ...]] = ("error", "warning", "note")
+"""error: a run refuses it or would train something wrong; warning: the result is doubtful; note: to know."""
+
+SHOWN_PLACES: Final = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found; `what` says in one sentence what it means."""
+
+    grade: Grade
+    code: str
+    what: str
+    places: tuple[str, ...]
+    fix: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a program reads it: the first places, and how many there are."""
+        return {
+            "grade": self.grade,
+            "code": self.code,
+            "what": self.what,
+            "places": list(self.places[:SHOWN_PLACES]),
+            "num_places": len(self.places),
+            "fix": self.fix,
+        }

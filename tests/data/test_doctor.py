@@ -1,0 +1,322 @@
+"""Each finding on a data set that has it and on one that nearly has it; figures and pieces by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from conftest import PHI3_TEMPLATE, phi3_tokenizer
+
+from qlora_phi3.data import figures
+from qlora_phi3.data.doctor import MEANINGS, examine, examine_all
+from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
+from qlora_phi3.data.read import Conversation, Message
+from qlora_phi3.data.tokens import IGNORE, TokenRow, Turns, tokenize
+from qlora_phi3.findings import Finding
+from qlora_phi3.recipe import Recipe
+
+PHI3 = phi3_tokenizer()
+TURNS = Turns.of(PHI3)
+EOS, ASSISTANT, SYSTEM, END, USER = 256, 257, 258, 259, 260
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+Talk = tuple[str, ...]
+GOOD: Talk = ("user: hello", "assistant: good day")
+"""5 + 8 characters, 2 x 2 tokens of roles and ends, eos: 18 tokens, 9 of them trained on."""
+
+
+def talks(rows: Sequence[Talk], file: str = "t") -> list[Conversation]:
+    """`("user: hi", "assistant: yo")` ... as the rows of a file."""
+    return [
+        Conversation(tuple(Message(*message.split(": ", 1)) for message in row), f"{file}:{number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def tokenizer_with(template: str, **special: str) -> Any:
+    tokenizer = phi3_tokenizer()
+    tokenizer.chat_template = template
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def diagnose(
+    train: Sequence[Talk], held_out: Sequence[Talk] = (), tokenizer: Any = PHI3, **settings: Any
+) -> list[Finding]:
+    batch = settings.pop("effective_batch", 1)
+    recipe = Recipe.model_validate(
+        {
+            "version": 1,
+            "name": "t",
+            "data": {"train": {"path": "t.jsonl"}, **settings},
+            "train": {"effective_batch": batch},
+        }
+    )
+    splits = {"train": talks(train)} | ({"eval": talks(held_out, "e")} if held_out else {})
+    return examine_all(splits, recipe, tokenizer)[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows with one finding at `places`; rows that nearly have it."""
+
+    bad: Sequence[Talk]
+    places: tuple[str, ...]
+    near: Sequence[Talk]
+    tokenizer: Any = PHI3
+    bad_settings: dict[str, Any] = field(default_factory=dict)
+    near_settings: dict[str, Any] = field(default_factory=dict)
+    held_out: Sequence[Talk] = ()
+
+
+def garbled(bad: str, shown: str, near: str) -> Case:
+    return Case(
+        [("user: hello", f"assistant: {bad}")],
+        (f"t:1: messages[1]: {shown!r}",),
+        [("user: hello", f"assistant: {near}")],
+    )
+
+
+LONG: Talk = ("user: hello!", "assistant: good day")
+CASES: dict[str, Case] = {
+    "special-token": Case(
+        [GOOD, ("user: print <|end|>, <|end|>", "assistant: well <|user|>")],
+        ("t:2: messages[0]: <|end|>", "t:2: messages[1]: <|user|>"),
+        [("user: print <|end>, <end>, |end|", "assistant: well <user>")],
+    ),
+    "refused": Case(
+        [GOOD, ("system: be good", *GOOD)],
+        ("t:2: the model's chat template refuses it: no system.",),
+        [("user: system", "assistant: good day")],
+        tokenizer=tokenizer_with(NO_SYSTEM + PHI3_TEMPLATE),
+    ),
+    "double-bos": Case(
+        [GOOD],
+        ("t:1",),
+        [],
+        tokenizer=tokenizer_with("{{ bos_token * 2 }}" + PHI3_TEMPLATE, bos_token="<|system|>"),
+    ),
+    "double-eos": Case(
+        [GOOD], ("t:1",), [], tokenizer=tokenizer_with(PHI3_TEMPLATE.replace("eos_token", "eos_token * 2"))
+    ),
+    "turn-order: user": Case(
+        [("user: hello", "user: again", "assistant: good day")],
+        ("t:1: messages[1]: user after user",),
+        [("system: hello", "user: again", "assistant: good day", "user: hello", "assistant: yes")],
+    ),
+    "turn-order: assistant": Case(
+        [("user: hello", "assistant: good", "assistant: day")],
+        ("t:1: messages[2]: assistant after assistant",),
+        [("user: hello", "assistant: good", "user: hello", "assistant: good")],
+    ),
+    "garbled: letter": garbled("cafÃ©", "Ã©", "café, São, SÃO PAULO, Ã©".replace("Ã©", "crêpes")),
+    "garbled: capital": garbled("FRANÃ‡AIS", "Ã‡", "FRANÇAIS"),
+    "garbled: à before a space": garbled("lÃ\xa0bas", "Ã\xa0", "là\xa0bas, “AMANHÃ”, AMANHÃ\xa0"),
+    "garbled: sign": garbled("Â©", "Â©", "©, Âge, Â"),
+    "garbled: apostrophe": garbled("itâ€™s", "â€™", "it’s 5 â €, pâté"),
+    "garbled: replacement": garbled("caf\ufffd", "\ufffd", "caf?"),
+    "duplicate": Case(
+        [GOOD, LONG, GOOD, GOOD],
+        ("t:3 (as t:1)", "t:4 (as t:1)"),
+        [GOOD, ("user: Hello", GOOD[1]), (GOOD[0], "assistant: another")],
+    ),
+    "overlap": Case(
+        [LONG, ("user: good  DAY ", "assistant: one")],
+        ("e:2 (as t:2)",),
+        [LONG, ("user: good-day", "assistant: one")],
+        held_out=[("user: what else", "assistant: one"), ("system: x", "user: Good day", "assistant: two")],
+    ),
+    "short-answer": Case(
+        [("user: hello", "assistant: ok", "user: hello", "assistant: 1")],
+        ("t:1: messages[3]",),
+        [("user: h", "assistant: ok")],
+    ),
+    "overlong": Case(
+        [GOOD, LONG],
+        ("t:2",),
+        [GOOD, LONG],
+        bad_settings={"max_length": 18},
+        near_settings={"max_length": 19},
+    ),
+    "overlong: all": Case(
+        [GOOD, LONG],
+        ("data.train",),
+        [GOOD],
+        bad_settings={"max_length": 17},
+        near_settings={"max_length": 18},
+    ),
+    "large-batch": Case(
+        [GOOD, LONG],
+        ("data.train",),
+        [GOOD, LONG],
+        bad_settings={"effective_batch": 3},
+        near_settings={"effective_batch": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_finding_and_nothing_else(name: str) -> None:
+    case = CASES[name]
+    (found,) = diagnose(case.bad, case.held_out, case.tokenizer, **case.bad_settings)
+    assert (found.code, found.places) == (name.split(":")[0], case.places)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.near])
+def test_what_nearly_is_one(name: str) -> None:
+    case = CASES[name]
+    assert diagnose(case.near, case.held_out, case.tokenizer, **case.near_settings) == []
+
+
+@pytest.mark.parametrize("template", [PHI3_TEMPLATE, "{{ bos_token }}" + PHI3_TEMPLATE])
+def test_one_bos_and_one_eos_are_right(template: str) -> None:
+    assert diagnose([GOOD], tokenizer=tokenizer_with(template, bos_token="<|system|>")) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "codes"),
+    [
+        ([IGNORE, 5, END, IGNORE], []),
+        ([IGNORE, IGNORE, IGNORE, IGNORE], ["all-masked"]),
+        ([IGNORE, 5, 6, IGNORE], ["no-stop"]),
+        ([IGNORE, 5, END, 6], ["no-stop"]),
+        ([5, 6, IGNORE, END], ["no-stop"]),
+        ([5, END, IGNORE, END], []),
+    ],
+)
+def test_rows_that_teach_nothing_or_not_to_stop(labels: list[int], codes: list[str]) -> None:
+    row = TokenRow([USER, 5, END, EOS], labels, "t:1")
+    found = examine([(Conversation((), "t:1"), row)], PHI3, TURNS)
+    assert [(one.code, one.places) for one in found] == [(code, ("t:1",)) for code in codes]
+
+
+@pytest.mark.parametrize(("overlong", "grade"), [("drop", "note"), ("error", "error")])
+def test_long_rows_are_as_grave_as_the_recipe_says(overlong: str, grade: str) -> None:
+    (found,) = diagnose([GOOD, LONG], max_length=18, overlong=overlong)
+    assert found.grade == grade
+    assert "data.max_length 18" in found.what and f"is {overlong}" in found.what
+
+
+def test_rows_that_are_dropped_fill_no_batch() -> None:
+    found = diagnose([GOOD, LONG], max_length=18, effective_batch=2)
+    assert [one.code for one in found] == ["overlong", "large-batch"]
+    assert "more than all rows (1)" in found[1].what and "to 1 or less" in found[1].fix
+
+
+def test_errors_are_what_a_run_refuses_or_trains_wrong() -> None:
+    errors = {code for code, (grade, _, _) in MEANINGS.items() if grade == "error"}
+    assert errors == {"special-token", "refused", "all-masked", "no-stop"}
+
+
+def test_a_program_reads_the_first_places_and_their_number() -> None:
+    (found,) = diagnose([GOOD] * 8)
+    content = found.to_json()
+    assert content["places"] == [f"t:{i} (as t:1)" for i in range(2, 7)]
+    assert (content["num_places"], content["grade"], content["code"]) == (7, "warning", "duplicate")
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bins"),
+    [
+        ([], []),
+        ([7], [Bin(7, 7, 1)]),
+        ([3, 5, 5], [Bin(3, 3, 1), Bin(4, 4, 0), Bin(5, 5, 2)]),
+        ([10, 19], [Bin(i, i, int(i in (10, 19))) for i in range(10, 20)]),
+        ([9, 19], [Bin(8, 9, 1), *(Bin(i, i + 1, 0) for i in (10, 12, 14, 16)), Bin(18, 19, 1)]),
+        (
+            [130, 2048],
+            [Bin(0, 499, 1), Bin(500, 999, 0), Bin(1000, 1499, 0), Bin(1500, 1999, 0), Bin(2000, 2499, 1)],
+        ),
+    ],
+)
+def test_the_histogram_by_hand(lengths: list[int], bins: list[Bin]) -> None:
+    assert histogram(lengths) == tuple(bins)
+    assert len(bins) <= figures.MAX_BINS
+
+
+@pytest.mark.parametrize(
+    ("lengths", "micro_batch", "share"),
+    [([], 2, 0.0), ([4, 4], 2, 0.0), ([3, 5, 2], 1, 0.0), ([3, 5, 2], 2, 2 / 12), ([3, 5, 2], 8, 5 / 15)],
+)
+def test_the_padding_by_hand(lengths: list[int], micro_batch: int, share: float) -> None:
+    assert padding_share(lengths, micro_batch) == pytest.approx(share)
+
+
+def row_of(length: int, supervised: int) -> TokenRow:
+    return TokenRow([5] * length, [5] * supervised + [IGNORE] * (length - supervised), "t:1")
+
+
+def test_the_summary_by_hand() -> None:
+    rows = [row_of(4, 1), row_of(6, 3), row_of(10, 1)]
+    found = summarize(rows, max_length=6, micro_batch=2, seed=0)
+    assert (found.rows, found.tokens, found.supervised_tokens, found.longest_row_tokens) == (3, 20, 5, 10)
+    assert found.supervised_share == pytest.approx(0.25)
+    assert found.over_max_length_share == pytest.approx(1 / 3)
+    assert found.padding_share == pytest.approx(2 / 12)  # the row of 10 is not trained on
+    assert sum(one.rows for one in found.histogram) == 3
+
+
+def test_the_summary_of_nothing() -> None:
+    found = summarize([], max_length=6, micro_batch=2, seed=0)
+    assert (found.rows, found.supervised_share, found.over_max_length_share, found.histogram) == (0, 0, 0, ())
+
+
+# Token by token
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (
+            ("user: say é", "assistant: é!"),
+            "<|user|>say é<|end|><|assistant|>[é!<|end|>]<|endoftext|>",
+        ),
+        (
+            ("system: s", "user: a\nb", "assistant: 🙂", "user: c", "assistant: d . e"),
+            "<|system|>s<|end|><|user|>a\nb<|end|><|assistant|>[🙂<|end|>]"
+            "<|user|>c<|end|><|assistant|>[d . e<|end|>]<|endoftext|>",
+        ),
+    ],
+)
+def test_brackets_stand_around_what_is_trained_on(row: Talk, text: str) -> None:
+    (talk,) = talks([row])
+    tokens = tokenize(talk, PHI3, TURNS)
+    found = pieces(tokens, PHI3)
+    assert bracketed(found) == text
+    assert [piece.token for piece in found] == tokens.input_ids
+    assert [piece.trained for piece in found] == [label != IGNORE for label in tokens.labels]
+
+
+def test_half_a_character_is_shown_with_its_last_byte() -> None:
+    (talk,) = talks([("user: é", "assistant: ok")])
+    found = pieces(tokenize(talk, PHI3, TURNS), PHI3)
+    assert [piece.text for piece in found[:4]] == ["<|user|>", "", "é", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"), [([1, 1], "[ab]"), ([1, 0], "[a]b"), ([0, 1], "a[b]"), ([0, 0], "ab")]
+)
+def test_brackets_at_the_edges(labels: list[int], text: str) -> None:
+    found = [Piece(i, "ab"[i], bool(label)) for i, label in enumerate(labels)]
+    assert bracketed(found) == text
+
+
+def test_a_leading_space_is_kept() -> None:
+    """As in Phi-3's own tokenizer, whose decoder strips the first space of what it is given."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"▁hi": 0, "▁yo": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "yo"
+    found = pieces(TokenRow([0, 1, 1], [IGNORE, 1, 1], "t:1"), tokenizer)
+    assert [piece.text for piece in found] == ["hi", " yo", " yo"]
