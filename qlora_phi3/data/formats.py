@@ -89,7 +89,7 @@ def detect(row: Any, place: str) -> str:
     for name, keys in LATER.items():
         if isinstance(row, dict) and keys <= set(row):
             raise DataError(place, f"has format {name}, which is not available yet.", _REMEDY)
-    raise DataError(place, f"has no format that is known (found {_found(row)}).", _REMEDY + _hint(row))
+    raise DataError(place, f"has no format that is known (found {_found(row)}).", _hint(row) or _REMEDY)
 
 
 def convert(row: Any, name: str, place: str) -> Conversation:
@@ -102,7 +102,12 @@ def convert(row: Any, name: str, place: str) -> Conversation:
     missing = format_.missing(row)
     if missing:
         reason = f"has no {' and no '.join(missing)} (found {_found(row)})."
-        raise DataError(place, reason, f"Write {format_.shape}." + _hint(row))
+        write = (
+            "Write"
+            if all(other.missing(row) for other in FORMATS.values())
+            else "All rows need one format: write"
+        )
+        raise DataError(place, reason, _hint(row) or f"{write} {format_.shape}.")
     for key in (*REFUSED, *format_.refused):
         if _says_something(row.get(key)):
             remedy = "Remove it, if the row means the same without it."
@@ -246,7 +251,7 @@ def _found(row: Any) -> str:
 def _hint(row: Any) -> str:
     """A way on for the commonest reason that a table's keys are not found."""
     if isinstance(row, dict) and len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
-        return " Separate columns with commas."
+        return "Separate columns with commas."
     return ""
 
 

@@ -138,8 +138,11 @@ def test_unknown_format(row: Any, reason: str) -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_another_delimiter_is_guessed(mark: str) -> None:
-    with pytest.raises(DataError, match="Separate columns with commas"):
-        detect({f"instruction{mark}output": "hi"}, "f:1")
+    row = {f"instruction{mark}output": "hi"}
+    with pytest.raises(DataError) as caught:
+        detect(row, "f:1")
+    assert caught.value.problems[0].remedy == "Separate columns with commas."
+    assert refusal(row, "alpaca")[2] == "Separate columns with commas."
 
 
 def test_a_row_of_two_formats_needs_a_name() -> None:
@@ -163,7 +166,7 @@ def test_a_row_unlike_the_first(tmp_path: Path, name: str, other: str) -> None:
     assert problem.place == f"{path}:2"
     assert problem.reason.startswith("has no `")
     assert all(repr(key) in problem.reason for key in ROWS[other])
-    assert FORMATS[name].shape in problem.remedy
+    assert problem.remedy == f"All rows need one format: write {FORMATS[name].shape}."
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -169,7 +169,7 @@ BAD_ROWS = [
         '{"prompt": "", "completion": ""}',
         "",
         "has no `messages` (found keys 'prompt', 'completion').",
-        SHAPE,
+        f"All rows need one format: write{SHAPE.removeprefix('Write')}",
         id="another format",
     ),
     pytest.param('{"messages": []}', "", "messages is not a list with messages.", FILL, id="empty messages"),
