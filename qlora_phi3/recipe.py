@@ -160,10 +160,13 @@ class Adapter(_Part):
 class Source(_Part):
     """Where conversations come from."""
 
-    path: str = Field(min_length=1, description="a JSONL file; relative to the recipe's folder")
+    path: str = Field(
+        min_length=1,
+        description="a JSONL, JSON, CSV or Parquet file or a folder of them; relative to the recipe's folder",
+    )
     format: Annotated[
         Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
-        Today(("auto", "messages")),
+        Today(("auto", "messages", "sharegpt", "alpaca", "prompt-completion")),
     ] = Field(default="auto", description="layout of a row; auto looks at the keys of the first")
     split: Annotated[str, Today(("train",))] = Field(default="train", description="split of a hub data set")
     limit: int | None = Field(default=None, ge=1, description="use the first N rows only")

@@ -236,6 +236,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str],
     (place / "bad.jsonl").write_text("\n".join(rows))
     (place / "many.jsonl").write_text("\n".join(["{"] * (MAX_PROBLEMS + 5)))
     (place / "empty.jsonl").write_text("\n")
+    (place / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (place / "semicolons.csv").write_text("instruction;output\na;b\n")
     return place
 
 
@@ -394,6 +396,14 @@ LATE = {
     ),
     "malformed held-out rows": Refused(
         ["tiny.yaml", "data.eval={path: bad.jsonl}"], ["/bad.jsonl:2: ", "/bad.jsonl:4: "], lines=3
+    ),
+    "a Parquet file cut off": Refused(
+        ["tiny.yaml", "data.train.path=cut.parquet"],
+        ["/cut.parquet: not a whole Parquet file: ", "Write or download the file again."],
+    ),
+    "a CSV with semicolons": Refused(
+        ["tiny.yaml", "data.train.path=semicolons.csv"],
+        ["/semicolons.csv:2: has no format that is known", "Separate columns with commas."],
     ),
     "no rows": Refused(["tiny.yaml", "data.train.path=empty.jsonl"], ["/empty.jsonl: holds no rows."]),
     "rows too long": Refused(

@@ -18,6 +18,7 @@ from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe import ARMS, GENERATION_METRICS, METRICS, TARGETS, Recipe, cross_problems
 from qlora_phi3.recipe_file import load_recipe
 
+FORMATS = ["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
 BASE = {
     "version": "1",
     "name": "phi",
@@ -56,12 +57,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "adapter.split_fused": {"false": False},
     "data.train.path": {"/data/train.jsonl": "/data/train.jsonl", "/no": "/no", "'/a b: #c'": "/a b: #c"},
-    "data.train.format": {"auto": "auto", "messages": "messages"},
+    "data.train.format": {name: name for name in FORMATS},
     "data.train.split": {"train": "train"},
     "data.train.limit": {"null": None, "1": 1, "1000": 1000},
     "data.eval": {"null": None, "{path: /e, format: messages}": Any},
     "data.eval.path": {"/data/eval.jsonl": "/data/eval.jsonl"},
-    "data.eval.format": {"auto": "auto", "messages": "messages"},
+    "data.eval.format": {name: name for name in FORMATS},
     "data.eval.split": {"train": "train"},
     "data.eval.limit": {"null": None, "7": 7},
     "data.eval.fraction": {},
@@ -208,7 +209,10 @@ REFUSED: dict[str, dict[str, str]] = {
     "data": {"3": KEYS, "null": KEYS, "[a.jsonl]": KEYS, "a.jsonl": KEYS},
     "data.train": {"a.jsonl": KEYS, "null": KEYS, "[a.jsonl]": KEYS},
     "data.train.path": NO_PATH,
-    "data.train.format": {**NO_CHOICE, "mesages": "Did you mean 'messages'? Allowed: auto, messages."},
+    "data.train.format": {
+        **NO_CHOICE,
+        "mesages": "Did you mean 'messages'? Allowed: auto, messages, sharegpt, alpaca, prompt-completion.",
+    },
     "data.train.split": NOT_TEXT,
     "data.train.limit": COUNT_OR_NULL,
     "data.eval": {"a.jsonl": KEYS, "[a.jsonl]": KEYS, "3": KEYS},
@@ -285,9 +289,9 @@ REFUSED_ITEMS = {
 LATER: dict[str, list[str]] = {
     "adapter.method": ["rslora", "dora", "pissa", "olora", "loftq"],
     "adapter.split_fused": ["true"],
-    "data.train.format": ["sharegpt", "alpaca", "prompt-completion", "text", "preference"],
+    "data.train.format": ["text", "preference"],
     "data.train.split": ["test", "''"],
-    "data.eval.format": ["sharegpt", "alpaca", "prompt-completion", "text", "preference"],
+    "data.eval.format": ["text", "preference"],
     "data.eval.split": ["test"],
     "data.eval.fraction": ["0.05"],
     "data.overlong": ["truncate", "split"],

@@ -56,6 +56,7 @@ def refusals(path: Path, *overrides: str) -> list[str]:
 
 MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype"
 ADAPTER_KEYS = "method, rank, alpha, dropout, targets, split_fused"
+PATH_HELP = "a JSONL, JSON, CSV or Parquet file or a folder of them; relative to the recipe's folder"
 SOURCE_KEYS = "path, format, split, limit"
 NEEDS_SOURCE = f"needs keys of its own. They are {SOURCE_KEYS}."
 TOP_KEYS = "version, name, description, model, adapter, data, train, memory, evaluate, export, track"
@@ -118,7 +119,7 @@ def test_a_message_says_place_found_value_and_what_is_needed(write: Any, line: s
         ("data: {}", ["3: data.train: is missing: training rows. Add it."]),
         (
             "data:\n  train:\n    limit: 3",
-            ["4: data.train.path: is missing: a JSONL file; relative to the recipe's folder. Add it."],
+            [f"4: data.train.path: is missing: {PATH_HELP}. Add it."],
         ),
         (
             "data:\n  train: {path: x}\n  eval: y.jsonl",
@@ -340,7 +341,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
         ("data={}", "data.train: is missing: training rows. Add it."),
         (
             "data.eval.limit=1",
-            "data.eval.path: is missing: a JSONL file; relative to the recipe's folder. Add it.",
+            f"data.eval.path: is missing: {PATH_HELP}. Add it.",
         ),
         (
             "evaluate.metrics=[los]",

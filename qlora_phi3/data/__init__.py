@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import DataError, Problem
 from ..recipe import Data, Source
-from .read import Conversation, check_files, read, shortened
+from .formats import Conversation
+from .read import check_files, read, shortened
 from .tokens import TokenRow, Turns, prompt_ids, tokenize
 
 __all__ = ["Conversation", "Prompt", "Split", "Splits", "TokenRow", "check_files", "load"]

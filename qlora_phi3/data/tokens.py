@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import DataError, ModelError
-from .read import Conversation
+from .formats import Conversation
 
 IGNORE: Final = -100
 """Label of a token that is not trained on."""

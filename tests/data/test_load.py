@@ -53,6 +53,16 @@ def test_counts_of_two_turns(tmp_path: Path) -> None:
     assert found["supervised_tokens"] == (2 + 1) + (1 + 1)
 
 
+def test_a_table_gives_the_same_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("instruction,input,output\nqqq,,aa\nqqqq,qqqq,aaaa\n")
+    found = load(Data(train=Source(path=str(path))), TOKENIZER).train
+    wanted = load(Data(train=write(tmp_path, (3, 2), (10, 4))), TOKENIZER).train
+    assert found.to_json() == wanted.to_json()
+    assert found.rows[0].input_ids == wanted.rows[0].input_ids
+    assert [row.place for row in found.rows] == [f"{path}:2", f"{path}:3"]
+
+
 def test_overlong_rows_are_dropped_and_counted(tmp_path: Path) -> None:
     at_limit = (16 - FRAME - 2, 2)
     source = write(tmp_path, (3, 2), (16 - FRAME - 1, 2), at_limit, (500, 500))

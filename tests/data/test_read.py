@@ -137,7 +137,13 @@ BAD_ROWS = [
         ONE_OBJECT,
         id="raw tab",
     ),
-    pytest.param(b"\x00" * 8, "", "not valid JSON: Expecting value at column 1.", ONE_OBJECT, id="NUL bytes"),
+    pytest.param(
+        b"\x00" * 8,
+        "",
+        "has a NUL byte (character 1 of the line): this is not UTF-8 text.",
+        "Convert the file to UTF-8, or write it again.",
+        id="NUL bytes",
+    ),
     pytest.param("[" * 100_000, "", "not valid JSON: nested too deeply.", ONE_OBJECT, id="deeply nested"),
     pytest.param(
         '{"messages": ' + "7" * 5000 + "}",
@@ -163,7 +169,7 @@ BAD_ROWS = [
         '{"prompt": "", "completion": ""}',
         "",
         "has no `messages` (found keys 'prompt', 'completion').",
-        SHAPE,
+        f"All rows need one format: write{SHAPE.removeprefix('Write')}",
         id="another format",
     ),
     pytest.param('{"messages": []}', "", "messages is not a list with messages.", FILL, id="empty messages"),
@@ -294,7 +300,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_bad", [MAX_PROBLEMS - 1, MAX_PROBLEMS, MAX_PROBLEMS + 1, MAX_PROBLEMS + 30])
 def test_problems_past_the_limit_are_counted(tmp_path: Path, num_bad: int) -> None:
-    path = write(tmp_path, *["{}"] * num_bad)
+    path = write(tmp_path, *["{"] * num_bad)
     found = problems_of(path)
     places = [f"{path}:{line}" for line in range(1, min(num_bad, MAX_PROBLEMS) + 1)]
     assert [place for place, _, _ in found[:MAX_PROBLEMS]] == places
@@ -331,29 +337,22 @@ def test_a_bad_row_counts_towards_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n", b" \n\t\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
 def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
     path = write(tmp_path, content)
-    assert problems_of(path) == [(str(path), "holds no rows.", "Write one conversation a line.")]
+    assert problems_of(path) == [(str(path), "holds no rows.", "Write at least one conversation into it.")]
 
 
-def unusable(folder: Path, kind: str) -> tuple[Path, str]:
-    """A path that cannot be a source, and why."""
-    path = folder / kind
-    if kind == "missing.jsonl":
-        return path, "no such file."
-    if kind == "folder.jsonl":
-        path.mkdir()
-        return path, "is a folder; folders are not available yet."
+@pytest.mark.parametrize("name", ["chats.txt", "chats.jsonl.gz", "chats.xlsx", "chats"])
+def test_unusable_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     path.write_text(GOOD)
-    return path, f"{path.suffix or 'no suffix'} is not available yet."
+    [(place, reason, remedy)] = problems_of(path)
+    assert (place, reason) == (str(path), f"{path.suffix or 'no suffix'} is not available yet.")
+    assert "JSONL file" in remedy
 
 
-UNUSABLE = ["missing.jsonl", "folder.jsonl", "chats.json", "chats.csv", "chats.jsonl.gz", "chats"]
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_file(tmp_path: Path, kind: str) -> None:
-    path, reason = unusable(tmp_path, kind)
-    [(place, found, remedy)] = problems_of(path)
-    assert (place, found) == (str(path), reason)
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "missing.jsonl"
+    [(place, reason, remedy)] = problems_of(path)
+    assert (place, reason) == (str(path), "no such file.")
     assert "JSONL file" in remedy
 
 
@@ -361,12 +360,12 @@ def test_unusable_file(tmp_path: Path, kind: str) -> None:
 def test_suffixes(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(GOOD)
-    assert check_source(Source(path=str(path))) == path
+    assert check_source(Source(path=str(path))) == [path]
     assert len(read(Source(path=str(path)))) == 1
 
 
 def test_check_files_reports_both_sources(tmp_path: Path) -> None:
-    wrong = tmp_path / "chats.csv"
+    wrong = tmp_path / "chats.txt"
     wrong.write_text("a,b")
     missing = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:

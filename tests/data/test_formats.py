@@ -1,0 +1,402 @@
+"""A row of each format becomes the conversation it means; what would be lost or misread is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_phi3.data.formats import FORMATS, SHAREGPT_ROLES, convert, detect
+from qlora_phi3.data.read import read
+from qlora_phi3.errors import DataError
+from qlora_phi3.recipe import Source
+
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    "alpaca": {"instruction": "hi", "output": "yo"},
+    "prompt-completion": {"prompt": "hi", "completion": "yo"},
+}
+PAIR = [("user", "hi"), ("assistant", "yo")]
+ASK = {"from": "human", "value": "hi"}
+ANSWER = {"from": "gpt", "value": "yo"}
+
+
+def turns(row: Any, name: str) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in convert(row, name, "f:1").messages]
+
+
+def refusal(row: Any, name: str) -> tuple[str, str, str]:
+    with pytest.raises(DataError) as caught:
+        convert(row, name, "f:1")
+    [problem] = caught.value.problems
+    return problem.place, problem.reason, problem.remedy
+
+
+def talk(*entries: Any) -> dict[str, Any]:
+    return {"conversations": list(entries)}
+
+
+def test_every_format_has_an_example_here() -> None:
+    assert list(ROWS) == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_plain_row(name: str) -> None:
+    assert detect(ROWS[name], "f:1") == name
+    assert turns(ROWS[name], name) == PAIR
+    assert convert(ROWS[name], name, "f:1").place == "f:1"
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("extra", [{"id": 7}, {"source": "x"}, {"text": "all of it"}, {"tools": None}])
+def test_harmless_keys_beside(name: str, extra: dict[str, Any]) -> None:
+    row = {**extra, **ROWS[name]}
+    assert detect(row, "f:1") == name
+    assert turns(row, name) == PAIR
+
+
+# --- each format's own ways
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("chatgpt", "assistant"),
+        ("bing", "assistant"),
+        ("model", "assistant"),
+        ("system", "system"),
+    ],
+)
+def test_sharegpt_speakers(speaker: str, role: str) -> None:
+    entries = [ASK, {"from": speaker, "value": "x"}, ANSWER]
+    assert turns(talk(*entries), "sharegpt") == [PAIR[0], (role, "x"), PAIR[1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        pytest.param({"instruction": "Add.", "input": "1 2"}, "Add.\n\n1 2", id="input"),
+        pytest.param({"instruction": "Add.", "input": ""}, "Add.", id="empty input"),
+        pytest.param({"instruction": "Add.", "input": " \n"}, "Add.", id="blank input"),
+        pytest.param({"instruction": "Add.", "input": None}, "Add.", id="null input"),
+        pytest.param({"instruction": "Add."}, "Add.", id="no input"),
+        pytest.param({"instruction": "", "input": "1 2"}, "1 2", id="no instruction"),
+        pytest.param({"instruction": " a ", "input": " b\n"}, " a \n\n b\n", id="blanks are kept"),
+        pytest.param(
+            {"instruction": "a", "prompt": "### Instruction: a"}, "a", id="ready-made prompt beside"
+        ),
+    ],
+)
+def test_alpaca_question(row: dict[str, Any], asked: str) -> None:
+    assert turns({**row, "output": "3"}, "alpaca") == [("user", asked), ("assistant", "3")]
+
+
+def test_response_is_a_completion() -> None:
+    row = {"prompt": "hi", "response": "yo"}
+    assert detect(row, "f:1") == "prompt-completion"
+    assert turns(row, "prompt-completion") == PAIR
+
+
+# --- which format
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"a": 1, "b": 2}, "has no format that is known (found keys 'a', 'b')."),
+        ({"prompt": "hi"}, "has no format that is known (found keys 'prompt')."),
+        ({"instruction": "hi", "response": "yo"}, "has no format that is known (found keys 'instruction', "),
+        ({"Messages": []}, "has no format that is known (found keys 'Messages')."),
+        ({"k" * 99: 1}, f"has no format that is known (found keys '{'k' * 57}...')."),
+        ({str(i): i for i in range(15)}, "'10', '11' and 3 more)."),
+        ({}, "has no format that is known (found an object)."),
+        ([], "has no format that is known (found a list)."),
+        ("hi", "has no format that is known (found text)."),
+        (None, "has no format that is known (found null)."),
+        ({"text": "once"}, "has format text, which is not available yet."),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "has format preference, which is not available yet.",
+        ),
+    ],
+)
+def test_unknown_format(row: Any, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect(row, "f:1")
+    [problem] = caught.value.problems
+    assert problem.place == "f:1"
+    assert reason in problem.reason
+    assert all(format_.shape in problem.remedy for format_ in FORMATS.values())
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_another_delimiter_is_guessed(mark: str) -> None:
+    row = {f"instruction{mark}output": "hi"}
+    with pytest.raises(DataError) as caught:
+        detect(row, "f:1")
+    assert caught.value.problems[0].remedy == "Separate columns with commas."
+    assert refusal(row, "alpaca")[2] == "Separate columns with commas."
+
+
+def test_a_row_of_two_formats_needs_a_name() -> None:
+    row = {**ROWS["messages"], **ROWS["alpaca"]}
+    with pytest.raises(DataError, match=r"fits the formats messages and alpaca .*format=messages\."):
+        detect(row, "f:1")
+    assert turns(row, "messages") == turns(row, "alpaca") == PAIR
+
+
+@pytest.mark.parametrize("other", ROWS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_unlike_the_first(tmp_path: Path, name: str, other: str) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[name], ROWS[other], ROWS[name])))
+    if other == name:
+        assert len(read(Source(path=str(path)))) == 3
+        return
+    with pytest.raises(DataError) as caught:
+        read(Source(path=str(path)))
+    [problem] = caught.value.problems
+    assert problem.place == f"{path}:2"
+    assert problem.reason.startswith("has no `")
+    assert all(repr(key) in problem.reason for key in ROWS[other])
+    assert problem.remedy == f"All rows need one format: write {FORMATS[name].shape}."
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_named_format_is_held(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ROWS[other]) + "\n" for other in ROWS))
+    with pytest.raises(DataError) as caught:
+        read(Source(path=str(path), format=name))
+    lines = [i for i, other in enumerate(ROWS, start=1) if other != name]
+    assert [p.place for p in caught.value.problems] == [f"{path}:{line}" for line in lines]
+
+
+def test_an_unknown_first_row_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "hi"}\n' * 50)
+    with pytest.raises(DataError) as caught:
+        read(Source(path=str(path)))
+    assert [p.place for p in caught.value.problems] == [f"{path}:1"]
+
+
+# --- rows that are not right
+
+ROLES = ", ".join(SHAREGPT_ROLES)
+GIVE_ROW = "Give the text of the row."
+GIVE_MESSAGE = "Give the text of the message."
+REMOVE = "Remove it, if the row means the same without it."
+TALK, EMPTY = "conversations", "is not a list with messages."
+
+BAD = [
+    pytest.param("sharegpt", talk(), "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="empty"),
+    pytest.param("sharegpt", {TALK: None}, "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="null"),
+    pytest.param("sharegpt", {TALK: {}}, "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="object"),
+    pytest.param(
+        "sharegpt", talk("hi"), "[0]", "is text, not an object.", "Give it from and value.", id="text entry"
+    ),
+    pytest.param(
+        "sharegpt", talk([ASK]), "[0]", "is a list, not an object.", "Give it from and value.", id="nested"
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK, {"from": "tool", "value": "x"}),
+        "[1]",
+        "from 'tool' is unknown.",
+        f"Use one of {ROLES}.",
+        id="unknown speaker",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk({"role": "user", "content": "hi"}),
+        "[0]",
+        "from is missing.",
+        f"Use one of {ROLES}.",
+        id="role and content",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk({"from": {}, "value": "hi"}),
+        "[0]",
+        "from {} is unknown.",
+        f"Use one of {ROLES}.",
+        id="speaker is an object",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK, {"from": "gpt", "value": None}),
+        "[1]",
+        "value is missing.",
+        GIVE_MESSAGE,
+        id="no value",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK, {**ANSWER, "weight": 0}),
+        "[1]",
+        "'weight' is not available yet.",
+        "Leave only from and value.",
+        id="weight",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ANSWER, ASK, ANSWER),
+        "",
+        "begins with the assistant.",
+        "Begin with what it answers to.",
+        id="assistant first",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK),
+        "",
+        "has no assistant turn: nothing to train on.",
+        "Add the answer, or remove it.",
+        id="no answer",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK, {"from": "gpt", "value": " "}),
+        "[1]",
+        "the assistant says nothing.",
+        "Remove the row.",
+        id="blank answer",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": 7, "output": "yo"},
+        "",
+        "instruction is a number, not text.",
+        GIVE_ROW,
+        id="instruction",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": None, "output": "yo"},
+        "",
+        "instruction is missing.",
+        GIVE_ROW,
+        id="null instruction",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": "hi", "input": ["x"], "output": "yo"},
+        "",
+        "input is a list, not text.",
+        GIVE_ROW,
+        id="input in a list",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": "hi", "output": b"yo"},
+        "",
+        "output is bytes, not text.",
+        GIVE_ROW,
+        id="bytes",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": "hi", "output": "cut \ud83d"},
+        "",
+        "output has half a character: '\\ud83d'.",
+        "It was cut inside an emoji: mend the text, or remove the row.",
+        id="half an emoji",
+    ),
+    pytest.param(
+        "alpaca",
+        {"instruction": "hi", "output": ""},
+        ": output",
+        "the assistant says nothing.",
+        "Remove the row.",
+        id="empty output",
+    ),
+    pytest.param(
+        "alpaca",
+        {**ROWS["alpaca"], "context": "x"},
+        "",
+        "'context' is not available yet.",
+        REMOVE,
+        id="context",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
+        "",
+        "prompt is a list, not text.",
+        GIVE_ROW,
+        id="prompt of messages",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {"prompt": "hi", "response": True},
+        "",
+        "response is true, not text.",
+        GIVE_ROW,
+        id="response true",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {"prompt": "hi", "completion": "yo", "response": "ye"},
+        "",
+        "has both `completion` and `response`.",
+        "Keep the one to train on.",
+        id="two answers",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {"prompt": "hi", "response": "\n"},
+        ": response",
+        "the assistant says nothing.",
+        "Remove the row.",
+        id="blank response",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {**ROWS["prompt-completion"], "input": "x"},
+        "",
+        "'input' is not available yet.",
+        REMOVE,
+        id="input beside a prompt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "where", "reason", "remedy"), BAD)
+def test_malformed_row(name: str, row: Any, where: str, reason: str, remedy: str) -> None:
+    where = f": conversations{where}" if where.startswith("[") else where
+    assert refusal(row, name) == (f"f:1{where}", reason, remedy)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("alpaca", {"instruction": "hi"}, "has no `output` (found keys 'instruction')."),
+        ("alpaca", {"a": 1}, "has no `instruction` and no `output` (found keys 'a')."),
+        ("prompt-completion", {"prompt": "a"}, "has no `completion` or `response` (found keys 'prompt')."),
+        ("messages", ["x"], "has no `messages` (found a list)."),
+    ],
+)
+def test_missing_keys(name: str, row: Any, reason: str) -> None:
+    assert refusal(row, name) == ("f:1", reason, f"Write {FORMATS[name].shape}.")
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tools", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
+)
+def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
+    wanted = ("f:1", f"{key!r} is not available yet.", REMOVE)
+    assert refusal({**ROWS[name], key: value}, name) == wanted
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, {"parameters": None}])
+def test_empty_values_lose_nothing(value: Any) -> None:
+    assert turns({**ROWS["messages"], "tools": value}, "messages") == PAIR
