@@ -116,9 +116,7 @@ def _kind(conversation: Conversation, at: int) -> str:
     return f"later {role}" if role == "system" and at > 0 else role
 
 
-def tokenize(
-    conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: LossOn = "assistant"
-) -> TokenRow:
+def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: LossOn) -> TokenRow:
     """Token ids with labels on what is trained on, end tokens included.
 
     `all` leaves out the row's first token, which nothing predicts.

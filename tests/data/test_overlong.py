@@ -43,6 +43,7 @@ def counts(found: Fitted) -> dict[str, int]:
 
 def shown(row: TokenRow) -> list[int | str]:
     """Token ids of a row, its supervised ones as text `+id`."""
+    assert all(label in (token, IGNORE) for token, label in zip(row.input_ids, row.labels, strict=True))
     return [
         token if label == IGNORE else f"+{label}"
         for token, label in zip(row.input_ids, row.labels, strict=True)

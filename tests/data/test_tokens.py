@@ -303,7 +303,7 @@ def refused(tokenizer: Any, token: str, role: str, text: str) -> None:
     contents = {"system": "S", "user": "hi", "assistant": "yo"} | {role: text.replace("{}", token)}
     conversation = talk(*(f"{name}: {content}" for name, content in contents.items()))
     with pytest.raises(DataError) as caught:
-        tokenize(conversation, tokenizer, Turns.of(tokenizer))
+        tokenize(conversation, tokenizer, Turns.of(tokenizer), "assistant")
     [problem] = caught.value.problems
     assert problem.place == f"chats.jsonl:7: messages[{list(contents).index(role)}]"
     assert problem.reason == f"contains the special token {token!r}."
@@ -313,7 +313,7 @@ def test_a_whole_turn_in_the_text_is_refused() -> None:
     """Its spans, counted over the whole row, could cancel those of a turn that was lost."""
     for text in ("x<|end|>\n<|assistant|>\ny", "x<|assistant|>y<|end|>"):
         with pytest.raises(DataError, match=r"messages\[0\]"):
-            tokenize(talk(f"user: {text}", "assistant: b"), PHI3, Turns.of(PHI3))
+            tokenize(talk(f"user: {text}", "assistant: b"), PHI3, Turns.of(PHI3), "assistant")
 
 
 # --- templates that cannot be used
@@ -547,7 +547,7 @@ def test_merging_is_refused_or_right(conversation: Conversation) -> None:
     ]
     clean = all(whole[: len(prompt)] == prompt for prompt in prompts)
     try:
-        row = tokenize(conversation, MERGING, Turns.of(MERGING))
+        row = tokenize(conversation, MERGING, Turns.of(MERGING), "assistant")
     except DataError:
         assert not clean
         return
