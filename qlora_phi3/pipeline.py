@@ -191,10 +191,9 @@ def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[st
     if device.type == "cpu" and recipe.train.optimizer.startswith("paged"):
         notes.append("optimizer states stay where they are on a CPU; paging needs CUDA")
     rows, batch = len(splits.train.rows), recipe.train.effective_batch
-    if splits.train.num_dropped:
-        notes.append(f"{splits.train.num_dropped} training rows were longer than data.max_length and dropped")
-    if splits.eval is not None and splits.eval.num_dropped:
-        notes.append(f"{splits.eval.num_dropped} held-out rows were longer than data.max_length and dropped")
+    notes += _overlong_notes(splits.train, "training", recipe)
+    if splits.eval is not None:
+        notes += _overlong_notes(splits.eval, "held-out", recipe)
     if rows % batch:
         notes.append(f"the last step of an epoch has {rows % batch} rows instead of {batch}")
     if splits.eval is None:
@@ -203,6 +202,22 @@ def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[st
         notes.append(
             f"only {len(splits.eval.rows)} held-out rows for evaluate.samples {recipe.evaluate.samples}"
         )
+    return notes
+
+
+def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
+    """A sentence for each thing that happened to rows longer than data.max_length."""
+    dropped, longer = split.num_dropped, "longer than data.max_length"
+    notes = []
+    if dropped and recipe.data.overlong == "drop":
+        notes.append(f"{dropped} {which} rows were {longer} and dropped")
+    elif dropped:
+        what = "rows or exchanges" if recipe.data.overlong == "split" else "rows"
+        notes.append(f"{dropped} {which} {what} were {longer} and dropped: no room for an answer to train on")
+    if split.num_truncated:
+        notes.append(f"{split.num_truncated} {which} rows were {longer} and truncated: their end is missing")
+    if split.num_split:
+        notes.append(f"{split.num_split} {which} rows were {longer} and split between turns")
     return notes
 
 

@@ -204,14 +204,16 @@ class Data(_Part):
     train: Source = Field(description="training rows")
     eval: EvalSource | None = Field(default=None, description="held-out rows; null: no evaluation")
     max_length: int = Field(default=2048, ge=8, description="longest row in tokens")
-    overlong: Annotated[Literal["drop", "truncate", "split", "error"], Today(("drop", "error"))] = Field(
-        default="drop", description="what happens to longer rows; counted and reported either way"
+    overlong: Literal["drop", "truncate", "split", "error"] = Field(
+        default="drop",
+        description="longer rows: drop, error, truncate (answers still end), split (between turns); counted",
     )
     packing: Annotated[bool, Today((False,))] = Field(
         default=False, description="several conversations in one row, without attention between them"
     )
-    loss_on: Annotated[Literal["assistant", "last", "all"], Today(("assistant",))] = Field(
-        default="assistant", description="tokens that are trained on, end-of-turn included"
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="tokens trained on: assistant turns; each row's last one; all. End-of-turn included",
     )
 
 

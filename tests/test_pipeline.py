@@ -175,6 +175,49 @@ def test_without_held_out_rows_nothing_is_evaluated_and_said_so(
     assert any("nothing was evaluated" in note for note in report["notes"])
 
 
+OVERLONG = [
+    pytest.param("drop", ["3 {} rows were longer than data.max_length and dropped"], id="drop"),
+    pytest.param(
+        "truncate",
+        [
+            "1 {} rows were longer than data.max_length and dropped: no room for an answer to train on",
+            "2 {} rows were longer than data.max_length and truncated: their end is missing",
+        ],
+        id="truncate",
+    ),
+    pytest.param(
+        "split",
+        [
+            "1 {} rows or exchanges were longer than data.max_length and dropped: "
+            "no room for an answer to train on",
+            "1 {} rows were longer than data.max_length and truncated: their end is missing",
+            "1 {} rows were longer than data.max_length and split between turns",
+        ],
+        id="split",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overlong", "expected"), OVERLONG)
+def test_notes_say_what_became_of_overlong_rows(
+    write_recipe: Callable[..., Path], tmp_path: Path, overlong: str, expected: list[str]
+) -> None:
+    """One row each that fits, is cut, has no room for an answer, and holds two exchanges."""
+    from qlora_phi3 import data, model, pipeline, weights
+
+    rows = [["hi", "yo"], ["abcd", "e" * 20], ["a" * 20, "b"], ["abcd", "efgh", "ijkl", "mnop"]]
+    chats, roles = tmp_path / "long.jsonl", ("user", "assistant") * 2
+    talks = [[{"role": r, "content": c} for r, c in zip(roles, row, strict=False)] for row in rows]
+    chats.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    overrides = [f"data.{which}.path={chats}" for which in ("train", "eval")]
+    recipe = load_recipe(write_recipe(), [*overrides, "data.max_length=16", f"data.overlong={overlong}"])
+    checkpoint = weights.locate(recipe.model)
+    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
+    _, _, notes = pipeline.settle(recipe, checkpoint, splits, torch.device("cpu"))
+    told = [note for note in notes if "data.max_length" in note]
+    assert told == [note.format(which) for which in ("training", "held-out") for note in expected]
+
+
 def test_default_folder_is_named_after_recipe_and_time(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

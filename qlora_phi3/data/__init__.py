@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import DataError, Problem
 from ..recipe import Data, Source
 from .formats import Conversation
+from .overlong import Fitted, Fitter
 from .read import check_files, read, shortened
-from .tokens import TokenRow, Turns, prompt_ids, tokenize
+from .tokens import TokenRow, Turns, prompt_ids
 
 __all__ = ["Conversation", "Prompt", "Split", "Splits", "TokenRow", "check_files", "load"]
 
@@ -30,11 +31,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one source. Units: `num_tokens` and `num_supervised` in tokens of the kept rows."""
+    """Rows of one source, each with the conversation it holds, and what became of longer ones.
+
+    `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
+    that were cut. `num_split`: rows of the source that became several.
+    Units: `num_tokens` and `num_supervised` in tokens of the kept rows.
+    """
 
     rows: list[TokenRow]
     conversations: list[Conversation]
     num_dropped: int
+    num_truncated: int = 0
+    num_split: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +63,8 @@ class Split:
             "supervised_tokens": self.num_supervised,
             "longest_row_tokens": self.longest,
             "dropped_overlong_rows": self.num_dropped,
+            "truncated_rows": self.num_truncated,
+            "split_rows": self.num_split,
         }
 
 
@@ -110,25 +120,20 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
 
 
 def _split(conversations: list[Conversation], place: str, data: Data, tokenizer: Any, turns: Turns) -> Split:
-    rows: list[TokenRow] = []
+    fitter = Fitter(data, tokenizer, turns)
+    parts: list[Fitted] = []
     problems: list[Problem] = []
     for conversation in conversations:
         try:
-            rows.append(tokenize(conversation, tokenizer, turns))
+            parts.append(fitter.fit(conversation))
         except DataError as error:
             problems += error.problems
-    fits = [len(row.input_ids) <= data.max_length for row in rows]
-    if data.overlong == "error":
-        problems += [_overlong(row, data.max_length) for row, fit in zip(rows, fits, strict=True) if not fit]
     if problems:
         raise DataError.of(shortened(problems, place))
-    if not any(fits):
-        reason = f"all {len(rows)} rows are longer than data.max_length {data.max_length}."
-        raise DataError(place, reason, "Raise data.max_length.")
-    kept = [(row, talk) for row, talk, fit in zip(rows, conversations, fits, strict=True) if fit]
-    return Split([row for row, _ in kept], [talk for _, talk in kept], len(rows) - len(kept))
-
-
-def _overlong(row: TokenRow, limit: int) -> Problem:
-    reason = f"has {len(row.input_ids)} tokens, data.max_length is {limit}."
-    return Problem(row.place, reason, "Raise data.max_length, or set data.overlong=drop.")
+    found = Fitted.sum(parts)
+    if not found.rows:
+        reason = f"all {len(conversations)} rows are longer than data.max_length {data.max_length}"
+        detail = "." if data.overlong == "drop" else ", and none has room for an answer to train on."
+        raise DataError(place, reason + detail, "Raise data.max_length.")
+    rows, talks = [row for _, row in found.rows], [talk for talk, _ in found.rows]
+    return Split(rows, talks, found.num_dropped, found.num_truncated, found.num_split)

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..errors import DataError, ModelError
 from .formats import Conversation
 
+LossOn = Literal["assistant", "last", "all"]
+
 IGNORE: Final = -100
 """Label of a token that is not trained on."""
+ASKED: Final = {"role": "user", "content": "1"}
+ANSWERED: Final = {"role": "assistant", "content": "2"}
+AROUND: Final[dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]] = {
+    "system": ([], [ASKED, ANSWERED]),
+    "later system": ([ASKED, ANSWERED], [ASKED, ANSWERED]),
+    "user": ([], [ANSWERED]),
+    "assistant": ([ASKED], []),
+}
+"""Kind of a message -> messages before and after it in a probe."""
+REWRITTEN: Final = "Remove the row, or use a chat template that shows every turn as it is."
 
 
 @dataclass(frozen=True)
@@ -40,26 +52,27 @@ class Turns:
     `header`: tokens that prompt for an answer (Phi-3: `<|assistant|>`; ChatML: `<|im_start|>assistant\\n`).
     `end`: the token that ends the answer (`<|end|>`, `<|im_end|>`), trained on so that the model stops.
     `special`: every special token; `end` is one and `header` has one, so text without them holds neither.
+    `silent`: kinds of messages (see `_kind`) that the template leaves out without a word.
     """
 
     header: tuple[int, ...]
     end: int
     special: frozenset[int]
+    silent: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tokenizer: Any) -> Turns:
-        """Read both off a probe conversation.
+        """Read all off probe conversations.
 
         Raises:
             ModelError: the template does not prompt for an answer with a special token, or does not end one.
         """
-        asked = [{"role": "user", "content": "1"}]
-        closed = _ids(tokenizer, asked, prompt=False)
-        prompt = _ids(tokenizer, asked, prompt=True)
-        whole = _ids(tokenizer, [*asked, {"role": "assistant", "content": "2"}], prompt=False)
-        header = prompt[_common(prompt, closed) :]
-        special = _special_ids(tokenizer)
-        ends = [token for token in whole[len(prompt) :] if token in special]
+        closed = _ids(tokenizer, [ASKED], prompt=False)
+        prompt = _ids(tokenizer, [ASKED], prompt=True)
+        whole = _ids(tokenizer, [ASKED, ANSWERED], prompt=False)
+        special, answer = _special_ids(tokenizer), whole[len(prompt) :]
+        header = _opened(prompt, answer, special) if prompt == closed else prompt[_common(prompt, closed) :]
+        ends = [token for token in answer if token in special]
         if not special.intersection(header) or whole[: len(prompt)] != prompt:
             reason = "the chat template does not open the assistant's turn with a special token of its own."
             remedy = "Use one that adds it for add_generation_prompt, as Phi-3-mini-4k-instruct's does."
@@ -67,39 +80,119 @@ class Turns:
         if not ends:
             reason = "the chat template does not end the assistant's turn with a special token."
             raise ModelError("chat_template", reason, "A model trained on it would never stop; mend it.")
-        return cls(tuple(header), ends[0], special)
+        return cls(tuple(header), ends[0], special, _silent(tokenizer))
 
 
-def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns) -> TokenRow:
-    """Token ids with labels on every assistant turn, its end token included.
+def _opened(prompt: list[int], answer: list[int], special: frozenset[int]) -> list[int]:
+    """The header of a template that opens the answer in the user's turn, asked or not (Phi-3-medium's first).
+
+    Empty when the prompt stops with what ends an answer too, or an answer is followed by the next header:
+    then what stands there is no header, or one that stands in every row's end.
+    """
+    at = max((i for i, token in enumerate(prompt) if token in special), default=len(prompt))
+    return [] if set(prompt[at:]) & special & set(answer) else prompt[at:]
+
+
+def _silent(tokenizer: Any) -> frozenset[str]:
+    """Kinds of messages whose text makes no difference to what the template renders."""
+    from jinja2 import TemplateError
+
+    found = set()
+    for kind, (before, after) in AROUND.items():
+        role = kind.removeprefix("later ")
+        probes = ([*before, {"role": role, "content": text}, *after] for text in ("1", "2"))
+        try:
+            rendered = {_text(tokenizer, probe, prompt=False) for probe in probes}
+        except TemplateError:  # refused aloud, and so will be the row
+            continue
+        if len(rendered) == 1:
+            found.add(kind)
+    return frozenset(found)
+
+
+def _kind(conversation: Conversation, at: int) -> str:
+    """A message's role; a system message behind the first message is a `later system` one."""
+    role = conversation.messages[at].role
+    return f"later {role}" if role == "system" and at > 0 else role
+
+
+def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: LossOn) -> TokenRow:
+    """Token ids with labels on what is trained on, end tokens included.
+
+    `all` leaves out the row's first token, which nothing predicts.
 
     Raises:
-        DataError: a message contains special tokens, the template refuses the conversation, or the turns
-            found in the tokens are not those of the conversation: a header ran together with the answer.
+        DataError: a message contains special tokens, the template refuses the conversation, leaves a message
+            out or changes an answer, or the turns found in the tokens are not those of the conversation: a
+            header ran together with the answer.
     """
     from jinja2 import TemplateError
 
     _check_text(conversation, tokenizer, turns)
+    messages, last = conversation.to_template(), conversation.last_answer
     try:
-        ids = _ids(tokenizer, conversation.to_template(), prompt=False)
+        whole = _text(tokenizer, messages, prompt=False)
+        prompt = _text(tokenizer, messages[:last], prompt=True)
     except TemplateError as error:
         reason = f"the model's chat template refuses it: {error}."
         raise DataError(conversation.place, reason, "Change the row, or remove it.") from None
+    ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
     spans = assistant_spans(ids, turns)
-    expected = sum(message.role == "assistant" for message in conversation.messages)
-    if len(spans) != expected:
-        reason = f"{expected} assistant turns, but {len(spans)} in its tokens."
-        remedy = "Remove whitespace from the beginning of its answers, or the row."
-        raise DataError(conversation.place, reason, remedy)
+    _check_spans(conversation, len(spans))
+    _check_prefix(conversation, prompt, whole)
+    _check_answers(conversation, len(prompt), whole)
+    trained = {"assistant": spans, "last": spans[-1:], "all": [(1, len(ids))]}[loss_on]
     labels = [IGNORE] * len(ids)
-    for start, stop in spans:
+    for start, stop in trained:
         labels[start:stop] = ids[start:stop]
     return TokenRow(ids, labels, conversation.place)
+
+
+def _check_spans(conversation: Conversation, found: int) -> None:
+    expected = sum(message.role == "assistant" for message in conversation.messages)
+    if found != expected:
+        reason = f"{expected} assistant turns, but {found} in its tokens."
+        remedy = "Remove whitespace from the beginning of its answers, join answers in a row, or remove it."
+        raise DataError(conversation.place, reason, remedy)
+
+
+def _check_prefix(conversation: Conversation, prompt: str, whole: str) -> None:
+    """Training must show what generation will see: the prompt for the last answer, then that answer.
+
+    Text suffices: headers hold a special token, which no merge crosses, and `_check_spans` found all of
+    them whole, so equal text in front means equal ids in front.
+    """
+    if whole.startswith(prompt):
+        return
+    at = _common(prompt, whole)
+    reason = (
+        "the chat template renders the turns before the last answer differently once that is there: "
+        f"{prompt[at:][:40]!r} becomes {whole[at:][:40]!r}."
+    )
+    raise DataError(conversation.place, reason, REWRITTEN)
+
+
+def _check_answers(conversation: Conversation, prompt_width: int, whole: str) -> None:
+    """Every answer stands in the text as in the row, outer whitespace aside; the last behind its prompt."""
+    at = 0
+    for i, message in enumerate(conversation.messages):
+        if message.role != "assistant":
+            continue
+        answer = message.content.strip()
+        at = whole.find(answer, prompt_width if i == conversation.last_answer else at)
+        if at < 0:
+            reason = f"the chat template changes the answer {answer[:40]!r}."
+            raise DataError(f"{conversation.place}: messages[{i}]", reason, REWRITTEN)
+        at += len(answer)
 
 
 def _check_text(conversation: Conversation, tokenizer: Any, turns: Turns) -> None:
     """A special token in a message would open or close turns, and never be shown in an answer."""
     for i, message in enumerate(conversation.messages):
+        if _kind(conversation, i) in turns.silent:
+            reason = f"the model's chat template leaves out a {_kind(conversation, i)} message."
+            remedy = "Put its text into the user's message, or remove it."
+            raise DataError(f"{conversation.place}: messages[{i}]", reason, remedy)
         ids = tokenizer(message.content, add_special_tokens=False)["input_ids"]
         for token in ids:
             if token in turns.special:
@@ -138,12 +231,16 @@ def _ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> lis
     return list(found["input_ids"])
 
 
+def _text(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+
+
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {
         token for token, added in tokenizer.added_tokens_decoder.items() if added.special
     }
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

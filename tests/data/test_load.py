@@ -40,6 +40,8 @@ def test_counts(tmp_path: Path) -> None:
         "supervised_tokens": 2 + 4 + 1 + 3 * SUPERVISED_FRAME,
         "longest_row_tokens": 10 + 4 + FRAME,
         "dropped_overlong_rows": 0,
+        "truncated_rows": 0,
+        "split_rows": 0,
     }
 
 
@@ -75,6 +77,8 @@ def test_overlong_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         "supervised_tokens": 3 + 3,
         "longest_row_tokens": 16,
         "dropped_overlong_rows": 2,
+        "truncated_rows": 0,
+        "split_rows": 0,
     }
 
 
@@ -86,6 +90,48 @@ def test_overlong_rows_are_errors_when_asked(tmp_path: Path) -> None:
         (f"{source.path}:2", "has 17 tokens, data.max_length is 16."),
         (f"{source.path}:4", "has 27 tokens, data.max_length is 16."),
     ]
+
+
+OVERLONG = [
+    pytest.param("truncate", {"rows": 3, "dropped_overlong_rows": 1, "truncated_rows": 2}, id="truncate"),
+    pytest.param(
+        "split",
+        {"rows": 4, "dropped_overlong_rows": 1, "truncated_rows": 1, "split_rows": 1},
+        id="split",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overlong", "expected"), OVERLONG)
+def test_overlong_rows_are_counted(tmp_path: Path, overlong: str, expected: dict[str, int]) -> None:
+    """Rows that fit, are cut, have no room for an answer, and hold two exchanges that fit alone."""
+    path = Path(write(tmp_path, (3, 2), (9, 9), (20, 2)).path)
+    messages = [{"role": role, "content": "abcd"} for role in ("user", "assistant") * 2]
+    path.write_text(path.read_text() + json.dumps({"messages": messages}) + "\n")
+    data = Data(train=Source(path=str(path)), max_length=16, overlong=overlong)
+    split = load(data, TOKENIZER).train
+    found = split.to_json()
+    names = ("rows", "dropped_overlong_rows", "truncated_rows", "split_rows")
+    assert {name: found[name] for name in names if found[name]} == expected
+    assert lines_of(split) == ([1, 2, 4] if overlong == "truncate" else [1, 2, 4, 4])
+    assert [talk.place for talk in split.conversations] == [row.place for row in split.rows]
+    assert found["longest_row_tokens"] <= 16
+
+
+@pytest.mark.parametrize(("loss_on", "supervised"), [("assistant", 5), ("last", 2), ("all", 19 - 1)])
+def test_loss_on(tmp_path: Path, loss_on: str, supervised: int) -> None:
+    path = tmp_path / "train.jsonl"
+    messages = [("system", "Be."), ("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "d")]
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]}))
+    found = load(Data(train=Source(path=str(path)), loss_on=loss_on), TOKENIZER).train.to_json()
+    assert found["supervised_tokens"] == supervised
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_no_room_for_any_answer(tmp_path: Path, overlong: str) -> None:
+    source = write(tmp_path, (30, 2), (40, 2))
+    with pytest.raises(DataError, match=r"all 2 rows are longer .* 16, and none has room for an answer"):
+        load(Data(train=source, max_length=16, overlong=overlong), TOKENIZER)
 
 
 def test_all_rows_dropped(tmp_path: Path) -> None:
@@ -121,6 +167,19 @@ def test_held_out_rows(tmp_path: Path) -> None:
     assert lines_of(splits.eval) == [1, 2]
     assert splits.eval.num_dropped == 1
     assert {row.place.rsplit(":", 1)[0] for row in splits.eval.rows} == {held_out.path}
+
+
+def test_a_truncated_held_out_row_asks_for_the_answer_it_still_has(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    row = [("user", "a"), ("assistant", "bb"), ("user", "c" * 30), ("assistant", "d")]
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in row]}))
+    data = Data(train=write(tmp_path, (3, 2)), eval=Source(path=str(path)), max_length=16)
+    held_out = load(data.model_copy(update={"overlong": "truncate"}), TOKENIZER).eval
+    assert held_out is not None
+    [found] = prompts(held_out, TOKENIZER, 9)
+    assert TOKENIZER.decode(found.input_ids) == "<|user|>a<|end|><|assistant|>"
+    assert (found.text, found.expected) == ("a", "bb")
+    assert held_out.rows[0].input_ids[: len(found.input_ids)] == found.input_ids
 
 
 # --- prompts

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from conftest import CHATML_TEMPLATE, PHI3_TEMPLATE, chatml_tokenizer, phi3_tokenizer
+from conftest import CHATML_TEMPLATE, PHI3_TEMPLATE, phi3_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import (
+    ASSISTANT,
+    BOS,
+    CHATML,
+    CLOSE,
+    END,
+    EOS,
+    MEDIUM,
+    MEDIUM_TEMPLATE,
+    PHI3,
+    START,
+    SYSTEM,
+    TOKENIZERS,
+    USER,
+    conversations,
+    ids,
+    talk,
+    template_ids,
+)
 
-from qlora_phi3.data.read import Conversation, Message
-from qlora_phi3.data.tokens import IGNORE, Turns, assistant_spans, prompt_ids, tokenize
+from qlora_phi3.data.read import Conversation
+from qlora_phi3.data.tokens import IGNORE, LossOn, Turns, assistant_spans, prompt_ids, tokenize
 from qlora_phi3.errors import DataError, ModelError
-
-PHI3, CHATML = phi3_tokenizer(), chatml_tokenizer()
-EOS, ASSISTANT, SYSTEM, END, USER = 256, 257, 258, 259, 260
-START, CLOSE = 257, 258
-"""ChatML's `<|im_start|>` and `<|im_end|>`."""
-
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = [*PRINTABLE, *sorted(set(range(256)) - set(PRINTABLE))]
-"""The byte of each of the first 256 ids, in GPT-2's order."""
-
-
-def ids(*pieces: int | str) -> list[int]:
-    """Ids by hand: a number stands for itself, text for its UTF-8 bytes."""
-    found: list[int] = []
-    for piece in pieces:
-        found += [piece] if isinstance(piece, int) else [BYTES.index(byte) for byte in piece.encode()]
-    return found
 
 
 def quiet(*pieces: int | str) -> list[tuple[int, int]]:
@@ -41,22 +43,11 @@ def trained(*pieces: int | str) -> list[tuple[int, int]]:
     return [(token, token) for token in ids(*pieces)]
 
 
-def talk(*messages: str, place: str = "chats.jsonl:7") -> Conversation:
-    """`"user: hi"`, `"assistant: yo"` ... as a conversation."""
-    return Conversation(tuple(Message(*message.split(": ", 1)) for message in messages), place)
-
-
-def label(tokenizer: Any, conversation: Conversation) -> list[tuple[int, int]]:
-    row = tokenize(conversation, tokenizer, Turns.of(tokenizer))
+def label(tokenizer: Any, conversation: Conversation, loss_on: LossOn = "assistant") -> list[tuple[int, int]]:
+    row = tokenize(conversation, tokenizer, Turns.of(tokenizer), loss_on)
     assert row.place == conversation.place
     assert row.num_supervised == sum(label != IGNORE for label in row.labels)
     return list(zip(row.input_ids, row.labels, strict=True))
-
-
-def template_ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)[
-        "input_ids"
-    ]
 
 
 # --- labels by hand
@@ -167,6 +158,105 @@ CHATML_ROWS = [
 ]
 
 
+MEDIUM_ROWS = [
+    pytest.param(
+        talk("user: hi", "assistant: yo"),
+        quiet(BOS, USER, "hi", END, ASSISTANT) + trained("yo", END),
+        id="single turn",
+    ),
+    pytest.param(
+        talk("user: a", "assistant: b", "user: c", "assistant: d e", "user: f"),
+        quiet(BOS, USER, "a", END, ASSISTANT)
+        + trained("b", END)
+        + quiet(USER, "c", END, ASSISTANT)
+        + trained("d e", END)
+        + quiet(USER, "f", END, ASSISTANT),
+        id="two turns, the user last",
+    ),
+]
+TWO_TURNS = talk("system: S", "user: a", "assistant: b", "user: c", "assistant: d")
+ASKED_TWICE = talk("user: a", "assistant: b", "user: c", "assistant: d", "user: e")
+OTHER_LOSSES = [
+    pytest.param(
+        PHI3,
+        "last",
+        TWO_TURNS,
+        quiet(SYSTEM, "S", END, USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT)
+        + trained("d", END)
+        + quiet(EOS),
+        id="phi3 last",
+    ),
+    pytest.param(
+        PHI3,
+        "all",
+        TWO_TURNS,
+        quiet(SYSTEM)
+        + trained("S", END, USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT, "d", END, EOS),
+        id="phi3 all",
+    ),
+    pytest.param(
+        PHI3,
+        "last",
+        ASKED_TWICE,
+        quiet(USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT)
+        + trained("d", END)
+        + quiet(USER, "e", END, EOS),
+        id="phi3 last, the user last",
+    ),
+    pytest.param(
+        CHATML,
+        "last",
+        TWO_TURNS,
+        quiet(
+            START, "system\nS", CLOSE, "\n", START, "user\na", CLOSE, "\n", START, "assistant\nb", CLOSE, "\n"
+        )
+        + quiet(START, "user\nc", CLOSE, "\n")
+        + ASKS
+        + trained("d", CLOSE)
+        + quiet("\n"),
+        id="chatml last",
+    ),
+    pytest.param(
+        CHATML,
+        "all",
+        talk("system: S", "user: a", "assistant: b"),
+        quiet(START)
+        + trained(
+            "system\nS", CLOSE, "\n", START, "user\na", CLOSE, "\n", START, "assistant\nb", CLOSE, "\n"
+        ),
+        id="chatml all",
+    ),
+    pytest.param(
+        MEDIUM,
+        "last",
+        ASKED_TWICE,
+        quiet(BOS, USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT)
+        + trained("d", END)
+        + quiet(USER, "e", END, ASSISTANT),
+        id="medium last",
+    ),
+    pytest.param(
+        MEDIUM,
+        "all",
+        talk("user: a", "assistant: b"),
+        quiet(BOS) + trained(USER, "a", END, ASSISTANT, "b", END),
+        id="medium all",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "loss_on", "conversation", "expected"), OTHER_LOSSES)
+def test_labels_of_other_losses(
+    tokenizer: Any, loss_on: LossOn, conversation: Conversation, expected: list[tuple[int, int]]
+) -> None:
+    assert label(tokenizer, conversation, loss_on) == expected
+
+
+@pytest.mark.parametrize(("conversation", "expected"), MEDIUM_ROWS)
+def test_labels_medium(conversation: Conversation, expected: list[tuple[int, int]]) -> None:
+    assert label(MEDIUM, conversation) == expected
+
+
 @pytest.mark.parametrize(("conversation", "expected"), PHI3_ROWS)
 def test_labels_phi3(conversation: Conversation, expected: list[tuple[int, int]]) -> None:
     assert label(PHI3, conversation) == expected
@@ -178,9 +268,10 @@ def test_labels_chatml(conversation: Conversation, expected: list[tuple[int, int
 
 
 def test_turns() -> None:
-    phi3, chatml = Turns.of(PHI3), Turns.of(CHATML)
-    assert (phi3.header, phi3.end) == ((ASSISTANT,), END)
+    phi3, chatml, medium = Turns.of(PHI3), Turns.of(CHATML), Turns.of(MEDIUM)
+    assert (phi3.header, phi3.end) == (medium.header, medium.end) == ((ASSISTANT,), END)
     assert (list(chatml.header), chatml.end) == (ids(START, "assistant\n"), CLOSE)
+    assert (phi3.silent, chatml.silent, medium.silent) == (set(), set(), {"system", "later system"})
 
 
 def test_prompt_asks_for_the_last_answer() -> None:
@@ -212,7 +303,7 @@ def refused(tokenizer: Any, token: str, role: str, text: str) -> None:
     contents = {"system": "S", "user": "hi", "assistant": "yo"} | {role: text.replace("{}", token)}
     conversation = talk(*(f"{name}: {content}" for name, content in contents.items()))
     with pytest.raises(DataError) as caught:
-        tokenize(conversation, tokenizer, Turns.of(tokenizer))
+        tokenize(conversation, tokenizer, Turns.of(tokenizer), "assistant")
     [problem] = caught.value.problems
     assert problem.place == f"chats.jsonl:7: messages[{list(contents).index(role)}]"
     assert problem.reason == f"contains the special token {token!r}."
@@ -222,7 +313,7 @@ def test_a_whole_turn_in_the_text_is_refused() -> None:
     """Its spans, counted over the whole row, could cancel those of a turn that was lost."""
     for text in ("x<|end|>\n<|assistant|>\ny", "x<|assistant|>y<|end|>"):
         with pytest.raises(DataError, match=r"messages\[0\]"):
-            tokenize(talk(f"user: {text}", "assistant: b"), PHI3, Turns.of(PHI3))
+            tokenize(talk(f"user: {text}", "assistant: b"), PHI3, Turns.of(PHI3), "assistant")
 
 
 # --- templates that cannot be used
@@ -237,12 +328,6 @@ def with_template(template: str, tokenizer: Any = None) -> Any:
 PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 assert PHI3_TEMPLATE.endswith(PROMPT)
 
-MEDIUM_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
-    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
-)
-"""Phi-3-medium's: the user's turn opens the assistant's, asked or not."""
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -253,7 +338,11 @@ BAD_TEMPLATES = [
     pytest.param(
         PHI3_TEMPLATE.replace("{% if add", "{% if true or add"), "does not open", id="always prompts"
     ),
-    pytest.param(MEDIUM_TEMPLATE, "does not open", id="the user's turn prompts"),
+    pytest.param(
+        MEDIUM_TEMPLATE.replace("{% endif %}{% endfor %}", "{% endif %}{% endfor %}{{ eos_token }}"),
+        "does not open",
+        id="the user's turn prompts, and the eos follows",
+    ),
     pytest.param(
         PHI3_TEMPLATE.replace("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>\n<think>\n' }}"),
         "does not open",
@@ -298,24 +387,91 @@ def test_row_that_the_template_refuses() -> None:
         label(tokenizer, talk("system: S", "user: a", "assistant: b"))
 
 
+# --- templates that leave messages out, or show turns otherwise than they are
+
+FIRST_SYSTEM_ONLY = PHI3_TEMPLATE.replace("== 'system' %}", "== 'system' and loop.first %}")
+LATER = ["user: a", "assistant: b", "system: S", "user: c", "assistant: d"]
+OMITTED = [
+    pytest.param(MEDIUM, ["system: S", "user: a", "assistant: b"], 0, "system", id="system"),
+    pytest.param(MEDIUM, LATER, 2, "later system", id="later system"),
+    pytest.param(with_template(FIRST_SYSTEM_ONLY), LATER, 2, "later system", id="only a later one"),
+    pytest.param(
+        with_template(PHI3_TEMPLATE.replace("'<|user|>\n' + message['content']", "'<|user|>\nsomething'")),
+        ["user: a", "assistant: b"],
+        0,
+        "user",
+        id="a user's turn, but not its text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "messages", "at", "kind"), OMITTED)
+def test_message_that_the_template_leaves_out(
+    tokenizer: Any, messages: list[str], at: int, kind: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        label(tokenizer, talk(*messages))
+    [problem] = caught.value.problems
+    assert problem.place == f"chats.jsonl:7: messages[{at}]"
+    assert problem.reason == f"the model's chat template leaves out a {kind} message."
+
+
+def test_a_first_system_message_stays_usable() -> None:
+    tokenizer = with_template(FIRST_SYSTEM_ONLY)
+    conversation = talk("system: S", "user: a", "assistant: b")
+    assert label(tokenizer, conversation) == label(PHI3, conversation)
+
+
+def forgetting(condition: str) -> Any:
+    """Phi-3's template, without the first line of an assistant message where `condition` holds."""
+    content = (
+        "(message['content'].split('\\n')[1:] | join('\n') if " + condition + " else message['content'])"
+    )
+    return with_template(
+        PHI3_TEMPLATE.replace("'<|assistant|>\n' + message['content']", "'<|assistant|>\n' + " + content)
+    )
+
+
+LAST_ANSWER = "messages | selectattr('role', 'equalto', 'assistant') | list | last"
+THOUGHTS = ["user: a", "assistant: think\nb", "user: c", "assistant: think\nd"]
+REWRITING = [
+    pytest.param(
+        forgetting(f"message != ({LAST_ANSWER})"),
+        "chats.jsonl:7",
+        "'think\\nb<|end|>",
+        id="once another answer follows",
+    ),
+    pytest.param(
+        forgetting("not loop.last"), "chats.jsonl:7: messages[1]", "'think\\nb'", id="once anything follows"
+    ),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "place", "shown"), REWRITING)
+@pytest.mark.parametrize("loss_on", get_args(LossOn))
+def test_turns_that_the_template_rewrites(tokenizer: Any, place: str, shown: str, loss_on: LossOn) -> None:
+    assert label(tokenizer, talk(*THOUGHTS[:2]), loss_on) == label(PHI3, talk(*THOUGHTS[:2]), loss_on)
+    with pytest.raises(DataError) as caught:
+        label(tokenizer, talk(*THOUGHTS), loss_on)
+    [problem] = caught.value.problems
+    assert problem.place == place
+    assert shown in problem.reason
+
+
+def test_prompt_of_a_template_that_ignores_being_asked() -> None:
+    conversation = talk("user: a", "assistant: b", "user: c", "assistant: d")
+    asked = conversation.to_template(3)
+    ids_, answer = prompt_ids(conversation, MEDIUM)
+    assert ids_ == template_ids(MEDIUM, asked) == template_ids(MEDIUM, asked, prompt=True)
+    assert (ids_, answer) == (ids(BOS, USER, "a", END, ASSISTANT, "b", END, USER, "c", END, ASSISTANT), "d")
+
+
+def test_two_answers_where_only_a_question_opens_one() -> None:
+    with pytest.raises(DataError, match="2 assistant turns, but 1 in its tokens"):
+        label(MEDIUM, talk("user: a", "assistant: b", "assistant: c"))
+
+
 # --- random conversations against an oracle that adds one message at a time
-
-SPECIAL_TEXT = [*PHI3.get_added_vocab(), *CHATML.get_added_vocab()]
-FRAGMENTS = ["\n", " ", "\n\n", "\t", "<", "<|", "|>", "<|end|", "|end|>", "assistant\n", "user", "a", "S\n"]
-TEXT = (
-    st.lists(st.one_of(st.text(max_size=6), st.sampled_from(FRAGMENTS)), max_size=4)
-    .map("".join)
-    .filter(lambda text: not any(special in text for special in SPECIAL_TEXT))
-)
-ANSWER = TEXT.filter(str.strip)
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> Conversation:
-    messages = [Message("system", draw(TEXT))] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 4))):
-        messages += [Message("user", draw(TEXT)), Message("assistant", draw(ANSWER))]
-    return Conversation(tuple(messages), "random:1")
 
 
 def spans_by_prefixes(tokenizer: Any, conversation: Conversation, tail: int) -> list[tuple[int, int]]:
@@ -326,28 +482,31 @@ def spans_by_prefixes(tokenizer: Any, conversation: Conversation, tail: int) -> 
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = template_ids(tokenizer, messages[:i], prompt=True)
-            through = template_ids(tokenizer, messages[: i + 1])[:-tail]
+            through = template_ids(tokenizer, messages[: i + 1])
+            through = through[: len(through) - tail]
             assert whole[: len(prompt)] == prompt
             assert whole[: len(through)] == through
             spans.append((len(prompt), len(through)))
     return spans
 
 
-@pytest.mark.parametrize("tokenizer", [PHI3, CHATML], ids=["phi3", "chatml"])
-@settings(max_examples=150, deadline=None, database=None)
-@given(conversation=conversations())
-def test_random_conversations(tokenizer: Any, conversation: Conversation) -> None:
-    turns = Turns.of(tokenizer)
-    row = tokenize(conversation, tokenizer, turns)
-    assert row.input_ids == template_ids(tokenizer, conversation.to_template())
-    spans = spans_by_prefixes(tokenizer, conversation, tail=1)  # the eos, or ChatML's newline
-    assert assistant_spans(row.input_ids, turns) == spans
-    inside = {i for start, stop in spans for i in range(start, stop)}
-    expected = [token if i in inside else IGNORE for i, token in enumerate(row.input_ids)]
-    assert row.labels == expected
-    assert all(row.input_ids[stop - 1] == turns.end for _, stop in spans)
+@pytest.mark.parametrize(("tokenizer", "system", "tail"), TOKENIZERS)
+@settings(max_examples=100, deadline=None, database=None)
+@given(data=st.data())
+def test_random_conversations(tokenizer: Any, system: bool, tail: int, data: st.DataObject) -> None:
+    conversation, turns = data.draw(conversations(system)), Turns.of(tokenizer)
+    whole = template_ids(tokenizer, conversation.to_template())
+    spans = spans_by_prefixes(tokenizer, conversation, tail)
+    assert assistant_spans(whole, turns) == spans
+    assert all(whole[stop - 1] == turns.end for _, stop in spans)
+    inside = {"assistant": spans, "last": [spans[-1]], "all": [(1, len(whole))]}
+    for loss_on in get_args(LossOn):
+        row = tokenize(conversation, tokenizer, turns, loss_on)
+        assert row.input_ids == whole
+        trained_on = {i for start, stop in inside[loss_on] for i in range(start, stop)}
+        assert row.labels == [token if i in trained_on else IGNORE for i, token in enumerate(whole)]
     start, stop = spans[-1]
-    assert prompt_ids(conversation, tokenizer)[0] + row.labels[start:stop] == row.input_ids[:stop]
+    assert prompt_ids(conversation, tokenizer)[0] + whole[start:stop] == whole[:stop]
 
 
 def merging_tokenizer() -> Any:
@@ -388,7 +547,7 @@ def test_merging_is_refused_or_right(conversation: Conversation) -> None:
     ]
     clean = all(whole[: len(prompt)] == prompt for prompt in prompts)
     try:
-        row = tokenize(conversation, MERGING, Turns.of(MERGING))
+        row = tokenize(conversation, MERGING, Turns.of(MERGING), "assistant")
     except DataError:
         assert not clean
         return
