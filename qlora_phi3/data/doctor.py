@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..findings import Finding, Grade
 from ..recipe import Data, Recipe
 from .read import Conversation
-from .tokens import IGNORE, TokenRow, Turns, tokenize
+from .tokens import IGNORE, LossOn, TokenRow, Turns, tokenize
 
 Pair = tuple[Conversation, TokenRow]
 
@@ -91,7 +91,7 @@ def examine_all(
     rows: dict[str, list[TokenRow]] = {}
     findings: list[Finding] = []
     for name, talks in conversations.items():
-        pairs, refused = tokenize_all(talks, tokenizer, turns)
+        pairs, refused = tokenize_all(talks, tokenizer, turns, settings.loss_on)
         rows[name] = [row for _, row in pairs]
         findings += [*refused, *examine(pairs, tokenizer, turns), *examine_text(talks)]
         findings += examine_sizes(rows[name], settings, f"data.{name}")
@@ -102,7 +102,7 @@ def examine_all(
 
 
 def tokenize_all(
-    conversations: Iterable[Conversation], tokenizer: Any, turns: Turns
+    conversations: Iterable[Conversation], tokenizer: Any, turns: Turns, loss_on: LossOn
 ) -> tuple[list[Pair], list[Finding]]:
     """Every row as a run would tokenize it; the ones it would refuse come as findings."""
     pairs: list[Pair] = []
@@ -110,7 +110,7 @@ def tokenize_all(
     refused: list[str] = []
     for talk in conversations:
         try:
-            pairs.append((talk, tokenize(talk, tokenizer, turns)))
+            pairs.append((talk, tokenize(talk, tokenizer, turns, loss_on)))
         except DataError as error:
             inside = special_tokens(talk, tokenizer, turns)
             special += inside

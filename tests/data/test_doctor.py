@@ -286,7 +286,7 @@ def test_the_summary_of_nothing() -> None:
 )
 def test_brackets_stand_around_what_is_trained_on(row: Talk, text: str) -> None:
     (talk,) = talks([row])
-    tokens = tokenize(talk, PHI3, TURNS)
+    tokens = tokenize(talk, PHI3, TURNS, "assistant")
     found = pieces(tokens, PHI3)
     assert bracketed(found) == text
     assert [piece.token for piece in found] == tokens.input_ids
@@ -295,7 +295,7 @@ def test_brackets_stand_around_what_is_trained_on(row: Talk, text: str) -> None:
 
 def test_half_a_character_is_shown_with_its_last_byte() -> None:
     (talk,) = talks([("user: é", "assistant: ok")])
-    found = pieces(tokenize(talk, PHI3, TURNS), PHI3)
+    found = pieces(tokenize(talk, PHI3, TURNS, "assistant"), PHI3)
     assert [piece.text for piece in found[:4]] == ["<|user|>", "", "é", "<|end|>"]
 
 
