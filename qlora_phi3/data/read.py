@@ -5,6 +5,7 @@ Owns the way from a recipe's source to conversations. Files are `sources`' matte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,16 @@ from ..recipe import Data, Source
 from .formats import Conversation, Message, convert, detect
 from .sources import files_of, rows_of
 
-__all__ = ["MAX_PROBLEMS", "Conversation", "Message", "check_files", "check_source", "read", "shortened"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "Conversation",
+    "Message",
+    "check_files",
+    "check_source",
+    "read",
+    "shortened",
+    "stream",
+]
 
 MAX_PROBLEMS: Final = 20
 """Problems listed before the rest is only counted; a wrong export is wrong in every row."""
@@ -46,29 +56,36 @@ def check_source(source: Source) -> list[Path]:
     return files_of(Path(source.path))
 
 
+def stream(source: Source) -> Iterator[Conversation | Problem]:
+    """Conversations of a source in file order, one at a time; a malformed row comes as the Problem it has.
+
+    All rows have the format of the first, or the named one.
+    """
+    name: str | None = None if source.format == "auto" else source.format
+    for place, row in islice(rows_of(check_source(source)), source.limit):
+        if isinstance(row, Problem):
+            yield row
+            continue
+        try:
+            name = name or detect(row, place)
+            yield convert(row, name, place)
+        except DataError as error:
+            yield from error.problems
+            if name is None:  # what the first row is decides what the others should be
+                return
+
+
 def read(source: Source) -> list[Conversation]:
-    """All conversations of a source, in file order; all rows have the format of the first, or the named one.
+    """All conversations of a source, in file order.
 
     Raises:
         DataError: every malformed row with its place (the first 20), or no rows at all.
     """
-    name: str | None = None if source.format == "auto" else source.format
-    found: list[Conversation] = []
-    problems: list[Problem] = []
-    for place, row in islice(rows_of(check_source(source)), source.limit):
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        try:
-            name = name or detect(row, place)
-            found.append(convert(row, name, place))
-        except DataError as error:
-            problems += error.problems
-            if name is None:  # what the first row is decides what the others should be
-                break
+    rows = list(stream(source))
+    problems = [row for row in rows if isinstance(row, Problem)]
     if problems:
         raise DataError.of(shortened(problems, source.path))
-    return found
+    return [row for row in rows if isinstance(row, Conversation)]
 
 
 def shortened(problems: list[Problem], path: Path | str) -> list[Problem]:
