@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, adapters, data, evaluate, memory, model, report, run_folder, trainer, weights
+from .engine import attention
 from .errors import FitError, InputError
 from .meter import Meter
 from .progress import Display
@@ -49,11 +50,10 @@ def _run(
     checkpoint = weights.locate(recipe.model, display.say)
     splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder), conversations)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
-    attention = model.attention_for(device, plan.row_tokens + recipe.evaluate.max_new_tokens)
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
-        base = model.load(checkpoint, recipe.model, device, attention)
+        base = model.load(checkpoint, recipe.model, device, attention.register())
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):
@@ -173,6 +173,7 @@ def _measure(
             settings,
             splits.turns.end,
             batch_rows=int(recipe.train.micro_batch),
+            batch_tokens=memory.answer_tokens(recipe, base.checkpoint.geometry),
             done=lambda count: steps.update(count, "answers"),
         )
     display.say(f"{which}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()))

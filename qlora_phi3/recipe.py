@@ -208,8 +208,9 @@ class Data(_Part):
         default="drop",
         description="longer rows: drop, error, truncate (answers still end), split (between turns); counted",
     )
-    packing: Annotated[bool, Today((False,))] = Field(
-        default=False, description="several conversations in one row, without attention between them"
+    packing: bool = Field(
+        default=True,
+        description="fill forward passes with as many rows as fit max_length; no row sees another",
     )
     loss_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
@@ -238,7 +239,9 @@ class Train(_Part):
     )
     micro_batch: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_positive)
-    ] = Field(default="auto", description="rows per forward pass; accumulation follows from it")
+    ] = Field(
+        default="auto", description="rows of max_length per forward pass; passes per step follow from it"
+    )
     learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="after the warm-up"
@@ -307,12 +310,6 @@ class Recipe(_Part):
         Field(strict=False),
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
     ] = Field(default=(), description="experiment trackers")
-
-    @property
-    def accumulation(self) -> int:
-        """Micro batches per optimizer step; `micro_batch` must be settled."""
-        assert isinstance(self.train.micro_batch, int)
-        return self.train.effective_batch // self.train.micro_batch
 
     def settled(self, micro_batch: int) -> Recipe:
         """The same recipe with `auto` replaced by what was chosen, so that it repeats anywhere."""

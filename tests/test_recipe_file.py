@@ -348,7 +348,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
             "evaluate.metrics[0]: 'los' is not allowed. Did you mean 'loss'? "
             "Allowed: loss, perplexity, exact_match, json_match.",
         ),
-        ("data.packing=true", "data.packing: true is not available yet. Today: false."),
+        ("adapter.split_fused=true", "adapter.split_fused: true is not available yet. Today: false."),
         (
             "train.micro_batch=3",
             "train.micro_batch: 3 does not divide train.effective_batch 16. Choose a divisor, or auto.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -47,10 +48,10 @@ def test_every_row_has_one_place_and_no_bin_overflows(lengths: list[int], capaci
     seed=st.integers(0, 9),
 )
 def test_near_the_fewest_bins(cuts: list[list[int]], seed: int) -> None:
-    """Bins that are full to the last token, cut into rows and shuffled: their number is the fewest possible."""
+    """Bins that are full to the last token, cut into rows and shuffled: the fewest possible number."""
     lengths = []
     for cut in cuts:
         edges = sorted({0, 100, *cut})
-        lengths += [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+        lengths += [stop - start for start, stop in itertools.pairwise(edges)]
     random.Random(seed).shuffle(lengths)
     assert len(best_fit(lengths, 100)) <= math.floor(11 / 9 * len(cuts) + 1)
