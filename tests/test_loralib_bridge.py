@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import loralib
 import pytest
 import torch
+from layout_models import FAMILY, adapter, geometry, geometry_of, logits, phi3_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent / "layouts"))
-
-from layout_models import FAMILY, adapter, geometry, geometry_of, logits, phi3_model
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.layouts import AdapterConfig, Layout, Tensors, convert, read_adapter, write_adapter
@@ -194,7 +190,7 @@ def test_other_adapters_are_left_out() -> None:
 
 @pytest.mark.parametrize("helper", [mark_only_lora_as_trainable, lora_state_dict])
 def test_other_words_for_bias(helper: Any) -> None:
-    with pytest.raises(ValueError, match="'lora'.*lora_only"):
+    with pytest.raises(ValueError, match=r"'lora'.*lora_only"):
         helper(peft_net(), "lora")
 
 

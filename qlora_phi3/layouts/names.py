@@ -96,7 +96,8 @@ def find_style(keys: Iterable[str], geometry: Geometry, place: str) -> Style:
     if not found:
         raise ModelError(place, "holds no tensors.", "Give a LoRA adapter for Phi-3.")
     modules = [*linear_shapes(geometry), *unfused_shapes(geometry)]
-    unknown = {style: [k for k in found if k not in known_keys(modules, style)] for style in STYLES}
+    known = {style: known_keys(modules, style) for style in STYLES}
+    unknown = {style: [key for key in found if key not in known[style]] for style in STYLES}
     best = min(STYLES, key=lambda style: len(unknown[style]))
     if unknown[best]:
         raise unknown_keys(unknown[best], geometry, place)

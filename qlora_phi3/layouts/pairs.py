@@ -48,16 +48,17 @@ def detect(tensors: Mapping[str, Tensor], geometry: Geometry, place: str = "adap
         ModelError: no layout fits all keys, or an A or B is missing or of the wrong shape.
     """
     style = find_style(tensors, geometry, place)
-    if style == "mlx":
-        return "mlx"
-    fused = linear_shapes(geometry)
-    if style == "peft" and any(key not in known_keys(fused, style) for key in tensors):
-        return "unfused"
-    raw = _raw_pairs(tensors, fused, style, place)
-    if style == "loralib":
-        return "loralib_merged" if any(_is_grouped(a, b) for a, b in raw.values()) else "loralib"
-    _check_shapes(raw, fused, geometry, place)
-    return "split" if _is_split(raw, geometry) else "fused"
+    shapes = linear_shapes(geometry)
+    unfused = not known_keys(shapes, style).keys() >= tensors.keys()
+    if unfused:
+        shapes = unfused_shapes(geometry)
+    raw = _raw_pairs(tensors, shapes, style, place)
+    if style == "loralib" and any(_is_grouped(a, b) for a, b in raw.values()):
+        return "loralib_merged"
+    _check_shapes(raw, shapes, geometry, place)
+    if style != "peft":
+        return style
+    return "unfused" if unfused else "split" if _is_split(raw, geometry) else "fused"
 
 
 def _is_split(raw: Mapping[str, tuple[Tensor, Tensor]], geometry: Geometry) -> bool:
@@ -110,7 +111,7 @@ def _raw_pairs(
     known = known_keys(modules, style)
     foreign = [key for key in tensors if key not in known]
     if foreign:
-        reason = f"does not belong to the {style} names of the other tensors."
+        reason = "does not belong to the layout of the other tensors, or of the config."
         raise ModelError(f"{place}: {foreign[0]}", reason, "Give one layout at a time.")
     problems, raw = [], {}
     for module in modules:
@@ -121,7 +122,7 @@ def _raw_pairs(
             problems += [_problem(place, k, "is not a matrix.") for k in keys if tensors[k].ndim != 2]
             raw[module] = (a.T, b.T) if style == "mlx" and a.ndim == b.ndim == 2 else (a, b)
         elif any(there):
-            problems.append(_problem(place, keys[not there[0]], "is missing beside its other half."))
+            problems.append(_problem(place, keys[there.index(False)], "is missing beside its other half."))
     _raise(problems)
     return raw
 
