@@ -155,6 +155,8 @@ def adapter_of(model: Any, geometry: Geometry, adapter: str = "default") -> tupl
     settings = model.peft_config[adapter].to_dict()
     kind = settings["peft_type"]
     settings["peft_type"] = getattr(kind, "value", kind)
+    if isinstance(settings["target_modules"], set):  # which a saved config has as a list
+        settings["target_modules"] = sorted(settings["target_modules"])
     return tensors, from_peft(settings, detect(tensors, geometry), "adapter")
 
 

@@ -31,8 +31,9 @@ class AdapterConfig:
     """The settings that give a dict of adapter tensors its meaning.
 
     `layout` is how the tensors are laid out, "split" being the claim that every B of a fused linear is
-    block-diagonal. Patterns map a linear's name or path to what differs from `rank` and `alpha`, the first
-    match winning, as in PEFT. `enable_lora` says which blocks a grouped (loralib_merged) linear adapts.
+    block-diagonal. `targets` are the linears that must be there, by name or path. Patterns map a linear's
+    name or path to what differs from `rank` and `alpha`, the first match winning, as in PEFT. `enable_lora`
+    says which blocks a grouped (loralib_merged) linear adapts.
 
     Units: `alpha` as its consumer uses it: the update is B @ A times alpha/rank, or alpha/sqrt(rank) where
     `use_rslora`.
@@ -142,6 +143,7 @@ def to_json(config: AdapterConfig) -> dict[str, Any]:
     """What a loralib file is accompanied by, for it holds tensors only."""
     return {
         "layout": config.layout,
+        "targets": list(config.targets),
         "rank": config.rank,
         "alpha": config.alpha,
         "rank_pattern": dict(config.rank_pattern),

@@ -96,7 +96,8 @@ def parse(
         _check_grouped(raw, config, shapes, geometry, place)
     else:
         _check_shapes(raw, shapes, geometry, place)
-    _check_ranks(raw, config, style, place)
+    _check_ranks(raw, config, place)
+    _check_targets(raw, shapes, config, place)
     _check_numbers(tensors, place)
     pairs = {module: Pair(a, b, config.scale_of(module)) for module, (a, b) in raw.items()}
     if config.layout == "split":
@@ -219,15 +220,33 @@ def unequal_blocks(sizes: list[int]) -> str:
     return f"MergedLinear cuts its rows in equal blocks, and these are of {rows} rows (GQA)."
 
 
-def _check_ranks(
-    raw: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig, style: Style, place: str
-) -> None:
+def _check_ranks(raw: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig, place: str) -> None:
     """A rank that the config does not know would be scaled wrongly, or not load at all."""
     wrong = [(m, b.shape[1]) for m, (_, b) in raw.items() if b.shape[1] != config.rank_of(m)]
     remedy = "Give the config that belongs to these tensors."
     _raise(
         [_problem(place, m, f"rank {r}, but the config says {config.rank_of(m)}.", remedy) for m, r in wrong]
     )
+
+
+def _check_targets(
+    raw: Mapping[str, object], shapes: Mapping[str, object], config: AdapterConfig, place: str
+) -> None:
+    """A consumer would leave a linear that is named but missing as it was, and say nothing.
+
+    Names that no linear of the base has pass: recipes for Llama leave them in Phi-3's configs.
+    """
+    problems = []
+    for target in config.targets:
+        missing = [m for m in shapes if (m == target or m.endswith(f".{target}")) and m not in raw]
+        if missing:
+            reason = f"has no tensors for {missing[0]}, which its config names."
+            if len(missing) > 1:
+                reason = (
+                    f"has no tensors for {missing[0]} and {len(missing) - 1} more of its target {target}."
+                )
+            problems.append(Problem(place, reason, "Copy or save the adapter again."))
+    _raise(problems)
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], place: str) -> None:

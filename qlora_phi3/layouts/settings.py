@@ -56,12 +56,27 @@ def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterCo
     return AdapterConfig(
         rank=_get(found, "r", int, place),
         alpha=_get(found, "lora_alpha", (int, float), place),
-        targets=(),
+        targets=_peft_targets(found, place),
         rank_pattern=_get(found, "rank_pattern", dict, place, {}),
         alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
         use_rslora=_get(found, "use_rslora", bool, place, False),
         layout=layout,
     )
+
+
+def _peft_targets(found: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """Linears that must be there; none where PEFT chose them by a pattern or left layers out."""
+    by_rule = isinstance(found.get("target_modules"), str)
+    if by_rule or found.get("layers_to_transform") is not None or found.get("exclude_modules"):
+        return ()
+    return _names(found, "target_modules", place)
+
+
+def _names(found: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
+    names = _get(found, key, list, place, [])
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(place, f"{key} is no list of names.", "Give the config that belongs to the adapter.")
+    return tuple(names)
 
 
 def from_mlx(found: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> AdapterConfig:
@@ -95,7 +110,7 @@ def from_loralib(found: Mapping[str, Any], place: str) -> AdapterConfig:
     return AdapterConfig(
         rank=_get(found, "rank", int, place),
         alpha=_get(found, "alpha", (int, float), place),
-        targets=(),
+        targets=_names(found, "targets", place),
         rank_pattern=_get(found, "rank_pattern", dict, place, {}),
         alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
         layout=layout,

@@ -24,10 +24,10 @@ from layout_models import (
 )
 
 from qlora_phi3.errors import ModelError
-from qlora_phi3.layouts import LAYOUTS, AdapterConfig, Layout, Tensors, convert, write_adapter
+from qlora_phi3.layouts import LAYOUTS, AdapterConfig, Layout, Tensors, convert, read_adapter, write_adapter
 from qlora_phi3.layouts.blocks import same_bits
 from qlora_phi3.layouts.names import linear_shapes, unfused_shapes
-from qlora_phi3.loralib_bridge import adapter_of
+from qlora_phi3.loralib_bridge import adapter_of, attach_adapter
 from qlora_phi3.phi3 import Geometry
 
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -111,6 +111,25 @@ def test_stock_peft_loads_it(tmp_path: Path, kind: str, layout: Layout, case: st
     write_adapter(tmp_path / "adapter", *convert(tensors, config, layout, sizes))
     loaded = PeftModel.from_pretrained(phi3_model(kind), str(tmp_path / "adapter"))
     close(logits(loaded), logits(live))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("case", [*SETTINGS, "all-linear", "some layers", "a rule", "Llama's names"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_stock_peft_saves_is_read(tmp_path: Path, kind: str, case: str) -> None:
+    more = {
+        "all-linear": {"target_modules": "all-linear"},
+        "some layers": {"target_modules": ALL, "layers_to_transform": [1]},
+        "a rule": {"target_modules": r".*\.1\..*_proj"},
+        "Llama's names": {"target_modules": ["q_proj", "o_proj", "down_proj"]},
+    }
+    live = stock_peft(kind, **(SETTINGS | more)[case])
+    sizes = geometry_of(live.base_model.model)
+    live.save_pretrained(tmp_path, save_embedding_layers=False)
+    tensors, config = read_adapter(tmp_path, sizes)
+    assert same(tensors, adapter_of(live, sizes)[0])
+    fresh = attach_adapter(phi3_model(kind), tensors, config, sizes)
+    assert torch.equal(logits(fresh), logits(live))
 
 
 def llama_of(model: Any) -> Any:

@@ -255,6 +255,8 @@ def test_nothing_there(tmp_path: Path, name: str) -> None:
         ({"r": "4"}, "r is '4'"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
         ({"lora_alpha": float("nan")}, "alpha nan"),
+        ({"target_modules": ["o_proj", 7]}, "target_modules is no list of names"),
+        ({"target_modules": ["o_proj", "lm_head"]}, "has no tensors for lm_head"),
         ({"rank_pattern": ["a"]}, "rank_pattern is"),
         ({"rank_pattern": {".*": 4}}, "regular expression"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
@@ -299,6 +301,16 @@ def test_weights_of_another_base(tmp_path: Path) -> None:
     folder = write(tmp_path)
     with pytest.raises(ModelError, match="Give an adapter made for this base"):
         read_adapter(folder, geometry("medium"))
+
+
+@pytest.mark.parametrize("layout", ["fused", "unfused", "loralib", "loralib_merged"])
+def test_a_missing_layer(tmp_path: Path, layout: Layout) -> None:
+    """A whole pair that is gone leaves no half behind; the config still names it."""
+    tensors, config = convert(*adapter(MINI), layout, MINI)
+    gone = {key: tensor for key, tensor in tensors.items() if ".layers.1.mlp.down_proj" not in key}
+    write_adapter(tmp_path / "adapter", gone, config)
+    with pytest.raises(ModelError, match=r"no tensors for model.layers.1.mlp.down_proj"):
+        read_adapter(tmp_path / "adapter", MINI)
 
 
 def test_not_a_number_on_disk(tmp_path: Path) -> None:
