@@ -240,11 +240,8 @@ def _check_targets(
     for target in config.targets:
         missing = [m for m in shapes if (m == target or m.endswith(f".{target}")) and m not in raw]
         if missing:
-            reason = f"has no tensors for {missing[0]}, which its config names."
-            if len(missing) > 1:
-                reason = (
-                    f"has no tensors for {missing[0]} and {len(missing) - 1} more of its target {target}."
-                )
+            more = f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+            reason = f"has no tensors for {missing[0]}{more}, which its config names."
             problems.append(Problem(place, reason, "Copy or save the adapter again."))
     _raise(problems)
 

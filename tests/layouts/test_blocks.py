@@ -59,6 +59,7 @@ def pairs(draw: st.DrawFn) -> tuple[Pair, list[int]]:
 def test_split_is_block_diagonal_and_the_same_update(case: tuple[Pair, list[int]]) -> None:
     pair, sizes = case
     apart = split(pair, sizes)
+    assert apart.rank % len(sizes) == 0
     assert is_block_diagonal(apart, sizes)
     torch.testing.assert_close(product(apart), product(pair), rtol=1e-12, atol=1e-12)
 
@@ -138,6 +139,17 @@ def test_ungroup_undoes_group(num_blocks: int, rank: int, rows: int, data: st.Da
     assert grouped.a.shape == (rank * sum(used), 3)
     assert grouped.b.shape == (rows * sum(used), rank)
     assert same(ungroup(grouped, sizes, found), stacked)
+
+
+def test_a_block_without_effect_keeps_its_a() -> None:
+    """One projection may be untrained while another is not; training goes on from its A."""
+    pair = stack([random_pair(2, 4, 3), random_pair(2, 4, 3, seed=1)], [3, 3])
+    pair.b[3:].zero_()
+    first, second = unstack(pair, [3, 3])
+    assert first is not None
+    assert second is not None
+    assert same(stack([first, second], [3, 3]), pair)
+    assert group(pair, [3, 3])[1] == (True, True)
 
 
 @pytest.mark.parametrize("rewrite", [split, unstack, group])
