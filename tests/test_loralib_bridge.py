@@ -289,6 +289,16 @@ def test_attached_and_taken_off_again(kind: str, layout: Layout) -> None:
     assert found.scale_of("model.layers.1.mlp.down_proj") == pytest.approx(8 / 3**0.5, rel=1e-12)
 
 
+def test_training_on_does_not_reach_what_was_taken() -> None:
+    sizes = geometry("mini")
+    model = attach_adapter(phi3_model("mini"), *ADAPTER, sizes)
+    taken, _ = adapter_of(model, sizes)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.zero_()
+    assert all(same_bits(taken[key], ADAPTER[0][key]) for key in taken)
+
+
 def test_a_refused_adapter_leaves_the_model_alone() -> None:
     model, (tensors, config) = phi3_model("mini"), adapter(geometry("mini"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

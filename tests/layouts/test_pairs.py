@@ -235,6 +235,30 @@ def test_grouped_shapes(enable_lora: Any, match: str) -> None:
         check(tensors, replace(config, enable_lora=enable_lora), sizes)
 
 
+def test_grouped_blocks_of_gqa() -> None:
+    """Sizes that a third divides, as MergedLinear itself would take them, and get k and v wrong."""
+    sizes = replace(geometry("mini"), num_kv_heads=1)
+    tensors = {f"{QKV}.lora_A": torch.ones(6, 64), f"{QKV}.lora_B": torch.ones(96, 2)}
+    config = AdapterConfig(2, 4, (), layout="loralib_merged", enable_lora={"qkv_proj": (True, True, True)})
+    assert sizes.linear_shape("qkv_proj") == (96, 64)
+    with pytest.raises(ModelError, match=r"of 64, 16, 16 rows \(GQA\)"):
+        check(tensors, config, sizes)
+
+
+@pytest.mark.parametrize("layout", ["split", "unfused", "loralib_merged"])
+def test_the_rank_of_a_block_is_bounded(layout: Layout) -> None:
+    """A fused linear of 64 to 192 can use rank 64, so can each of its blocks; not one more."""
+    for rank in (64, 65):
+        wide = replace(geometry("mini"), hidden_size=64 if rank == 64 else 128)
+        tensors, config = convert(*adapter(wide, "gate_up_proj", rank=rank), layout, wide)
+        cut = {key: t[:, :64] if "lora_A" in key else t for key, t in tensors.items()}
+        if rank == 64:
+            check(cut, config, geometry("mini"))
+        else:
+            with pytest.raises(ModelError, match="is above"):
+                check(cut, config, geometry("mini"))
+
+
 def test_grouped_on_one_projection() -> None:
     sizes = geometry("mini")
     tensors, config = adapter(sizes, "o_proj", layout="loralib_merged")
