@@ -1,4 +1,4 @@
-"""Files of a source as rows, one at a time: JSONL, a JSON list, CSV, Parquet, or a folder of these.
+"""Files of a source as rows, one at a time: JSONL, a JSON list, CSV, Parquet, text, or a folder of these.
 
 Owns finding the files, their encodings, and the place of each row. A row that cannot be read comes as the
 Problem it has, in its turn, so that all are told at once. Knows nothing of what a row means.
@@ -26,7 +26,8 @@ DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
 
 _GIVE: Final = (
-    "Give a JSONL file, a .json list, a .csv, a .parquet, or a folder of them: data.train.path=chats.jsonl."
+    "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them: "
+    "data.train.path=chats.jsonl."
 )
 _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
@@ -179,6 +180,12 @@ def _check_list(first: str, path: Path) -> None:
         raise DataError(str(path), f"is {found}.", remedy)
 
 
+def _document(path: Path) -> Iterator[Row]:
+    """The whole file as one row of plain text, its line ends as they are."""
+    text = "".join(text_of(line, place) for place, line in _lines(path))
+    yield str(path), {"text": text}
+
+
 def _skip(text: str, at: int) -> int:
     """Index of the first character from `at` that is not JSON's white space."""
     while at < len(text) and text[at] in " \t\r\n":
@@ -273,12 +280,23 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _parquet_row(batch: Any, i: int, place: str) -> Any:
     try:
-        return batch.slice(i, 1).to_pylist()[0]
+        return without_nulls(batch.slice(i, 1).to_pylist()[0])
     except UnicodeDecodeError:
         return Problem(place, "has text that is not UTF-8.", "Convert the column to UTF-8.")
     except (ValueError, ArithmeticError, LookupError) as error:  # a time that Python cannot hold
         reason = f"has a value that cannot be read: {str(error).splitlines()[0]}."
         return Problem(place, reason, "Remove the column, or write it as text.")
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the nulls inside its values: there they stand for keys that it never had."""
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 READERS: Final[dict[str, Callable[[Path], Iterator[Row]]]] = {
@@ -287,5 +305,6 @@ READERS: Final[dict[str, Callable[[Path], Iterator[Row]]]] = {
     ".json": _json_list,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".txt": _document,
 }
 """Reader by suffix, lower case."""

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_phi3.data.formats import FORMATS, SHAREGPT_ROLES, convert, detect
 from qlora_phi3.data.read import read
+from qlora_phi3.data.rows import Conversation
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe import Source
 
@@ -19,13 +20,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "hi", "output": "yo"},
     "prompt-completion": {"prompt": "hi", "completion": "yo"},
 }
+"""Formats of conversations; `text` and `preference` have tests of their own."""
 PAIR = [("user", "hi"), ("assistant", "yo")]
 ASK = {"from": "human", "value": "hi"}
 ANSWER = {"from": "gpt", "value": "yo"}
 
 
+def talk_of(row: Any, name: str) -> Conversation:
+    found = convert(row, name, "f:1")
+    assert isinstance(found, Conversation)
+    return found
+
+
 def turns(row: Any, name: str) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in convert(row, name, "f:1").messages]
+    return [(message.role, message.content) for message in talk_of(row, name).messages]
 
 
 def refusal(row: Any, name: str) -> tuple[str, str, str]:
@@ -40,7 +48,7 @@ def talk(*entries: Any) -> dict[str, Any]:
 
 
 def test_every_format_has_an_example_here() -> None:
-    assert list(ROWS) == list(FORMATS)
+    assert [*ROWS, "text", "preference"] == list(FORMATS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -120,11 +128,7 @@ def test_response_is_a_completion() -> None:
         ([], "has no format that is known (found a list)."),
         ("hi", "has no format that is known (found text)."),
         (None, "has no format that is known (found null)."),
-        ({"text": "once"}, "has format text, which is not available yet."),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "has format preference, which is not available yet.",
-        ),
+        ({"chosen": "b"}, "has no format that is known (found keys 'chosen')."),
     ],
 )
 def test_unknown_format(row: Any, reason: str) -> None:
@@ -390,7 +394,7 @@ def test_missing_keys(name: str, row: Any, reason: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tools", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
+    [("functions", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
 )
 def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
     wanted = ("f:1", f"{key!r} is not available yet.", REMOVE)
@@ -399,4 +403,4 @@ def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [None, "", [], {}, {"parameters": None}])
 def test_empty_values_lose_nothing(value: Any) -> None:
-    assert turns({**ROWS["messages"], "tools": value}, "messages") == PAIR
+    assert turns({**ROWS["messages"], "functions": value}, "messages") == PAIR
