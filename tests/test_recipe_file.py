@@ -141,7 +141,7 @@ def test_a_message_says_place_found_value_and_what_is_needed(write: Any, line: s
                 f"8: data.train[3].path: is missing: {PATH_HELP}. Add it.",
             ],
         ),
-        ("data:\n  train: []", ["4: data.train: found [], needs at least 1 source."]),
+        ("data:\n  train: []", ["4: data.train: found [], needs at least one source."]),
         (
             "data:\n  train: [{path: a/b}, {path: c.jsonl,\n    split: test}]",
             [
@@ -464,11 +464,9 @@ def test_paths_in_a_list(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert [source.path for source in sources] == [str(path.parent / "a.jsonl"), str(tmp_path / "b.jsonl")]
     sources = load_recipe(path, ["data.train=[{path: a.jsonl, weight: 2}]"]).data.train_sources
     assert [(source.path, source.weight) for source in sources] == [(str(working / "a.jsonl"), 2)]
-    assert (
-        refusals(path, "data.train.path=x")
-        == [f"command line: data.train.path: data.train is [{{path: {path.parent}/a.jsonl}}, "[:100]]
-        or True
-    )
+    [message] = refusals(path, "data.train.path=x")
+    assert message.startswith("command line: data.train.path: data.train is [")
+    assert message.endswith(" and has no keys below it.")
 
 
 @pytest.mark.parametrize("made", ["file", "folder", None])

@@ -80,9 +80,9 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
 
 
 def find(code: str, places: Iterable[str]) -> list[Finding]:
-    """The finding of `code` at these places; none where there are none."""
+    """The finding of `code` at these places, each told once though weights repeat it; none without any."""
     grade, what, fix = MEANINGS[code]
-    found = tuple(places)
+    found = tuple(dict.fromkeys(places))
     return [Finding(grade, code, what, found, fix)] if found else []
 
 
@@ -91,7 +91,9 @@ def examine_all(
 ) -> tuple[dict[str, list[TokenRow]], list[Finding]]:
     """The rows of every split that a run could tokenize, and all findings on them."""
     turns, settings = Turns.of(tokenizer), recipe.data
-    conversations = {name: _distinct(found) for name, found in examples.items()}
+    conversations = {
+        name: [row for row in found if not isinstance(row, Preference)] for name, found in examples.items()
+    }
     rows: dict[str, list[TokenRow]] = {}
     findings: list[Finding] = []
     for name, talks in conversations.items():
@@ -103,12 +105,6 @@ def examine_all(
     findings += examine_batch(fits, recipe.train.effective_batch, "data.train")
     findings += overlap(conversations["train"], conversations.get("eval", ()))
     return rows, findings
-
-
-def _distinct(examples: Iterable[Example]) -> list[Row]:
-    """Every row once, however often its source's weight takes it."""
-    found = {row.place: row for row in examples if not isinstance(row, Preference)}
-    return list(found.values())
 
 
 def tokenize_all(

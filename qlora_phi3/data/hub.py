@@ -82,13 +82,16 @@ def _look_up(source: Source, place: str) -> str | None:
 
 
 def _explain(error: Exception, status: int | None) -> tuple[str, str]:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     if status in (401, 403):
         # 401 is also its answer to an unknown name when nobody is logged in
         remedy = "Check the name; accept its terms on the hub and log in with `hf auth login`."
         return f"the hub refuses access (HTTP {status}): gated, private or no such data set.", remedy
     if status == 404:
         return "no such file or folder, and not on the hub, or no such revision.", "Check path and revision."
-    return f"no such file or folder, and the hub cannot be reached: {_first_line(error)}.", _NETWORK
+    why = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
+    return f"no such file or folder, and the hub cannot be reached: {why}.", _NETWORK
 
 
 def _first_line(error: Exception) -> str:
