@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from .rows import Message
 
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -77,7 +77,7 @@ def turn(
     role = _role(message, place, keys, roles)
     for key in sorted(set(message) - {speaker, text, "name", *more}, key=str):
         if says_something(message[key]):
-            raise DataError(place, f"{key!r} is not available yet.", f"Leave only {speaker} and {text}.")
+            raise DataError(place, f"{shown(key)} is not available yet.", f"Leave only {speaker} and {text}.")
     return Turn(Message(roles[role], read_text(message, text, place)), place)
 
 
@@ -87,7 +87,7 @@ def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, s
         raise DataError(place, f"is {kind(message)}, not an object.", f"Give it {speaker} and {text}.")
     role = message.get(speaker)
     if not isinstance(role, str) or role not in roles:
-        found = "is missing" if role is None else f"{role!r} is unknown"
+        found = "is missing" if role is None else f"{shown(role)} is unknown"
         raise DataError(place, f"{speaker} {found}.", f"Use one of {', '.join(roles)}.")
     return role
 

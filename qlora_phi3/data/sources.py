@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import DataError, Problem
+from ..errors import DataError, Problem, shown
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
@@ -231,11 +231,13 @@ def _csv_reason(error: csv.Error) -> str:
 def _checked_header(names: list[str], place: str) -> list[str]:
     repeated = _repeated(names)
     if repeated:
-        raise DataError(place, f"the header names {repeated[0]!r} twice.", "Rename or remove one column.")
+        raise DataError(
+            place, f"the header names {shown(repeated[0])} twice.", "Rename or remove one column."
+        )
     blank = [name for name in names if name != name.strip()]
     if blank:
         remedy = "Remove the blanks around commas: they would become part of the text."
-        raise DataError(place, f"the header's name {blank[0]!r} begins or ends with a blank.", remedy)
+        raise DataError(place, f"the header's name {shown(blank[0])} begins or ends with a blank.", remedy)
     return names
 
 
@@ -266,7 +268,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             repeated = _repeated(file.schema_arrow.names)
             if repeated:
-                raise DataError(str(path), f"has two columns {repeated[0]!r}.", "Rename or remove one.")
+                raise DataError(str(path), f"has two columns {shown(repeated[0])}.", "Rename or remove one.")
             for batch in file.iter_batches(batch_size=_BATCH):
                 for i in range(batch.num_rows):
                     number += 1
