@@ -15,6 +15,7 @@ from ..errors import DataError, shown
 from .rows import Message
 
 ROLES: Final = ("system", "user", "assistant", "tool")
+_ITSELF: Final = {role: role for role in ROLES}
 SHAREGPT_ROLES: Final = {
     "system": "system",
     "human": "user",
@@ -93,8 +94,8 @@ def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, s
 
 
 def _message(message: Any, place: str) -> Turn:
-    keys, roles = ("role", "content"), {role: role for role in ROLES}
-    role = _role(message, place, keys, roles)
+    keys = ("role", "content")
+    role = _role(message, place, keys, _ITSELF)
     more = {key: message[key] for key in KEPT.get(role, ()) if says_something(message.get(key))}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], place)
@@ -102,7 +103,7 @@ def _message(message: Any, place: str) -> Turn:
             message = {**message, "content": ""}
     if not isinstance(more.get("tools", ""), str):  # the templates that take them there take text
         more["tools"] = read_tools(more["tools"], place)
-    found = turn(message, place, keys, roles, tuple(more))
+    found = turn(message, place, keys, _ITSELF, tuple(more))
     written = _json(more, place, "tool_calls" if role == "assistant" else ", ".join(more)) if more else ""
     return Turn(Message(role, found.message.content, written), place)
 

@@ -13,6 +13,9 @@ from typing import Any, Final
 from ..errors import DataError
 from .rows import Conversation
 
+_PARTS: Final = {"assistant": ("tool_calls", "tool_calls"), "system": ("system tools", "tools")}
+"""Role -> what is probed of its messages, and the key that it stands under."""
+
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages, list[dict[str, Any]] | None], str]
 """Messages and tools -> the text that a template makes of them."""
@@ -48,8 +51,7 @@ def check_shown(conversation: Conversation, silent: frozenset[str]) -> None:
         remedy = _ANOTHER if "system tools" in silent else _IN_SYSTEM
         raise DataError(conversation.place, "the model's chat template leaves out `tools`.", remedy)
     for i, message in enumerate(conversation.messages):
-        key = "tool_calls" if message.calls_tools else "tools"
-        kind = f"{message.role} tools" if key == "tools" else key
+        kind, key = _PARTS.get(message.role, ("", ""))
         if message.more and kind in silent:
             place = f"{conversation.place}: messages[{i}]"
             raise DataError(place, f"the model's chat template leaves out `{key}`.", _ANOTHER)
