@@ -85,7 +85,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
     from . import data, model
     from .data import doctor, figures
 
-    conversations = data.read_all(recipe.data)
+    conversations = data.read_all(recipe.data, recipe.train, recipe.evaluate)
     checkpoint = weights.locate(recipe.model, say)
     tokenizer = model.load_tokenizer(checkpoint.folder)
     rows, findings = doctor.examine_all(conversations, recipe, tokenizer)

@@ -32,7 +32,7 @@ def run(
     """
     display = display or Display()
     _one_process()
-    conversations = data.read_all(recipe.data)
+    conversations = data.read_all(recipe.data, recipe.train, recipe.evaluate)
     with run_folder.create(out or run_folder.default(recipe)) as folder:
         try:
             return _run(recipe, conversations, folder, display), folder

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, Problem
-from ..recipe import Data, Source
-from .formats import Conversation
+from ..recipe import Data, Evaluate, Train
 from .overlong import Fitted, Fitter
-from .read import check_files, read, shortened
+from .read import EVALUATE, TRAIN, check_files, name_of, read_splits, shortened
+from .rows import Conversation, Example, Text
+from .text import fit_text
 from .tokens import TokenRow, Turns, prompt_ids
 
 __all__ = ["Conversation", "Prompt", "Split", "Splits", "TokenRow", "check_files", "load"]
@@ -39,7 +40,7 @@ class Split:
     """
 
     rows: list[TokenRow]
-    conversations: list[Conversation]
+    conversations: list[Conversation | Text]
     num_dropped: int
     num_truncated: int = 0
     num_split: int = 0
@@ -77,21 +78,18 @@ class Splits:
     turns: Turns
 
 
-Conversations = Mapping[str, list[Conversation]]
+Conversations = Mapping[str, list[Example]]
 """Rows as read, by split: "train", and "eval" where the recipe has it."""
 
 
-def read_all(data: Data) -> Conversations:
+def read_all(data: Data, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Conversations:
     """Read and check all rows, before a model is fetched for them.
 
     Raises:
-        DataError: a source is missing, or rows cannot be read.
+        DataError: a source is missing, or rows cannot be read, or the run has no use for them.
     """
     check_files(data)
-    found = {"train": read(data.train)}
-    if isinstance(data.eval, Source):
-        found["eval"] = read(data.eval)
-    return found
+    return read_splits(data, train, evaluate)
 
 
 def load(data: Data, tokenizer: Any, conversations: Conversations | None = None) -> Splits:
@@ -101,10 +99,11 @@ def load(data: Data, tokenizer: Any, conversations: Conversations | None = None)
         DataError: rows that cannot be read, are too long for `overlong: error`, or all dropped.
     """
     turns, rows = Turns.of(tokenizer), conversations or read_all(data)
-    train = _split(rows["train"], data.train.path, data, tokenizer, turns)
+    train = _split(rows["train"], name_of(data.train), data, tokenizer, turns)
     held_out = None
-    if isinstance(data.eval, Source):
-        held_out = _split(rows["eval"], data.eval.path, data, tokenizer, turns)
+    if "eval" in rows:
+        name = name_of(data.eval_sources or data.train_sources)
+        held_out = _split(rows["eval"], name, data, tokenizer, turns)
     return Splits(train, held_out, turns)
 
 
@@ -112,6 +111,7 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
     """The first `limit` conversations as prompts for their last answer."""
     found = []
     for conversation in split.conversations[:limit]:
+        assert isinstance(conversation, Conversation)  # `read` refuses text where answers are asked for
         ids, expected = prompt_ids(conversation, tokenizer)
         before = conversation.messages[: conversation.last_answer]
         asked = next((m for m in reversed(before) if m.role == "user"), before[-1])
@@ -119,13 +119,13 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
     return found
 
 
-def _split(conversations: list[Conversation], place: str, data: Data, tokenizer: Any, turns: Turns) -> Split:
+def _split(conversations: list[Example], place: str, data: Data, tokenizer: Any, turns: Turns) -> Split:
     fitter = Fitter(data, tokenizer, turns)
     parts: list[Fitted] = []
     problems: list[Problem] = []
     for conversation in conversations:
         try:
-            parts.append(fitter.fit(conversation))
+            parts.append(_fit(conversation, fitter))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -137,3 +137,10 @@ def _split(conversations: list[Conversation], place: str, data: Data, tokenizer:
         raise DataError(place, reason + detail, "Raise data.max_length.")
     rows, talks = [row for _, row in found.rows], [talk for talk, _ in found.rows]
     return Split(rows, talks, found.num_dropped, found.num_truncated, found.num_split)
+
+
+def _fit(row: Example, fitter: Fitter) -> Fitted:
+    if isinstance(row, Text):
+        return fit_text(row, fitter.data, fitter.tokenizer, fitter.turns)
+    assert isinstance(row, Conversation)  # `read` refuses preferences
+    return fitter.fit(row)

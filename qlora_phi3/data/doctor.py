@@ -14,10 +14,13 @@ from typing import Any, Final
 from ..errors import DataError
 from ..findings import Finding, Grade
 from ..recipe import Data, Recipe
-from .read import Conversation
+from .rows import Conversation, Example, Preference, Text
+from .text import tokenize_text
 from .tokens import IGNORE, LossOn, TokenRow, Turns, tokenize
+from .tools import tool_texts
 
-Pair = tuple[Conversation, TokenRow]
+Row = Conversation | Text
+Pair = tuple[Row, TokenRow]
 
 MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
     "special-token": (
@@ -77,17 +80,20 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
 
 
 def find(code: str, places: Iterable[str]) -> list[Finding]:
-    """The finding of `code` at these places; none where there are none."""
+    """The finding of `code` at these places, each told once though weights repeat it; none without any."""
     grade, what, fix = MEANINGS[code]
-    found = tuple(places)
+    found = tuple(dict.fromkeys(places))
     return [Finding(grade, code, what, found, fix)] if found else []
 
 
 def examine_all(
-    conversations: Mapping[str, Sequence[Conversation]], recipe: Recipe, tokenizer: Any
+    examples: Mapping[str, Sequence[Example]], recipe: Recipe, tokenizer: Any
 ) -> tuple[dict[str, list[TokenRow]], list[Finding]]:
     """The rows of every split that a run could tokenize, and all findings on them."""
     turns, settings = Turns.of(tokenizer), recipe.data
+    conversations = {
+        name: [row for row in found if not isinstance(row, Preference)] for name, found in examples.items()
+    }
     rows: dict[str, list[TokenRow]] = {}
     findings: list[Finding] = []
     for name, talks in conversations.items():
@@ -102,7 +108,7 @@ def examine_all(
 
 
 def tokenize_all(
-    conversations: Iterable[Conversation], tokenizer: Any, turns: Turns, loss_on: LossOn
+    conversations: Iterable[Row], tokenizer: Any, turns: Turns, loss_on: LossOn
 ) -> tuple[list[Pair], list[Finding]]:
     """Every row as a run would tokenize it; the ones it would refuse come as findings."""
     pairs: list[Pair] = []
@@ -110,7 +116,7 @@ def tokenize_all(
     refused: list[str] = []
     for talk in conversations:
         try:
-            pairs.append((talk, tokenize(talk, tokenizer, turns, loss_on)))
+            pairs.append((talk, _tokens(talk, tokenizer, turns, loss_on)))
         except DataError as error:
             inside = special_tokens(talk, tokenizer, turns)
             special += inside
@@ -118,39 +124,57 @@ def tokenize_all(
     return pairs, find("special-token", special) + find("refused", refused)
 
 
-def special_tokens(talk: Conversation, tokenizer: Any, turns: Turns) -> list[str]:
-    """Places of special tokens inside message text, each with the token."""
+def _tokens(row: Row, tokenizer: Any, turns: Turns, loss_on: LossOn) -> TokenRow:
+    if isinstance(row, Text):
+        return tokenize_text(row, tokenizer, turns)
+    return tokenize(row, tokenizer, turns, loss_on)
+
+
+def special_tokens(row: Row, tokenizer: Any, turns: Turns) -> list[str]:
+    """Places of special tokens inside text, each with the token."""
     found = []
-    for i, message in enumerate(talk.messages):
-        ids = tokenizer(message.content, add_special_tokens=False)["input_ids"]
+    for place, text in _texts(row):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for token in dict.fromkeys(token for token in ids if token in turns.special):
-            found.append(f"{talk.place}: messages[{i}]: {tokenizer.decode([token])}")
+            found.append(f"{place}: {tokenizer.decode([token])}")
     return found
+
+
+def _texts(row: Row) -> list[tuple[str, str]]:
+    """(place, text) of all that a row says."""
+    if isinstance(row, Text):
+        return [(row.place, row.text)]
+    said = [(f"{row.place}: messages[{i}]", message.content) for i, message in enumerate(row.messages)]
+    return said + list(tool_texts(row))
 
 
 def examine(pairs: Sequence[Pair], tokenizer: Any, turns: Turns) -> list[Finding]:
     """Findings on the tokens of a split."""
     rows = [row for _, row in pairs]
+    talks = [(talk, row) for talk, row in pairs if isinstance(talk, Conversation)]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [
         *find("all-masked", (row.place for row in rows if not row.num_supervised)),
-        *find("no-stop", (row.place for row in rows if any(span[-1] != turns.end for span in _spans(row)))),
+        *find(
+            "no-stop", (row.place for _, row in talks if any(span[-1] != turns.end for span in _spans(row)))
+        ),
         *find("double-bos", (row.place for row in rows if row.input_ids[:2] == [bos, bos])),
         *find("double-eos", (row.place for row in rows if row.input_ids[-2:] == [eos, eos])),
-        *find("short-answer", (place for pair in pairs for place in _short_answers(*pair))),
+        *find("short-answer", (place for pair in talks for place in _short_answers(*pair))),
     ]
 
 
-def examine_text(conversations: Sequence[Conversation]) -> list[Finding]:
+def examine_text(rows: Sequence[Row]) -> list[Finding]:
     """Findings that need no tokens."""
+    talks = [row for row in rows if isinstance(row, Conversation)]
     return [
-        *find("turn-order", (place for talk in conversations for place in _repeated_roles(talk))),
-        *find("garbled", (place for talk in conversations for place in _garbled(talk))),
-        *find("duplicate", _repeated(conversations, lambda talk: talk.messages)),
+        *find("turn-order", (place for talk in talks for place in _repeated_roles(talk))),
+        *find("garbled", (place for row in rows for place in _garbled(row))),
+        *find("duplicate", _repeated(rows, lambda row: row.canonical)),
     ]
 
 
-def overlap(train: Iterable[Conversation], held_out: Iterable[Conversation]) -> list[Finding]:
+def overlap(train: Iterable[Row], held_out: Iterable[Row]) -> list[Finding]:
     """Held-out rows whose user messages a training row has too, apart from case and whitespace."""
     asked: dict[tuple[str, ...], str] = {}
     for talk in train:
@@ -199,18 +223,20 @@ def _short_answers(talk: Conversation, row: TokenRow) -> list[str]:
 
 def _repeated_roles(talk: Conversation) -> list[str]:
     roles = [message.role for message in talk.messages]
-    twins = (i for i in range(1, len(roles)) if roles[i] == roles[i - 1])
+    twins = (i for i in range(1, len(roles)) if roles[i] == roles[i - 1] != "tool")
     return [f"{talk.place}: messages[{i}]: {roles[i]} after {roles[i]}" for i in twins]
 
 
-def _repeated(talks: Iterable[Conversation], key: Callable[[Conversation], Any]) -> list[str]:
+def _repeated(talks: Iterable[Row], key: Callable[[Row], Any]) -> list[str]:
     first: dict[Any, str] = {}
     places = [(talk.place, first.setdefault(key(talk), talk.place)) for talk in talks]
     return [f"{place} (as {earlier})" for place, earlier in places if place != earlier]
 
 
-def _asked(talk: Conversation) -> tuple[str, ...]:
-    return tuple(" ".join(m.content.casefold().split()) for m in talk.messages if m.role == "user")
+def _asked(row: Row) -> tuple[str, ...]:
+    """What the user says, or the whole of a text."""
+    asked = [row.text] if isinstance(row, Text) else [m.content for m in row.messages if m.role == "user"]
+    return tuple(" ".join(text.casefold().split()) for text in asked)
 
 
 def _high_characters() -> str:
@@ -229,6 +255,6 @@ _GARBLED: Final = re.compile(
 )
 
 
-def _garbled(talk: Conversation) -> list[str]:
-    hits = ((i, _GARBLED.search(message.content)) for i, message in enumerate(talk.messages))
-    return [f"{talk.place}: messages[{i}]: {hit[0]!r}" for i, hit in hits if hit is not None]
+def _garbled(row: Row) -> list[str]:
+    hits = ((place, _GARBLED.search(text)) for place, text in _texts(row))
+    return [f"{place}: {hit[0]!r}" for place, hit in hits if hit is not None]

@@ -13,6 +13,7 @@ from qlora_phi3.data import figures
 from qlora_phi3.data.doctor import MEANINGS, examine, examine_all
 from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
 from qlora_phi3.data.read import Conversation, Message
+from qlora_phi3.data.rows import Text
 from qlora_phi3.data.tokens import IGNORE, TokenRow, Turns, tokenize
 from qlora_phi3.findings import Finding
 from qlora_phi3.recipe import Recipe
@@ -320,3 +321,40 @@ def test_a_leading_space_is_kept() -> None:
     assert tokenizer.decode([1]) == "yo"
     found = pieces(TokenRow([0, 1, 1], [IGNORE, 1, 1], "t:1"), tokenizer)
     assert [piece.text for piece in found] == ["hi", " yo", " yo"]
+
+
+# --- rows that are no conversations, and rows that are taken more than once
+
+
+def codes(
+    train: Sequence[Conversation | Text], held_out: Sequence[Text] = ()
+) -> list[tuple[str, tuple[str, ...]]]:
+    recipe = Recipe.model_validate({"version": 1, "name": "t", "data": {"train": {"path": "t.txt"}}})
+    splits = {"train": train} | ({"eval": held_out} if held_out else {})
+    return [
+        (one.code, one.places) for one in examine_all(splits, recipe, PHI3)[1] if one.code != "large-batch"
+    ]
+
+
+def test_plain_text_has_no_turns_to_find_fault_with() -> None:
+    assert codes([Text("a", "t:1"), Text("b", "t:2")], [Text("c", "e:1")]) == []
+
+
+def test_findings_on_plain_text() -> None:
+    rows = [
+        Text("cafÃ©", "t:1"),
+        Text("b <|end|>", "t:2"),
+        Text("Same  text", "t:3"),
+        Text("Same  text", "t:4"),
+    ]
+    assert codes(rows, [Text("same text", "e:1")]) == [
+        ("special-token", ("t:2: <|end|>",)),
+        ("garbled", ("t:1: 'Ã©'",)),
+        ("duplicate", ("t:4 (as t:3)",)),
+        ("overlap", ("e:1 (as t:3)",)),
+    ]
+
+
+def test_a_row_that_its_weight_repeats_is_no_duplicate() -> None:
+    row, other = talks([("user: hello", "assistant: cafÃ©"), GOOD])
+    assert codes([row, row, row, other]) == [("garbled", ("t:1: messages[1]: 'Ã©'",))]
