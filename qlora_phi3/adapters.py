@@ -8,6 +8,7 @@ provenance.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +20,9 @@ from torch import nn
 
 from . import phi3
 from .errors import ModelError, RunError
-from .memory import target_linears
 from .model import Base, logical_numel
-from .recipe import Recipe
+from .recipe import Adapter, Recipe
+from .split_lora import DiagonalB, StackedA, split
 from .weights import first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -30,9 +31,13 @@ PROVENANCE_NAME: Final = "base_provenance.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """One row of the trained table: a linear, in how many layers, and what its adapters hold."""
+    """One row of the trained table: a part of a linear, in how many layers, and what trains it.
+
+    `part`: the projection, as "q", the whole linear's as "q+k+v", or "lengths" for DoRA's.
+    """
 
     target: str
+    part: str
     num_modules: int
     in_features: int
     out_features: int
@@ -40,38 +45,86 @@ class Trained:
     num_parameters: int
     dtype: str
 
+    def describe(self) -> str:
+        rank = f" of rank {self.rank}" if self.rank else ""
+        return f"{self.target} {self.part}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def attach(base: Base, recipe: Recipe) -> Any:
-    """Wrap the base in a `PeftModel` with float32 LoRA on the chosen linears.
+    """Wrap the base in a `PeftModel` with float32 LoRA on the chosen linears, or on projections in them.
 
     Raises:
-        ModelError: a target that exists nowhere, or not in every layer.
+        ModelError: a target that exists nowhere, or not in every layer, or a rank above a linear's size.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    settings, targets = recipe.adapter, target_linears(recipe)
-    # not `targets`: a name that is no linear at all is missing there, in a recipe that nobody checked
-    asked = targets if settings.targets == "all-linear" else settings.targets
-    linears = [phi3.PROJECTIONS.get(name, name) for name in asked]
-    check_targets(base.model, linears, base.checkpoint.geometry.num_layers)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    settings, geometry = recipe.adapter, base.checkpoint.geometry
+    # not `settings.trained`: a name that is no linear at all is missing there, in a recipe nobody checked
+    asked = phi3.LINEARS if isinstance(settings.targets, str) else settings.targets
+    check_targets(base.model, [phi3.PROJECTIONS.get(name, name) for name in asked], geometry.num_layers)
+    check_rank(settings, geometry)
+    config = peft_config(settings)
     model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    if settings.split_fused:
+        split_linears(model, settings, geometry)
     # PEFT writes this into adapter_config.json; for hub ids others can load from it, a folder of this
     # machine would tell nobody anything.
     config.base_model_name_or_path = base.checkpoint.provenance.base
     config.revision = base.checkpoint.provenance.revision
-    check_trained(model, targets, base.checkpoint.geometry)
+    check_trained(model, settings, geometry)
     return model
+
+
+def peft_config(settings: Adapter) -> Any:
+    """PEFT's config of what is trained, and of what is saved: a split linear is one of n times the rank.
+
+    Its alpha grows with it, so that the update is scaled by what the recipe says: alpha / rank, or with
+    rsLoRA alpha / sqrt(rank).
+    """
+    from peft import LoraConfig
+
+    wide = {linear: len(phi3.inside(linear)) for linear in settings.trained if linear in phi3.FUSED}
+    wide = wide if settings.split_fused else {}
+    rslora = settings.method == "rslora"
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        rank_pattern={linear: n * settings.rank for linear, n in wide.items()},
+        alpha_pattern={
+            linear: settings.alpha * (math.sqrt(n) if rslora else n) for linear, n in wide.items()
+        },
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.trained),
+        use_rslora=rslora,
+        use_dora=settings.method == "dora",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def split_linears(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) -> None:
+    """Give each trained projection of a fused linear its own A and B."""
+    for name, module in model.named_modules():
+        linear = name.rsplit(".", 1)[-1]
+        if linear in phi3.FUSED and linear in settings.trained and hasattr(module, "lora_A"):
+            sizes = [stop - start for start, stop in geometry.slices(linear).values()]
+            split(module, settings.rank, sizes, [p in settings.trained[linear] for p in phi3.inside(linear)])
+
+
+def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
+    """A rank above a matrix's smaller side adds parameters and nothing that they could express.
+
+    Raises:
+        ModelError: the rank is above the smaller side of a linear or projection.
+    """
+    for _, part in settings.pairs:
+        limit = min(geometry.pair_shape(part))
+        if settings.rank > limit:
+            reason = f"{settings.rank} is above {limit}, the smaller side of {part}."
+            raise ModelError("adapter.rank", reason, f"Choose {limit} or less.")
 
 
 def check_targets(model: nn.Module, targets: Sequence[str], num_layers: int) -> None:
@@ -88,38 +141,75 @@ def check_targets(model: nn.Module, targets: Sequence[str], num_layers: int) -> 
             raise ModelError("adapter.targets", reason, f"Choose out of {', '.join(phi3.LINEARS)}.")
 
 
-def check_trained(model: nn.Module, targets: Sequence[str], geometry: phi3.Geometry) -> None:
-    """Assert that exactly the A/B pairs of the targets are trained, as many parameters as computed."""
+def check_trained(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) -> None:
+    """Assert that exactly the A/B pairs of the recipe are trained, as many parameters as computed."""
     table = trained_table(model)
-    assert {row.target for row in table} == set(targets), [row.target for row in table]
-    assert all(row.num_modules == geometry.num_layers for row in table)
-    in_adapters = sum(row.num_parameters for row in table)
+    pairs = [row for row in table if row.rank]
+    expected = [
+        (linear, "+".join(phi3.inside(linear)) if part == linear else part) for linear, part in settings.pairs
+    ]
+    assert [(row.target, row.part) for row in pairs] == expected, [(row.target, row.part) for row in pairs]
+    assert all(row.num_modules == geometry.num_layers and row.rank == settings.rank for row in pairs)
+    computed = geometry.lora_parameters(tuple(part for _, part in settings.pairs), settings.rank)
+    assert sum(row.num_parameters for row in pairs) == computed
     trainable = sum(logical_numel(p) for p in model.parameters() if p.requires_grad)
-    computed = geometry.lora_parameters(tuple(targets), table[0].rank)
-    assert in_adapters == trainable == computed, (in_adapters, trainable, computed)
+    assert sum(row.num_parameters for row in table) == trainable
 
 
 def trained_table(model: nn.Module) -> list[Trained]:
-    """What is trained, a row per linear, read off the modules themselves."""
-    rows: dict[str, list[Any]] = {}
+    """What is trained, a row per part of a linear in the order of the forward pass, read off the modules."""
+    layers: dict[str, list[Any]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and len(module.lora_A):
-            rows.setdefault(name.rsplit(".", 1)[-1], []).append(module)
-    return [_row(target, modules) for target, modules in rows.items()]
+            layers.setdefault(name.rsplit(".", 1)[-1], []).append(module)
+    ordered = sorted(layers, key=phi3.LINEARS.index)
+    return [row for target in ordered for row in _rows(target, layers[target])]
 
 
-def _row(target: str, modules: list[Any]) -> Trained:
-    pairs = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in modules]
+def _rows(target: str, modules: list[Any]) -> list[Trained]:
+    """A row for each A/B pair of a linear, and one for DoRA's lengths."""
+    pairs = [list(zip(_blocks(m.lora_A), _blocks(m.lora_B), strict=True)) for m in modules]
+    parts = _part_names(target, modules[0].lora_B["default"])
+    rows = [
+        _row(target, part, list(same)) for part, same in zip(parts, zip(*pairs, strict=True), strict=True)
+    ]
+    lengths = [m.lora_magnitude_vector["default"].weight for m in modules if len(m.lora_magnitude_vector)]
+    if lengths:
+        num = sum(p.numel() for p in lengths if p.requires_grad)
+        rows.append(
+            Trained(target, "lengths", len(lengths), 0, lengths[0].numel(), 0, num, _dtype(lengths[0]))
+        )
+    return rows
+
+
+def _blocks(found: Any) -> list[torch.Tensor]:
+    module = found["default"]
+    return module.blocks if isinstance(module, (StackedA, DiagonalB)) else [module.weight]
+
+
+def _part_names(target: str, b: nn.Module) -> list[str]:
+    names = phi3.inside(target)
+    if isinstance(b, DiagonalB):
+        return [name for name, on in zip(names, b.trained, strict=True) if on]
+    return ["+".join(names)]
+
+
+def _row(target: str, part: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Trained:
     a, b = pairs[0]
     return Trained(
         target=target,
-        num_modules=len(modules),
+        part=part,
+        num_modules=len(pairs),
         in_features=a.shape[1],
         out_features=b.shape[0],
         rank=a.shape[0],
         num_parameters=sum(p.numel() for pair in pairs for p in pair if p.requires_grad),
-        dtype=str(a.dtype).removeprefix("torch."),
+        dtype=_dtype(a),
     )
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def save(model: Any, base: Base, folder: Path) -> None:

@@ -197,19 +197,19 @@ def linear_bytes(recipe: Recipe, geometry: Geometry) -> int:
 
 
 def target_linears(recipe: Recipe) -> tuple[str, ...]:
-    """The fused linears that get an A/B pair, in the order of the forward pass."""
-    if isinstance(recipe.adapter.targets, str):
-        return phi3.LINEARS
-    chosen = {phi3.PROJECTIONS.get(name, name) for name in recipe.adapter.targets}
-    return tuple(name for name in phi3.LINEARS if name in chosen)
+    """The linears that get adapters, in the order of the forward pass."""
+    return tuple(recipe.adapter.trained)
 
 
 def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
-    """Elements of every A (rank x in) and B (out x rank), layer by layer."""
+    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out), layer by layer."""
     for _ in range(geometry.num_layers):
-        for num_out, num_in in map(geometry.linear_shape, target_linears(recipe)):
+        for _, part in recipe.adapter.pairs:
+            num_out, num_in = geometry.pair_shape(part)
             yield recipe.adapter.rank * num_in
             yield num_out * recipe.adapter.rank
+        for linear in recipe.adapter.trained if recipe.adapter.method == "dora" else ():
+            yield geometry.linear_shape(linear)[0]
 
 
 def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:

@@ -26,6 +26,15 @@ PROJECTIONS: Final = {
 }
 """Logical projection -> the fused linear that stores it."""
 
+FUSED: Final = ("qkv_proj", "gate_up_proj")
+"""Linears that hold several projections."""
+
+
+def inside(linear: str) -> tuple[str, ...]:
+    """The projections that a linear holds, in order."""
+    return tuple(name for name, owner in PROJECTIONS.items() if owner == linear)
+
+
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
 
 LLAMA_NAMES: Final = {
@@ -102,9 +111,16 @@ class Geometry:
         return self.num_linear_parameters + self.num_embedding_parameters + self.num_norm_parameters
 
     def lora_parameters(self, linears: tuple[str, ...], rank: int) -> int:
-        """Parameters of one fused A/B pair of `rank` on each named linear of every layer."""
-        shapes = [self.linear_shape(name) for name in linears]
+        """Parameters of one A/B pair of `rank` on each named linear or projection of every layer."""
+        shapes = [self.pair_shape(name) for name in linears]
         return self.num_layers * rank * sum(rows + columns for rows, columns in shapes)
+
+    def pair_shape(self, name: str) -> tuple[int, int]:
+        """(out_features, in_features) of a fused linear, or of one projection in it."""
+        if name in LINEARS:
+            return self.linear_shape(name)
+        start, stop = self.slices(PROJECTIONS[name])[name]
+        return stop - start, self.linear_shape(PROJECTIONS[name])[1]
 
 
 _MINI_4K = Geometry(

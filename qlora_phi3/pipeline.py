@@ -57,9 +57,7 @@ def _run(
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):
-        display.say(
-            f"training {row.target}: {row.num_modules} x rank {row.rank}, {row.num_parameters:,} parameters"
-        )
+        display.say(f"training {row.describe()}")
     write_inputs(recipe, plan, folder)
 
     measured: dict[str, evaluate.Measured] = {}

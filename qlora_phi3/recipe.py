@@ -69,17 +69,15 @@ def _auto_or_positive(value: Any) -> Any:
 
 
 def _check_target(name: Any) -> Any:
-    """The linear that `name` stands for: `o` and `down` are o_proj and down_proj."""
+    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
     if not isinstance(name, str):
         raise PydanticCustomError("expected", "needs the name of a linear")
     if name in TARGETS:
-        return phi3.PROJECTIONS.get(name, name)
+        return {"o": "o_proj", "down": "down_proj"}.get(name, name)
+    if name in phi3.LLAMA_NAMES:
+        return phi3.LLAMA_NAMES[name]
     if name == "all-linear":
         raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    if name in phi3.PROJECTIONS or name in phi3.LLAMA_NAMES:
-        fused = phi3.PROJECTIONS[phi3.LLAMA_NAMES.get(name, name)]
-        hint = f"Phi-3 stores it inside {fused}: choose that, or all-linear."
-        raise PydanticCustomError("not_available", "not available yet", {"hint": hint})
     if name in phi3.EMBEDDINGS:
         raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
     raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
@@ -90,7 +88,7 @@ def _check_targets(value: Any) -> Any:
     if isinstance(value, str):
         _check_target(value)
     if not isinstance(value, (list, tuple)):
-        raise PydanticCustomError("expected", "needs all-linear, or a list such as [qkv_proj, o_proj]")
+        raise PydanticCustomError("expected", "needs all-linear, or a list such as [q, v]")
     return value
 
 
@@ -98,12 +96,14 @@ def _kind_of_targets(value: Any) -> str:
     return "<name>" if value == "all-linear" else "<list>"
 
 
-TARGETS: Final = (*phi3.LINEARS, "o", "down")
+TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
 """Metrics that need answers; the others need one forward pass."""
 
-Target = Annotated[str, BeforeValidator(_check_target), Field(json_schema_extra={"enum": list(TARGETS)})]
+Target = Annotated[
+    str, BeforeValidator(_check_target), Field(json_schema_extra={"enum": [*TARGETS, *phi3.LLAMA_NAMES]})
+]
 Targets = Annotated[
     Annotated[Literal["all-linear"], Tag("<name>")]
     | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(_check_targets), Tag("<list>")],
@@ -141,8 +141,15 @@ class Model(_Part):
 class Adapter(_Part):
     """What is trained."""
 
-    method: Annotated[Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"], Today(("lora",))] = Field(
-        default="lora", description="adapter method"
+    method: Annotated[
+        Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"],
+        Today(
+            ("lora", "rslora", "dora"),
+            "pissa, olora and loftq change the base's weights, which no other copy of the base has.",
+        ),
+    ] = Field(
+        default="lora",
+        description="lora; rslora: scaled by alpha / sqrt(rank); dora: trains each output's length too",
     )
     rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")
@@ -151,11 +158,33 @@ class Adapter(_Part):
     )
     targets: Targets = Field(
         default="all-linear",
-        description="all-linear, or a list out of qkv_proj o_proj gate_up_proj down_proj",
+        description="all-linear, or a list out of q k v o gate up down, or of the linears that hold them: "
+        "qkv_proj o_proj gate_up_proj down_proj",
     )
-    split_fused: Annotated[bool, Today((False,))] = Field(
-        default=False, description="one A/B pair per q, k, v, gate, up instead of one for the fused matrix"
+    split_fused: bool = Field(
+        default=True,
+        description="one A/B pair per q, k, v, gate, up instead of one for the fused matrix; "
+        "saved as plain PEFT of three or two times the rank",
     )
+
+    @property
+    def trained(self) -> dict[str, tuple[str, ...]]:
+        """Linears that get adapters, in the order of the forward pass -> the projections trained in each."""
+        names = phi3.LINEARS if isinstance(self.targets, str) else self.targets
+        found = {
+            linear: tuple(p for p in phi3.inside(linear) if linear in names or p in names)
+            for linear in phi3.LINEARS
+        }
+        return {linear: projections for linear, projections in found.items() if projections}
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """(linear, part) of every A/B pair in a layer; the part is a projection, or the linear itself."""
+        return tuple(
+            (linear, part)
+            for linear, projections in self.trained.items()
+            for part in (projections if self.split_fused and linear in phi3.FUSED else (linear,))
+        )
 
 
 class Source(_Part):
@@ -421,10 +450,16 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Write all-linear, or name linears.",
         ),
         (
-            len(set(adapter.targets)) < len(adapter.targets) and adapter.targets != "all-linear",
+            adapter.targets != "all-linear" and _named_twice(adapter.targets),
             ("adapter", "targets"),
-            f"names a linear twice: {', '.join(adapter.targets)}.",
+            f"names a projection twice: {', '.join(adapter.targets)}.",
             "Keep one.",
+        ),
+        (
+            not adapter.split_fused and bool(set(adapter.targets) & set(phi3.PROJECTIONS)),
+            ("adapter", "targets"),
+            "names a projection inside a fused linear, but adapter.split_fused is false.",
+            f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
         ),
         (
             train.warmup >= 1 and train.warmup != int(train.warmup),
@@ -449,6 +484,12 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
     for key, source in data.sources():
         found += _source_problems(source, key)
     return found + _text_problems(recipe)
+
+
+def _named_twice(targets: Sequence[str]) -> bool:
+    """Whether a projection is meant by two names, as q is by [qkv_proj, q]."""
+    meant = [p for name in targets for p in (phi3.inside(name) if name in phi3.LINEARS else (name,))]
+    return len(set(meant)) < len(meant)
 
 
 def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:

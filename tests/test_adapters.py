@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import GEOMETRIES
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3 import phi3
@@ -44,7 +43,7 @@ def load_base(folder: Path, quantization: str = "nf4") -> Base:
 
 
 def recipe(**adapter: Any) -> Recipe:
-    settings = Adapter(**{"rank": 4, "alpha": 8, **adapter})
+    settings = Adapter(**{"rank": 4, "alpha": 8, "split_fused": False, **adapter})
     return Recipe(version=1, name="t", adapter=settings, data=Data(train=Source(path="unused.jsonl")))
 
 
@@ -108,7 +107,7 @@ def test_trained_table(checkpoints: Callable[[str], Path], geometry: str, quanti
         assert (row.num_modules, row.rank, row.dtype) == (2, 2, "float32")
         assert row.num_parameters == sizes.lora_parameters((linear,), rank=2)
     assert json.loads(json.dumps(table["o_proj"].to_json())) == {
-        "target": "o_proj", "num_modules": 2, "in_features": 64, "out_features": 64,
+        "target": "o_proj", "part": "o", "num_modules": 2, "in_features": 64, "out_features": 64,
         "rank": 2, "num_parameters": 2 * 2 * 128, "dtype": "float32",
     }  # fmt: skip
 
@@ -193,9 +192,8 @@ def test_names_that_are_no_linear_of_a_layer(base: Base, target: str) -> None:
         check_targets(base.model, ["o_proj", target], 2)
 
 
-def test_llama_names_are_refused_by_the_recipe() -> None:
-    with pytest.raises(ValidationError):
-        recipe(targets=LLAMA)
+def test_llama_names_mean_all_of_them() -> None:
+    assert recipe(targets=LLAMA, split_fused=True).adapter.pairs == recipe(split_fused=True).adapter.pairs
 
 
 @pytest.mark.parametrize("targets", [LLAMA, ["q_proj"], ["o_proj", "gate_proj"], ["lm_head"]], ids="+".join)

@@ -30,9 +30,9 @@ SHAPES = {
 
 
 def recipe(**keys: Any) -> Recipe:
-    """A recipe without packing and with some keys set, written `part__key=value`."""
+    """A recipe with neither packing nor split adapters and some keys set, written `part__key=value`."""
     data = {"train": {"path": "rows.jsonl"}, "packing": False}
-    values: dict[str, Any] = {"version": 1, "name": "test", "data": data}
+    values: dict[str, Any] = {"version": 1, "name": "test", "data": data, "adapter": {"split_fused": False}}
     for key, value in keys.items():
         part, name = key.split("__")
         values.setdefault(part, {})[name] = value

@@ -57,7 +57,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "model.quantization": {"nf4": "nf4", "none": "none"},
     "model.double_quant": {"true": True, "false": False},
     "model.compute_dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"},
-    "adapter.method": {"lora": "lora"},
+    "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora"},
     "adapter.rank": {"16": 16, "1": 1, "012": 12},
     "adapter.alpha": {"32": 32, "1": 1},
     "adapter.dropout": {"0.0": 0.0, "0": 0.0, "0.99": 0.99, "1e-3": 1e-3},
@@ -65,8 +65,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "all-linear": "all-linear",
         "[qkv_proj]": ("qkv_proj",),
         "[down, gate_up_proj, o]": ("down_proj", "gate_up_proj", "o_proj"),
+        "[q, k, v, gate, up]": ("q", "k", "v", "gate", "up"),
+        "[q_proj, k_proj, v_proj, gate_proj, up_proj]": ("q", "k", "v", "gate", "up"),
     },
-    "adapter.split_fused": {"false": False},
+    "adapter.split_fused": {"true": True, "false": False},
     "data.train.path": {"/data/train.jsonl": "/data/train.jsonl", "/no": "/no", "'/a b: #c'": "/a b: #c"},
     "data.train.format": {name: name for name in FORMATS},
     "data.train.split": {"train": "train"},  # others need a hub id: tested below
@@ -133,7 +135,7 @@ TEXT = "needs text"
 LIST = "needs a list"
 KEYS = "needs keys of its own"
 AUTO = "needs `auto` or a positive whole number"
-TARGET = "needs all-linear, or a list such as [qkv_proj, o_proj]"
+TARGET = "needs all-linear, or a list such as [q, v]"
 VERSION = "needs 1, the only format so far"
 NOT_WHOLE = {
     "many": WHOLE,
@@ -213,7 +215,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "model.double_quant": NOT_BOOL,
     "model.compute_dtype": {**NO_CHOICE, "bf16": "Did you mean 'bfloat16'?"},
     "adapter": {"lora": KEYS, "null": KEYS, "[lora]": KEYS},
-    "adapter.method": {**NO_CHOICE, "Lora": "Did you mean 'lora'? Allowed: lora."},
+    "adapter.method": {**NO_CHOICE, "Lora": "Did you mean 'lora'? Allowed: lora, rslora, dora."},
     "adapter.rank": COUNT,
     "adapter.alpha": COUNT,
     "adapter.dropout": {**NO_FLOAT, "-0.1": "must be 0.0 or more", "1": "must be below 1.0"},
@@ -301,7 +303,7 @@ REFUSED_ITEMS = {
     "data.train": {"a.jsonl": f"{KEYS}. They are path, format, ", "null": KEYS},
     "data.eval": {"[{path: x}]": KEYS},
     "adapter.targets": {
-        "nope": "'nope' is not a Phi-3 projection. Allowed: qkv_proj, o_proj,",
+        "nope": "'nope' is not a Phi-3 projection. Allowed: q, k, v, o, gate, up, down, qkv_proj,",
         "all-linear": "needs to stand alone, outside a list",
         "3": "needs the name of a linear",
         "{q: 1}": "needs the name of a linear",
@@ -316,8 +318,7 @@ REFUSED_ITEMS = {
 }
 
 LATER: dict[str, list[str]] = {
-    "adapter.method": ["rslora", "dora", "pissa", "olora", "loftq"],
-    "adapter.split_fused": ["true"],
+    "adapter.method": ["pissa", "olora", "loftq"],
     "data.train.format": ["preference"],
     "data.eval.format": ["preference"],
     "train.task": ["dpo"],
@@ -330,9 +331,8 @@ LATER: dict[str, list[str]] = {
     "export": ["[merged]", "[adapter, gguf:q8_0]", "[adapter, adapter]"],
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
 }
-INSIDE_LINEARS = ["q", "k", "v", "gate", "up", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 LATER_ITEMS = {
-    "adapter.targets": [*INSIDE_LINEARS, "embed_tokens", "lm_head"],
+    "adapter.targets": ["embed_tokens", "lm_head"],
     "evaluate.metrics": ["rouge"],
 }
 
@@ -431,7 +431,9 @@ def test_refused_items(tmp_path: Path, key: str, text: str, words: str) -> None:
 def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
     assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
-    assert remedy.startswith(("Today: ", "Its rows are for train.task dpo", "Every logged step"))
+    assert remedy.startswith(
+        ("Today: ", "pissa, olora and loftq change", "Its rows are for train.task dpo", "Every logged step")
+    )
 
 
 @pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
@@ -439,12 +441,32 @@ def test_items_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     assert refusal(tmp_path, key, f"[{text}]", item=True).startswith(f"'{text}' is not available yet. ")
 
 
-@pytest.mark.parametrize("name", INSIDE_LINEARS)
-def test_a_slice_names_the_linear_that_holds_it(tmp_path: Path, name: str) -> None:
-    linear = "qkv_proj" if name[0] in "qkv" else "gate_up_proj"
-    wanted = f"'{name}' is not available yet. Phi-3 stores it inside {linear}: choose that, or all-linear."
-    assert refusal(tmp_path, "adapter.targets", name) == wanted
-    assert refusal(tmp_path, "adapter.targets", f"[{name}]", item=True) == wanted
+@pytest.mark.parametrize("name", ["q", "o", "q_proj", "qkv_proj"])
+def test_a_target_alone_wants_a_list(tmp_path: Path, name: str) -> None:
+    assert refusal(tmp_path, "adapter.targets", name) == f"found '{name}', {TARGET}."
+
+
+@pytest.mark.parametrize("targets", [["q"], ["qkv_proj", "up"]])
+def test_a_projection_needs_a_pair_of_its_own(targets: list[str]) -> None:
+    [(path, reason, _)] = cross_problems(recipe(adapter__targets=targets, adapter__split_fused=False))
+    assert path == ("adapter", "targets")
+    assert reason == "names a projection inside a fused linear, but adapter.split_fused is false."
+
+
+@pytest.mark.parametrize(
+    ("targets", "split", "pairs"),
+    [
+        (["v", "q"], True, [("qkv_proj", "q"), ("qkv_proj", "v")]),
+        (
+            ["down", "gate_up_proj"],
+            True,
+            [("gate_up_proj", "gate"), ("gate_up_proj", "up"), ("down_proj", "down_proj")],
+        ),
+        (["down", "gate_up_proj"], False, [("gate_up_proj", "gate_up_proj"), ("down_proj", "down_proj")]),
+    ],
+)
+def test_pairs(targets: list[str], split: bool, pairs: list[tuple[str, str]]) -> None:
+    assert recipe(adapter__targets=targets, adapter__split_fused=split).adapter.pairs == tuple(pairs)
 
 
 def parts(kind: Any) -> list[type[BaseModel]]:
@@ -486,10 +508,8 @@ def test_every_choice_is_tested(key: str, kind: Any) -> None:
 
 
 def test_names_of_targets_and_metrics_are_tested() -> None:
-    assert set(re.findall(r"\w+", str(list(ACCEPTED["adapter.targets"])))) >= set(TARGETS) - {
-        "o_proj",
-        "down_proj",
-    }
+    tested = set(re.findall(r"\w+", str(list(ACCEPTED["adapter.targets"]))))
+    assert tested >= set(TARGETS) - {"o_proj", "down_proj"}
     assert set(re.findall(r"\w+", str(list(ACCEPTED["evaluate.metrics"])))) == set(METRICS)
     assert set(GENERATION_METRICS) < set(METRICS)
 
@@ -520,7 +540,16 @@ def recipe(**changes: Any) -> Recipe:
         ({"train__micro_batch": 3}, "train.micro_batch", "3 does not divide train.effective_batch 16."),
         ({"train__micro_batch": 32}, "train.micro_batch", "32 does not divide train.effective_batch 16."),
         ({"adapter__targets": []}, "adapter.targets", "is empty: nothing would be trained."),
-        ({"adapter__targets": ["o_proj", "o"]}, "adapter.targets", "names a linear twice: o_proj, o_proj."),
+        (
+            {"adapter__targets": ["o_proj", "o"]},
+            "adapter.targets",
+            "names a projection twice: o_proj, o_proj.",
+        ),
+        (
+            {"adapter__targets": ["q", "qkv_proj"]},
+            "adapter.targets",
+            "names a projection twice: q, qkv_proj.",
+        ),
         ({"train__warmup": 1.5}, "train.warmup", "1.5 is neither a fraction below 1 nor a whole number"),
         ({"data__eval": None, "train__eval_every": 5}, "train.eval_every", "data.eval is null."),
         (

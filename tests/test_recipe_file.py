@@ -74,12 +74,11 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
         ("adapter: [lora]", f"adapter: found [lora], needs keys of its own. They are {ADAPTER_KEYS}."),
         (
             "adapter: {targets: q_proj}",
-            "adapter.targets: 'q_proj' is not available yet. "
-            "Phi-3 stores it inside qkv_proj: choose that, or all-linear.",
+            "adapter.targets: found 'q_proj', needs all-linear, or a list such as [q, v].",
         ),
         (
             "adapter: {targets: qkv_proj}",
-            "adapter.targets: found 'qkv_proj', needs all-linear, or a list such as [qkv_proj, o_proj].",
+            "adapter.targets: found 'qkv_proj', needs all-linear, or a list such as [q, v].",
         ),
         ("adapter: {rank: sixteen}", "adapter.rank: found 'sixteen', needs a whole number."),
         ("adapter: {rnk: 8}", f"adapter.rnk: unknown key. Did you mean 'rank'? Allowed: {ADAPTER_KEYS}."),
@@ -368,7 +367,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
             "evaluate.metrics[0]: 'los' is not allowed. Did you mean 'loss'? "
             "Allowed: loss, perplexity, exact_match, json_match.",
         ),
-        ("adapter.split_fused=true", "adapter.split_fused: true is not available yet. Today: false."),
+        ("train.engine=native", "train.engine: 'native' is not available yet. Today: 'auto', 'reference'."),
         (
             "train.micro_batch=3",
             "train.micro_batch: 3 does not divide train.effective_batch 16. Choose a divisor, or auto.",
@@ -746,7 +745,7 @@ def test_the_table_has_every_key_with_its_default_and_help(write: Any) -> None:
     }
     assert table["train.learning_rate"] == "`0.0002`"
     assert table["model.revision"] == "`null`"
-    assert table["adapter.split_fused"] == "`false`"
+    assert table["adapter.split_fused"] == "`true`"
     assert table["adapter.targets"] == "`'all-linear'`"
     assert table["export"] == "`[adapter]`"
 
