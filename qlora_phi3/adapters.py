@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import phi3
+from . import layouts, phi3
 from .errors import ModelError, RunError
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
@@ -57,7 +57,8 @@ def attach(base: Base, recipe: Recipe) -> Any:
     """Wrap the base in a `PeftModel` with float32 LoRA on the chosen linears, or on projections in them.
 
     Raises:
-        ModelError: a target that exists nowhere, or not in every layer, or a rank above a linear's size.
+        ModelError: a target that exists nowhere, or not in every layer, or a rank above a linear's size, or
+            an adapter to go on from that does not fit.
     """
     from peft import get_peft_model
 
@@ -70,6 +71,8 @@ def attach(base: Base, recipe: Recipe) -> Any:
     model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     if settings.split_fused:
         split_linears(model, settings, geometry)
+    if settings.init is not None:
+        go_on_from(Path(settings.init), model, settings, base)
     # PEFT writes this into adapter_config.json; for hub ids others can load from it, a folder of this
     # machine would tell nobody anything.
     config.base_model_name_or_path = base.checkpoint.provenance.base
@@ -103,6 +106,76 @@ def peft_config(settings: Adapter) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def go_on_from(path: Path, model: Any, settings: Adapter, base: Base) -> None:
+    """Fill the new adapter with one that was trained before, of any layout.
+
+    Raises:
+        ModelError: it cannot be read, is of another base, or is not what the recipe describes.
+    """
+    from peft import set_peft_model_state_dict
+
+    geometry, layout = base.checkpoint.geometry, "split" if settings.split_fused else "fused"
+    check_provenance(path if path.is_dir() else path.parent, base)
+    tensors, found = layouts.read_adapter(path, geometry)
+    tensors, found = layouts.convert(tensors, found, layout, geometry, str(path))  # type: ignore[arg-type]
+    check_same_shape(path, found, peft_config(settings), geometry)
+    try:
+        loaded = set_peft_model_state_dict(model, tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()  # the lines before name torch's function
+        raise ModelError(str(path), reason, "Add what it trains to adapter.targets.") from None
+    assert not loaded.unexpected_keys
+
+
+def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geometry: phi3.Geometry) -> None:
+    """What was read must train the same linears with the same rank and scale as the recipe.
+
+    Raises:
+        ModelError: the first difference, and the keys that would make it go.
+    """
+    trained, asked = sorted({t.rsplit(".", 1)[-1] for t in found.targets}), sorted(wanted.target_modules)
+    if trained != asked:
+        reason = f"trains {', '.join(trained)}, the recipe {', '.join(asked)}."
+        raise ModelError(str(path), reason, "Set adapter.targets to what it trains.")
+    for linear in sorted(asked, key=phi3.LINEARS.index):
+        name = f"model.layers.0.{phi3.BLOCKS[linear]}.{linear}"
+        rank = wanted.rank_pattern.get(linear, wanted.r)
+        alpha = wanted.alpha_pattern.get(linear, wanted.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if wanted.use_rslora else rank)
+        if found.rank_of(name) != rank or not math.isclose(found.scale_of(name), scale, rel_tol=1e-6):
+            reason = (
+                f"{linear} has rank {found.rank_of(name)} scaled by {found.scale_of(name):g}; "
+                f"the recipe makes that {rank} and {scale:g}."
+            )
+            raise ModelError(
+                str(path), reason, "Set adapter.rank, adapter.alpha and adapter.method to its own."
+            )
+
+
+def check_provenance(folder: Path, base: Base) -> None:
+    """Where the adapter says what it was trained on, that must be this base.
+
+    Raises:
+        ModelError: another config or other weights, or the note cannot be read.
+    """
+    note = folder / PROVENANCE_NAME
+    if not note.is_file():
+        return
+    ours = json.loads(json.dumps(base.checkpoint.provenance.to_json()))
+    try:
+        theirs = json.loads(note.read_text(encoding="utf-8"))
+        same = all(theirs[key] == ours[key] for key in ("config_sha256", "weights"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            str(note), f"cannot be read: {first_line(error)}.", "Remove it, or mend it."
+        ) from None
+    if not same:
+        reason = (
+            f"the adapter was trained on {theirs.get('base')}, which is not {ours['base']} as it is here."
+        )
+        raise ModelError(str(folder), reason, "Set model.base to that one.")
 
 
 def split_linears(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) -> None:

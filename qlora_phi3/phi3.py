@@ -26,6 +26,9 @@ PROJECTIONS: Final = {
 }
 """Logical projection -> the fused linear that stores it."""
 
+BLOCKS: Final = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
+"""Linear -> the part of a decoder layer that holds it."""
+
 FUSED: Final = ("qkv_proj", "gate_up_proj")
 """Linears that hold several projections."""
 

@@ -167,6 +167,13 @@ class Adapter(_Part):
         "saved as plain PEFT of three or two times the rank",
     )
 
+    init: str | None = Field(
+        default=None,
+        min_length=1,
+        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's, relative to the "
+        "recipe's folder",
+    )
+
     @property
     def trained(self) -> dict[str, tuple[str, ...]]:
         """Linears that get adapters, in the order of the forward pass -> the projections trained in each."""
@@ -460,6 +467,12 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             ("adapter", "targets"),
             "names a projection inside a fused linear, but adapter.split_fused is false.",
             f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
+        ),
+        (
+            adapter.init is not None and adapter.method == "dora",
+            ("adapter", "init"),
+            "adapters with DoRA's lengths are not read yet.",
+            "Remove it, or set adapter.method to lora or rslora.",
         ),
         (
             train.warmup >= 1 and train.warmup != int(train.warmup),

@@ -37,6 +37,9 @@ folder in an override."""
 BASE_KEY: Final[KeyPath] = ("model", "base")
 """Is made absolute where it is written as a folder."""
 
+INIT_KEY: Final[KeyPath] = ("adapter", "init")
+"""A file or folder always."""
+
 
 def recipes_folder() -> Path:
     """Folder of the recipes that come with the toolkit: inside the wheel, or beside a checkout."""
@@ -235,12 +238,12 @@ class _Source:
         return value
 
     def anchored_keys(self) -> list[KeyPath]:
-        """Keys that hold a path: of every source that is written, and the model's base."""
+        """Keys that hold a path: of every source that is written, the model's base, an adapter."""
         found: list[KeyPath] = []
         for key in SOURCE_KEYS:
             written = self.at(key)
             found += [(*key, i) for i in range(len(written))] if isinstance(written, list) else [key]
-        return [*((*key, "path") for key in found), BASE_KEY]
+        return [*((*key, "path") for key in found), BASE_KEY, INIT_KEY]
 
     def anchor_paths(self, folder: Path, under: KeyPath) -> None:
         """Make the paths below `under` absolute, from `folder`."""
@@ -252,7 +255,7 @@ class _Source:
         parent, value = self.at(path[:-1]), self.at(path)
         if not isinstance(value, str) or not value or (path == BASE_KEY and not _is_folder_name(value)):
             return
-        if path != BASE_KEY and is_hub_id(value) and not (folder / value).exists():
+        if path not in (BASE_KEY, INIT_KEY) and is_hub_id(value) and not (folder / value).exists():
             return
         try:
             parent[path[-1]] = str((folder / Path(value).expanduser()).resolve())

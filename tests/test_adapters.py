@@ -398,3 +398,86 @@ def test_a_bad_disk_leaves_no_adapter(base: Base, tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     save(model, base, tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+# --- going on from an adapter ------------------------------------------------------------------------------
+
+LAYOUTS = ["fused", "split", "unfused", "loralib", "mlx"]
+
+
+def written(model: Any, base: Base, layout: Any, folder: Path) -> Path:
+    from qlora_phi3 import layouts, loralib_bridge
+
+    tensors, config = loralib_bridge.adapter_of(model, base.checkpoint.geometry)
+    tensors, config = layouts.convert(tensors, config, layout, base.checkpoint.geometry)
+    layouts.write_adapter(folder, tensors, config)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "adapter", [{}, {"split_fused": True}, {"split_fused": True, "targets": ["q", "down"]}]
+)
+def test_it_goes_on_from_any_layout(
+    checkpoints: Callable[[str], Path], tmp_path: Path, layout: str, adapter: dict[str, Any]
+) -> None:
+    base = load_base(checkpoints("gqa"), "none")
+    model = tuned(base, **adapter)
+    live = logits(model)
+    folder = written(model, base, layout, tmp_path / "old")
+    again = attach(load_base(checkpoints("gqa"), "none"), recipe(init=str(folder), **adapter))
+    torch.testing.assert_close(logits(again), live, rtol=1e-2, atol=1e-2)  # a bfloat16 base
+    trained = [p for p in again.parameters() if p.requires_grad]
+    assert [p.shape for p in trained] == [p.shape for p in model.parameters() if p.requires_grad]
+    assert all(p.any() for p in trained)
+
+
+def test_a_fused_adapter_goes_on_as_a_split_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(checkpoints("gqa"), "none")
+    model = tuned(base)
+    save(model, base, tmp_path / "old")
+    again = attach(
+        load_base(checkpoints("gqa"), "none"), recipe(init=str(tmp_path / "old"), split_fused=True)
+    )
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        ({"rank": 8}, r"qkv_proj has rank 4 scaled by 2; the recipe makes that 8 and 1"),
+        ({"alpha": 4}, r"qkv_proj has rank 4 scaled by 2; the recipe makes that 4 and 1"),
+        ({"method": "rslora"}, r"scaled by 2; the recipe makes that 4 and 4"),
+        ({"targets": ["o"]}, r"trains down_proj, gate_up_proj, o_proj, qkv_proj, the recipe o_proj"),
+        (
+            {"targets": ["q", "o", "gate", "down"], "split_fused": True},
+            r"outside the blocks that are trained",
+        ),
+    ],
+    ids=str,
+)
+def test_another_kind_of_adapter_is_refused(
+    checkpoints: Callable[[str], Path], tmp_path: Path, adapter: dict[str, Any], reason: str
+) -> None:
+    base = load_base(checkpoints("gqa"))
+    save(tuned(base), base, tmp_path / "old")
+    with pytest.raises(ModelError, match=reason):
+        attach(load_base(checkpoints("gqa")), recipe(init=str(tmp_path / "old"), **adapter))
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(checkpoints("gqa"))
+    save(tuned(base), base, tmp_path / "old")
+    with pytest.raises(ModelError, match="which is not"):
+        attach(load_base(checkpoints("untied")), recipe(init=str(tmp_path / "old")))
+    (tmp_path / "old" / PROVENANCE_NAME).unlink()  # then its shapes tell
+    with pytest.raises(ModelError, match="qkv_proj"):
+        attach(load_base(checkpoints("untied")), recipe(init=str(tmp_path / "old")))
+    (tmp_path / "old" / PROVENANCE_NAME).write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        attach(load_base(checkpoints("gqa")), recipe(init=str(tmp_path / "old")))
+
+
+def test_no_adapter_there(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        attach(load_base(checkpoints("gqa")), recipe(init=str(tmp_path / "nowhere")))

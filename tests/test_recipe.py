@@ -69,6 +69,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "[q_proj, k_proj, v_proj, gate_proj, up_proj]": ("q", "k", "v", "gate", "up"),
     },
     "adapter.split_fused": {"true": True, "false": False},
+    "adapter.init": {"null": None, "/adapters/a": "/adapters/a"},
     "data.train.path": {"/data/train.jsonl": "/data/train.jsonl", "/no": "/no", "'/a b: #c'": "/a b: #c"},
     "data.train.format": {name: name for name in FORMATS},
     "data.train.split": {"train": "train"},  # others need a hub id: tested below
@@ -228,6 +229,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "all-linaer": "Did you mean 'all-linear'?",
     },
     "adapter.split_fused": NOT_BOOL,
+    "adapter.init": {"3": TEXT, "''": "empty"},
     "data": {"3": KEYS, "null": KEYS, "[a.jsonl]": KEYS, "a.jsonl": KEYS},
     "data.train": {"a.jsonl": KEYS, "null": KEYS, "3": KEYS, "[]": "needs at least one source"},
     "data.train.path": NO_PATH,

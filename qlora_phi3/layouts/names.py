@@ -12,7 +12,7 @@ from typing import Final, Literal
 from torch import Tensor
 
 from ..errors import ModelError
-from ..phi3 import EMBEDDINGS, LINEARS, Geometry
+from ..phi3 import BLOCKS, EMBEDDINGS, LINEARS, Geometry
 from .config import PEFT_LAYOUTS, Layout
 
 Tensors = dict[str, Tensor]
@@ -20,7 +20,6 @@ Style = Literal["peft", "loralib", "mlx"]
 STYLES: Final[tuple[Style, ...]] = ("peft", "loralib", "mlx")
 
 PEFT_PREFIX: Final = "base_model.model."
-_PARENTS: Final = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
 
 
 def style_of(layout: Layout) -> Style:
@@ -51,7 +50,7 @@ def linear_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
     Shape: of the delta that an A/B pair makes; an embedding's is (hidden_size, vocab_size).
     """
     shapes = {
-        f"model.layers.{layer}.{_PARENTS[linear]}.{linear}": geometry.linear_shape(linear)
+        f"model.layers.{layer}.{BLOCKS[linear]}.{linear}": geometry.linear_shape(linear)
         for layer in range(geometry.num_layers)
         for linear in LINEARS
     }
