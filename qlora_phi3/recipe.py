@@ -363,6 +363,9 @@ class Train(_Part):
         default="auto", description="rows of max_length per forward pass; passes per step follow from it"
     )
     learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1.0, description="LoRA+: B learns this many times faster than A; 16 is its paper's"
+    )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="after the warm-up"
     )

@@ -129,7 +129,7 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
         processing_class=base.tokenizer,
         callbacks=[watch],
     )
-    trainer.layout = Layout.of(recipe, base)
+    trainer.layout, trainer.lora_plus_ratio = Layout.of(recipe, base), recipe.train.lora_plus_ratio
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     for name, parameter in model.named_parameters():
@@ -180,6 +180,23 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     watch: _Watch
     compute_dtype: torch.dtype
     layout: Layout
+    lora_plus_ratio: float | None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The recipe's, or with LoRA+ PEFT's grouping of it. Source: Hayou et al. 2024, arXiv 2402.12354."""
+        if self.lora_plus_ratio is None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.lora_plus_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

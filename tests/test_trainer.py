@@ -203,6 +203,29 @@ def test_a_step_is_that_of_stock_transformers(
         torch.testing.assert_close(parameter.grad, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("split_fused", ["true", "false"])
+def test_lora_plus_trains_b_faster(
+    recipe: Callable[..., Recipe], tmp_path: Path, optimizer: str, split_fused: str
+) -> None:
+    keys = [f"train.optimizer={optimizer}", f"adapter.split_fused={split_fused}", "train.weight_decay=0.1"]
+    ours, tuned, _ = built(recipe(*keys, "train.lora_plus_ratio=8"), tmp_path)
+    names = {id(p): name for name, p in tuned.named_parameters() if p.requires_grad}
+    groups = ours.create_optimizer().param_groups
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            faster = "lora_B" in names[id(parameter)]
+            assert group["lr"] == pytest.approx(8e-2 if faster else 1e-2)
+            assert group["weight_decay"] == 0.1
+    plain, plus = (
+        losses(run(recipe(*keys, f"train.lora_plus_ratio={ratio}"), tmp_path / name))
+        for ratio, name in (("", "a"), ("8", "b"))
+    )
+    assert plain[0] == plus[0]
+    assert plain[2] != plus[2]  # the first step of a warm-up has learning rate 0
+
+
 def test_packing_does_not_change_the_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     keys = [*EXACT, "train.max_steps=6", "data.max_length=100", "train.micro_batch=1"]
     packed, plain = (
