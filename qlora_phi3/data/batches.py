@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -113,7 +113,7 @@ class Chunk:
 
 def mark_all(
     rows: Iterable[Conversation | Problem], tokenizer: Any, turns: Turns, loss_on: LossOn
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """What `tokens.mark` makes of every row, in order; a DataError comes as the row's outcome."""
     batcher = Batcher.of(tokenizer, turns, loss_on)
     if batcher is None:
@@ -173,7 +173,7 @@ def _parts(component: dict[str, Any] | None, name: str) -> list[str]:
 
 
 def _unknown(backend: dict[str, Any]) -> int | None:
-    """Id of the token for characters that the vocabulary lacks; None where it lacks none or has no such token."""
+    """Id of the token for characters that the vocabulary lacks, where there are any and there is one."""
     model = backend["model"]
     if model.get("unk_token") is None:
         return None

@@ -1,25 +1,28 @@
 """The token doctor: what is wrong or odd in the rows that a run would train on.
 
-Owns the checks of text, turns and tokens. Prints nothing and changes nothing; what cannot be read at all is
-`read`'s to refuse.
+Owns the checks of text, turns and tokens, one row at a time. Prints nothing and changes nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..errors import DataError
+from ..errors import DataError, Problem
 from ..findings import Finding, Grade
-from ..recipe import Data, Recipe
-from .read import Conversation
-from .tokens import IGNORE, LossOn, TokenRow, Turns, tokenize
+from ..recipe import Data
+from .batches import Outcome
+from .formats import Conversation
+from .read import MAX_PROBLEMS
+from .tokens import LossOn, Marked, Turns
 
-Pair = tuple[Conversation, TokenRow]
+Sign = tuple[str, str]
+"""The code of a finding and a place that has it."""
 
 MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
+    "unreadable": ("error", "The row cannot be read.", ""),
     "special-token": (
         "error",
         "Text of a message holds a special token, which would open or close turns by itself.",
@@ -76,46 +79,74 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
 """Code -> grade, what it means, what to do."""
 
 
+@dataclass
+class Places:
+    """The first places of a finding, and how many more it has."""
+
+    first: list[str] = field(default_factory=list)
+    more: int = 0
+
+    def add(self, place: str) -> None:
+        if len(self.first) < MAX_PROBLEMS:
+            self.first.append(place)
+        else:
+            self.more += 1
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Looks at every row of a split in turn and keeps what it finds, not the rows.
+
+    `remedies`: of rows that cannot be read, by what mends them.
+    """
+
+    tokenizer: Any
+    turns: Turns
+    loss_on: LossOn
+    signs: dict[str, Places] = field(default_factory=dict)
+    remedies: dict[str, Places] = field(default_factory=dict)
+
+    def look(self, talk: Conversation | None, outcome: Outcome) -> None:
+        """Take note of a row and of what became of it."""
+        if talk is None:
+            assert isinstance(outcome, Problem)
+            self.remedies.setdefault(outcome.remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
+            return
+        for code, place in self._signs(talk, outcome):
+            self.signs.setdefault(code, Places()).add(place)
+
+    def findings(self, repeated: Iterable[str] = ()) -> list[Finding]:
+        """All that was found; `repeated` rows are told with the rest."""
+        _, what, _ = MEANINGS["unreadable"]
+        found = [
+            Finding("error", "unreadable", what, tuple(places.first), fix, places.more)
+            for fix, places in self.remedies.items()
+        ]
+        found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
+        return found + find("duplicate", repeated)
+
+    def _signs(self, talk: Conversation, outcome: Outcome) -> Iterator[Sign]:
+        if isinstance(outcome, Marked):
+            yield from row_signs(talk, outcome, self.tokenizer, self.turns, self.loss_on)
+        elif isinstance(outcome, DataError):
+            inside = special_tokens(talk, self.tokenizer, self.turns)
+            yield from (("special-token", place) for place in inside)
+            if not inside:
+                yield from (("refused", f"{p.place}: {p.reason}") for p in outcome.problems)
+        yield from text_signs(talk)
+
+
 def find(code: str, places: Iterable[str]) -> list[Finding]:
     """The finding of `code` at these places; none where there are none."""
+    found = Places()
+    for place in places:
+        found.add(place)
+    return [_finding(code, found)] if found.first else []
+
+
+def _finding(code: str, places: Places) -> Finding:
     grade, what, fix = MEANINGS[code]
-    found = tuple(places)
-    return [Finding(grade, code, what, found, fix)] if found else []
-
-
-def examine_all(
-    conversations: Mapping[str, Sequence[Conversation]], recipe: Recipe, tokenizer: Any
-) -> tuple[dict[str, list[TokenRow]], list[Finding]]:
-    """The rows of every split that a run could tokenize, and all findings on them."""
-    turns, settings = Turns.of(tokenizer), recipe.data
-    rows: dict[str, list[TokenRow]] = {}
-    findings: list[Finding] = []
-    for name, talks in conversations.items():
-        pairs, refused = tokenize_all(talks, tokenizer, turns, settings.loss_on)
-        rows[name] = [row for _, row in pairs]
-        findings += [*refused, *examine(pairs, tokenizer, turns), *examine_text(talks)]
-        findings += examine_sizes(rows[name], settings, f"data.{name}")
-    fits = sum(len(row.input_ids) <= settings.max_length for row in rows["train"])
-    findings += examine_batch(fits, recipe.train.effective_batch, "data.train")
-    findings += overlap(conversations["train"], conversations.get("eval", ()))
-    return rows, findings
-
-
-def tokenize_all(
-    conversations: Iterable[Conversation], tokenizer: Any, turns: Turns, loss_on: LossOn
-) -> tuple[list[Pair], list[Finding]]:
-    """Every row as a run would tokenize it; the ones it would refuse come as findings."""
-    pairs: list[Pair] = []
-    special: list[str] = []
-    refused: list[str] = []
-    for talk in conversations:
-        try:
-            pairs.append((talk, tokenize(talk, tokenizer, turns, loss_on)))
-        except DataError as error:
-            inside = special_tokens(talk, tokenizer, turns)
-            special += inside
-            refused += [] if inside else [f"{problem.place}: {problem.reason}" for problem in error.problems]
-    return pairs, find("special-token", special) + find("refused", refused)
+    return Finding(grade, code, what, tuple(places.first), fix, places.more)
 
 
 def special_tokens(talk: Conversation, tokenizer: Any, turns: Turns) -> list[str]:
@@ -128,49 +159,60 @@ def special_tokens(talk: Conversation, tokenizer: Any, turns: Turns) -> list[str
     return found
 
 
-def examine(pairs: Sequence[Pair], tokenizer: Any, turns: Turns) -> list[Finding]:
-    """Findings on the tokens of a split."""
-    rows = [row for _, row in pairs]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return [
-        *find("all-masked", (row.place for row in rows if not row.num_supervised)),
-        *find("no-stop", (row.place for row in rows if any(span[-1] != turns.end for span in _spans(row)))),
-        *find("double-bos", (row.place for row in rows if row.input_ids[:2] == [bos, bos])),
-        *find("double-eos", (row.place for row in rows if row.input_ids[-2:] == [eos, eos])),
-        *find("short-answer", (place for pair in pairs for place in _short_answers(*pair))),
-    ]
+def row_signs(
+    talk: Conversation, row: Marked, tokenizer: Any, turns: Turns, loss_on: LossOn
+) -> Iterator[Sign]:
+    """What is odd in a row's tokens."""
+    ids, trained = row.input_ids, row.trained
+    if not trained:
+        yield "all-masked", row.place
+    if loss_on == "all":  # what the template writes behind the last turn is trained on too
+        stops = all(turns.end in ids[start:stop] for start, stop in trained)
+    else:
+        stops = all(ids[stop - 1] == turns.end for _, stop in trained)
+        yield from _short_answers(talk, trained)
+    if not stops:
+        yield "no-stop", row.place
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        yield "double-bos", row.place
+    if ids[-2:] == [tokenizer.eos_token_id] * 2:
+        yield "double-eos", row.place
 
 
-def examine_text(conversations: Sequence[Conversation]) -> list[Finding]:
-    """Findings that need no tokens."""
-    return [
-        *find("turn-order", (place for talk in conversations for place in _repeated_roles(talk))),
-        *find("garbled", (place for talk in conversations for place in _garbled(talk))),
-        *find("duplicate", _repeated(conversations, lambda talk: talk.messages)),
-    ]
+def text_signs(talk: Conversation) -> Iterator[Sign]:
+    """What is odd in a row's messages."""
+    before = ""
+    for i, message in enumerate(talk.messages):
+        if message.role == before:
+            yield "turn-order", f"{talk.place}: messages[{i}]: {before} after {before}"
+        before = message.role
+        hit = None if message.content.isascii() else _GARBLED.search(message.content)
+        if hit is not None:
+            yield "garbled", f"{talk.place}: messages[{i}]: {hit[0]!r}"
 
 
-def overlap(train: Iterable[Conversation], held_out: Iterable[Conversation]) -> list[Finding]:
-    """Held-out rows whose user messages a training row has too, apart from case and whitespace."""
-    asked: dict[tuple[str, ...], str] = {}
-    for talk in train:
-        asked.setdefault(_asked(talk), talk.place)
-    shared = [(talk.place, asked[_asked(talk)]) for talk in held_out if _asked(talk) in asked]
-    return find("overlap", (f"{place} (as {first})" for place, first in shared))
+def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterator[Sign]:
+    """Trained answers of fewer than two tokens, the one that ends them not counted."""
+    if all(stop - start > 2 for start, stop in trained):
+        return
+    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
+    for i, (start, stop) in zip(answers[-len(trained) :], trained, strict=True):
+        if stop - start <= 2:
+            yield "short-answer", f"{talk.place}: messages[{i}]"
 
 
-def examine_sizes(rows: Sequence[TokenRow], data: Data, place: str) -> list[Finding]:
+def examine_sizes(num_rows: int, over: Places, data: Data, place: str) -> list[Finding]:
     """Rows that do not fit `data.max_length`."""
-    over = tuple(row.place for row in rows if len(row.input_ids) > data.max_length)
-    if not over:
+    num_over = len(over.first) + over.more
+    if not num_over:
         return []
     fix = "Raise data.max_length, or shorten them."
     limit = f"data.max_length {data.max_length}"
-    if len(over) == len(rows):
+    if num_over == num_rows:
         return [Finding("error", "overlong", f"Every row is longer than {limit}.", (place,), fix)]
     grade: Grade = "error" if data.overlong == "error" else "note"
     what = f"Rows are longer than {limit}; data.overlong is {data.overlong}."
-    return [Finding(grade, "overlong", what, over, fix)]
+    return [Finding(grade, "overlong", what, tuple(over.first), fix, over.more)]
 
 
 def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Finding]:
@@ -182,35 +224,6 @@ def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Findi
     )
     fix = f"Set train.effective_batch to {num_rows} or less, or add rows."
     return [Finding("warning", "large-batch", what, (place,), fix)]
-
-
-def _spans(row: TokenRow) -> list[list[int]]:
-    """The runs of tokens that are trained on."""
-    runs = groupby(row.labels, key=lambda label: label != IGNORE)
-    return [list(run) for trained, run in runs if trained]
-
-
-def _short_answers(talk: Conversation, row: TokenRow) -> list[str]:
-    """Assistant messages of fewer than two tokens, the one that ends them not counted."""
-    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
-    spans = zip(answers, _spans(row), strict=False)
-    return [f"{talk.place}: messages[{i}]" for i, span in spans if len(span) - 1 < 2]
-
-
-def _repeated_roles(talk: Conversation) -> list[str]:
-    roles = [message.role for message in talk.messages]
-    twins = (i for i in range(1, len(roles)) if roles[i] == roles[i - 1])
-    return [f"{talk.place}: messages[{i}]: {roles[i]} after {roles[i]}" for i in twins]
-
-
-def _repeated(talks: Iterable[Conversation], key: Callable[[Conversation], Any]) -> list[str]:
-    first: dict[Any, str] = {}
-    places = [(talk.place, first.setdefault(key(talk), talk.place)) for talk in talks]
-    return [f"{place} (as {earlier})" for place, earlier in places if place != earlier]
-
-
-def _asked(talk: Conversation) -> tuple[str, ...]:
-    return tuple(" ".join(m.content.casefold().split()) for m in talk.messages if m.role == "user")
 
 
 def _high_characters() -> str:
@@ -227,8 +240,3 @@ _HIGH: Final = re.escape("".join(c for c in _high_characters() if c not in _CLOS
 _GARBLED: Final = re.compile(
     f"\N{REPLACEMENT CHARACTER}|[ÂÃ][{_HIGH}]|(?<![A-ZÀ-Þ])[ÂÃ][{_CLOSING}]|â[{_HIGH}{_CLOSING}]{{2}}"
 )
-
-
-def _garbled(talk: Conversation) -> list[str]:
-    hits = ((i, _GARBLED.search(message.content)) for i, message in enumerate(talk.messages))
-    return [f"{talk.place}: messages[{i}]: {hit[0]!r}" for i, hit in hits if hit is not None]

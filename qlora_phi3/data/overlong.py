@@ -31,6 +31,11 @@ class Fitted:
     num_truncated: int = 0
     num_split: int = 0
 
+    @property
+    def counts(self) -> Fitted:
+        """The same without its rows."""
+        return replace(self, rows=())
+
     @classmethod
     def sum(cls, parts: Iterable[Fitted]) -> Fitted:
         parts = list(parts)

@@ -174,7 +174,7 @@ def mark(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: Loss
 def marked(
     conversation: Conversation, whole: str, prompt: str, ids: list[int], turns: Turns, loss_on: LossOn
 ) -> Marked:
-    """The runs to train on in `ids`, the tokens of `whole`; `prompt` is the text that asks for its last answer.
+    """The runs to train on in `ids`, the tokens of `whole`; `prompt` asks for its last answer.
 
     Raises:
         DataError: the turns in tokens or text are not those of the conversation.
@@ -183,10 +183,7 @@ def marked(
     _check_spans(conversation, len(spans))
     _check_prefix(conversation, prompt, whole)
     _check_answers(conversation, len(prompt), whole)
-    if loss_on == "all":
-        trained = [(1, len(ids))]
-    else:
-        trained = spans if loss_on == "assistant" else spans[-1:]
+    trained = {"assistant": spans, "last": spans[-1:], "all": [(1, len(ids))]}[loss_on]
     return Marked(ids, trained, conversation.place)
 
 

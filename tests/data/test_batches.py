@@ -19,7 +19,8 @@ from qlora_phi3.data.tokens import LossOn, Turns, mark
 from qlora_phi3.errors import DataError, Problem
 
 STRICT = with_template(
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PHI3_TEMPLATE
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + PHI3_TEMPLATE
 )
 KINDS = [
     pytest.param(PHI3, id="phi3"),
@@ -33,7 +34,9 @@ KINDS = [
 HOSTILE = st.one_of(
     TEXT,
     st.lists(st.one_of(TEXT, st.sampled_from(SPECIAL_TEXT)), max_size=3).map("".join),
-    st.sampled_from(["<|end|", "<|END|>", "<|im_start|>assistant\n", "think\nb", "<|end|>" * 2, "\u2581<|end|>"]),
+    st.sampled_from(
+        ["<|end|", "<|END|>", "<|im_start|>assistant\n", "think\nb", "<|end|>" * 2, "\u2581<|end|>"]
+    ),
 )
 
 

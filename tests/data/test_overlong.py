@@ -34,7 +34,9 @@ def fit(
 ) -> Fitted:
     data = Data(train=Source(path="x"), max_length=limit, overlong=overlong, loss_on=loss_on)
     turns = Turns.of(tokenizer)
-    return Fitter(data, tokenizer, turns).fit(conversation, mark(conversation, tokenizer, turns, data.loss_on))
+    return Fitter(data, tokenizer, turns).fit(
+        conversation, mark(conversation, tokenizer, turns, data.loss_on)
+    )
 
 
 def counts(found: Fitted) -> dict[str, int]:
@@ -47,8 +49,7 @@ def shown(row: Marked) -> list[int | str]:
     labels = row.row().labels
     assert all(label in (token, IGNORE) for token, label in zip(row.input_ids, labels, strict=True))
     return [
-        token if label == IGNORE else f"+{label}"
-        for token, label in zip(row.input_ids, labels, strict=True)
+        token if label == IGNORE else f"+{label}" for token, label in zip(row.input_ids, labels, strict=True)
     ]
 
 
