@@ -32,6 +32,11 @@ class Fitted:
     num_split: int = 0
 
     @property
+    def lost(self) -> bool:
+        """Whether anything was dropped, cut or split."""
+        return bool(self.num_dropped or self.num_truncated or self.num_split)
+
+    @property
     def counts(self) -> Fitted:
         """The same without its rows."""
         return replace(self, rows=())
