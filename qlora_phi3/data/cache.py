@@ -107,17 +107,15 @@ def _load(entry: Path) -> Part | None:
     """None where the entry is missing or damaged; a damaged one is removed."""
     try:
         manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
-        if any(sha256(entry / name) != digest for name, digest in manifest.items()):
+        files = {path.name: sha256(path) for path in entry.iterdir() if path.name != _MANIFEST}
+        if manifest != files:
             raise ValueError("a file is not what was written")
         found = Part.open(entry)
         os.utime(entry)  # for `_prune`: used just now
         return found
-    except FileNotFoundError:
-        found = None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
-        found = None
-    shutil.rmtree(entry, ignore_errors=True)
-    return found
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
 
 
 @contextmanager
