@@ -25,6 +25,7 @@ from . import results
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 RAW_BATCH = 1000
 SEED = 20
+_CHECKOUT = Path(__file__).parent.parent
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def _in_a_process(step: str, chosen: argparse.Namespace, folder: str) -> dict[st
     line += [f"--{name}={getattr(chosen, name)}" for name in ("rows", "sample", "repeats", "base")]
     cache = Path(folder) / ("cache of doctor" if step == "doctor" else "cache")
     environment = os.environ | {"QLORA_PHI3_CACHE": _empty(cache, chosen.base)}
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=_CHECKOUT)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
