@@ -177,7 +177,8 @@ def ratio(chosen: argparse.Namespace) -> dict[str, Any]:
     from qlora_phi3.data.tokens import Turns
 
     recipe, tokenizer = _recipe(chosen, "sample.jsonl"), _tokenizer(chosen)
-    turns = Turns.of(tokenizer)
+    settings = (recipe.data, recipe.train, recipe.evaluate, tokenizer, Turns.of(tokenizer))
+    reading = parts.Reading("train", *settings, num_kept=0)
     lines = (chosen.folder / "sample.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines]
 
@@ -187,8 +188,7 @@ def ratio(chosen: argparse.Namespace) -> dict[str, Any]:
         return sum(len(row) for batch in encoded for row in batch)
 
     def ours() -> int:
-        part = parts.build(recipe.data.train, "train", recipe.data, tokenizer, turns, num_kept=0)
-        return part.rows.num_tokens
+        return parts.build(reading)["train"].rows.num_tokens
 
     pairs = [(_timed(raw), _timed(ours)) for _ in range(chosen.repeats + 1)][1:]  # the first warms up
     assert all(one[1] == other[1] for one, other in pairs), "not the same tokens"

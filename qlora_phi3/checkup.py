@@ -88,7 +88,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
     data.check_files(recipe.data)
     folder = weights.locate_tokenizer(recipe.model, say)
     tokenizer = model.load_tokenizer(folder)
-    found = data.prepare(recipe.data, tokenizer)
+    found = data.prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
     longest = max(int(part.rows.lengths.max(initial=1)) for part in found.parts.values())
     settings = (recipe.data.max_length, _micro_batch(recipe, folder, longest), recipe.train.seed)
     shown = found.parts["train"].rows[:num_samples]

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from typing_extensions import Self
+
+MAX_SHOWN: Final = 60
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut for a message: a broken file may have a megabyte in one place."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from . import generate
 from .data import Prompt, Split, TokenRow, prompts
+from .engine.documents import Documents, hidden_states, original_context, passes
+from .engine.loss import IGNORE
 from .memory import LOGIT_TOKENS
 from .recipe import GENERATION_METRICS, Evaluate
 
@@ -55,12 +57,13 @@ def measure(
     end: int,
     *,
     batch_rows: int,
+    batch_tokens: int,
     done: Callable[[int], None] = lambda _: None,
 ) -> Measured:
     """The recipe's metrics on the first `settings.samples` held-out rows; `end` closes an answer.
 
     `batch_rows` rows pass at once where the loss is measured: the micro batch, so that evaluating takes
-    no more memory than training.
+    no more memory than training. `batch_tokens` of prompts and answers are generated at once.
     """
     metrics: dict[str, float] = {}
     samples: tuple[Sample, ...] = ()
@@ -68,7 +71,7 @@ def measure(
         loss = mean_loss(model, split.rows[: settings.samples], batch_rows)
         metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if set(GENERATION_METRICS) & set(settings.metrics):
-        samples = _samples(model, tokenizer, split, settings, end, done)
+        samples = _samples(model, tokenizer, split, settings, end, batch_tokens, done)
         metrics |= {
             "exact_match": sum(s.exact_match for s in samples) / len(samples),
             "json_match": sum(s.json_match for s in samples) / len(samples),
@@ -87,9 +90,10 @@ def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int) -> float:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     total, count = 0.0, 0
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    lengths = [len(row.input_ids) for row in ordered]
     try:
-        for at in range(0, len(ordered), batch_rows):
-            nll, num = _nll(causal, ordered[at : at + batch_rows])
+        for group in passes(lengths, batch_rows, context=original_context(causal)):
+            nll, num = _nll(causal, [ordered[i] for i in group])
             total, count = total + nll, count + num
     finally:
         model.train(was_training)
@@ -97,18 +101,11 @@ def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int) -> float:
 
 
 def _nll(causal: Any, rows: Sequence[TokenRow]) -> tuple[float, int]:
-    """Summed negative log-likelihood and number of supervised tokens of one batch."""
-    width = max(len(row.input_ids) for row in rows)
-    ids, labels, mask = (torch.full((len(rows), width), fill) for fill in (0, -100, 0))
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    device = causal.device
-    hidden = causal.model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-    ).last_hidden_state
-    targets = labels[:, 1:].to(device)
-    supervised = targets != -100
+    """Summed negative log-likelihood and number of supervised tokens of one pass."""
+    documents = Documents.of(rows, causal.device)
+    hidden = hidden_states(causal, documents)
+    targets = documents.labels[:, 1:]
+    supervised = targets != IGNORE
     chosen, wanted = hidden[:, :-1][supervised], targets[supervised]
     total = 0.0
     for at in range(0, len(wanted), LOGIT_TOKENS):
@@ -123,6 +120,7 @@ def _samples(
     split: Split,
     settings: Evaluate,
     end: int,
+    batch_tokens: int,
     done: Callable[[int], None],
 ) -> tuple[Sample, ...]:
     asked = prompts(split, tokenizer, settings.samples)
@@ -132,6 +130,7 @@ def _samples(
         [prompt.input_ids for prompt in asked],
         stops=generate.stop_ids(tokenizer, model, end),
         max_new_tokens=settings.max_new_tokens,
+        batch_tokens=batch_tokens,
         done=done,
     )
     return tuple(_sample(prompt, given) for prompt, given in zip(asked, answers, strict=True))

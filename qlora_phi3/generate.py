@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .memory import ANSWER_TOKENS
+from .engine.documents import original_context
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,18 @@ def answer(
     *,
     stops: list[int],
     max_new_tokens: int,
+    batch_tokens: int,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """Greedy answers in the order of the prompts; `done` hears how many are finished.
 
-    Prompts of similar length share a batch, padded on the left.
+    Prompts of similar length share a batch, padded on the left, of at most `batch_tokens` with the answers.
     """
     was_training = model.training
     model.eval()
     found: dict[int, Answer] = {}
     try:
-        for batch in _batches(prompts, max_new_tokens):
+        for batch in _batches(prompts, max_new_tokens, batch_tokens, original_context(model)):
             texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], stops, max_new_tokens)
             found.update(zip(batch, texts, strict=True))
             done(len(found))
@@ -56,11 +57,18 @@ def answer(
     return [found[i] for i in range(len(prompts))]
 
 
-def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> Iterable[list[int]]:
-    """Indices of prompts that are answered together, shortest first; at least one a batch."""
+def _batches(
+    prompts: Sequence[list[int]], max_new_tokens: int, batch_tokens: int, context: int | None = None
+) -> Iterable[list[int]]:
+    """Indices of prompts that are answered together, shortest first; at least one a batch.
+
+    What may outgrow LongRoPE's original `context` is answered alone: the factors are those of the longest.
+    """
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and (len(batch) + 1) * (len(prompts[i]) + max_new_tokens) > ANSWER_TOKENS:
+        width = len(prompts[i]) + max_new_tokens
+        alone = context is not None and width > context
+        if batch and (alone or (len(batch) + 1) * width > batch_tokens):
             yield batch
             batch = []
         batch.append(i)

@@ -31,8 +31,11 @@ ALLOCATOR_SLACK: Final = 0.05
 LOGIT_TOKENS: Final = 1024
 """Supervised tokens whose logits exist at once in evaluate.py: 131 MB of float32 for Phi-3-mini."""
 
-ANSWER_TOKENS: Final = 4096
-"""Tokens of prompts and answers that generate.py takes at once, pads too: a KV cache of 1.5 GiB on mini."""
+ANSWER_CACHE: Final = 3 * 1024**3 // 2
+"""Bytes of KV cache that answers generated at once may take: 4096 tokens on Phi-3-mini."""
+
+ANSWER_TOKENS: Final = 16384
+"""Tokens of prompts and answers generated at once, pads too, however small their cache is."""
 
 LOSS_CHUNK: Final = (4096, 32768)
 """(tokens, vocabulary columns) of TRL 1.16's logits tile; it is this wide for a smaller vocabulary too."""
@@ -98,7 +101,7 @@ def predict(
     device: Device = "cuda",
 ) -> Plan:
     """Predict a run's memory; `row_tokens` is the longest row, `data.max_length` while it is not known."""
-    case = _Case(recipe, geometry, micro_batch, row_tokens or recipe.data.max_length, device)
+    case = _Case(recipe, geometry, micro_batch, _pass_row(recipe, row_tokens, micro_batch), device)
     phases = (_load_phase(case), _train_phase(case))
     evaluate = (_evaluate_phase(case),) if recipe.data.eval is not None else ()
     return Plan(phases + evaluate, micro_batch, case.row_tokens)
@@ -120,11 +123,20 @@ def choose_micro_batch(
     """
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
-    whole, tokens = recipe.train.effective_batch, row_tokens or recipe.data.max_length
+    whole = recipe.train.effective_batch
     for size in (n for n in range(whole, 1, -1) if whole % n == 0):
+        tokens = _pass_row(recipe, row_tokens, size)
         if _train_phase(_Case(recipe, geometry, size, tokens, device)).peak_bytes <= free_bytes:
             return size
     return 1
+
+
+def _pass_row(recipe: Recipe, longest: int | None, micro_batch: int) -> int:
+    """Tokens of one of `micro_batch` rows: the longest, or with packing what fits."""
+    if longest is None or not recipe.data.packing:
+        return longest or recipe.data.max_length
+    whole_step = ceil(longest * recipe.train.effective_batch / micro_batch)
+    return max(longest, min(recipe.data.max_length, whole_step))
 
 
 def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
@@ -359,9 +371,19 @@ def scoring_bytes(case: _Case) -> int:
 
 def kv_cache_bytes(case: _Case) -> int:
     """Keys and values of every layer while `rows` prompts of `row_tokens` get the longest answer."""
-    g, new = case.geometry, case.recipe.evaluate.max_new_tokens
-    per_token = g.num_layers * 2 * g.num_kv_heads * g.head_dim * case.compute
-    return case.rows * (case.row_tokens + new) * per_token
+    new = case.recipe.evaluate.max_new_tokens
+    return case.rows * (case.row_tokens + new) * _kv_bytes(case.recipe, case.geometry)
+
+
+def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    width = geometry.num_kv_heads * geometry.head_dim
+    return geometry.num_layers * 2 * width * compute_dtype_bytes(recipe)
+
+
+def answer_tokens(recipe: Recipe, geometry: Geometry) -> int:
+    """Tokens of prompts and answers that are generated at once, pads too."""
+    return min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
 
 
 # Phases
@@ -420,14 +442,15 @@ def _train_phase(case: _Case) -> Phase:
 def _evaluate_phase(case: _Case) -> Phase:
     """Weights, adapters, the optimizer of a trainer still alive; then the loss, or answers with their cache.
 
-    The loss takes the micro batch at once; answers as many prompts as ANSWER_TOKENS holds. Every row is
+    The loss takes the micro batch at once; answers as many prompts as answer_tokens holds. Every row is
     taken to be as long as the longest.
     """
     settings = case.recipe.evaluate
     words = f"{case.rows} x {case.row_tokens} tokens"
     ways = [(case, [Part("working set", scoring_bytes(case), f"loss of {words}")])]
     if set(settings.metrics) & set(GENERATION_METRICS):
-        at_once = ANSWER_TOKENS // (case.row_tokens + settings.max_new_tokens)
+        tokens = answer_tokens(case.recipe, case.geometry)
+        at_once = tokens // (case.row_tokens + settings.max_new_tokens)
         batch = replace(case, rows=max(1, min(at_once, settings.samples)))
         words = f"{batch.rows} x {batch.row_tokens} tokens"
         cache = Part("KV cache", kv_cache_bytes(batch), f"{words}, each + {settings.max_new_tokens}")

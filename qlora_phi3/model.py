@@ -89,19 +89,6 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-EAGER_TOKENS: Final = 512
-"""Longest row for which plain matrix products beat torch's CPU attention, which in bfloat16 is slow."""
-
-
-def attention_for(device: torch.device, row_tokens: int) -> str:
-    """transformers' name of the attention to load with, for rows of at most `row_tokens`.
-
-    On two cores a step of the quickstart (8 rows of 130 tokens) takes 2.8 s with "eager" and 3.5 s with
-    "sdpa"; "eager" keeps [rows, heads, S, S], so it is for short rows only.
-    """
-    return "eager" if device.type == "cpu" and row_tokens <= EAGER_TOKENS else "sdpa"
-
-
 def load(checkpoint: Checkpoint, settings: Model, device: torch.device, attention: str = "sdpa") -> Base:
     """Load the frozen base under our dtype policy.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, adapters, data, evaluate, memory, model, report, run_folder, trainer, weights
+from .engine import attention
 from .errors import FitError, InputError
 from .meter import Meter
 from .progress import Display
@@ -50,12 +51,11 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
-    notes += map(str, findings)
-    attention = model.attention_for(device, plan.row_tokens + recipe.evaluate.max_new_tokens)
+    notes += [str(finding) for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
-        base = model.load(checkpoint, recipe.model, device, attention)
+        base = model.load(checkpoint, recipe.model, device, attention.register())
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):
@@ -175,6 +175,7 @@ def _measure(
             settings,
             splits.turns.end,
             batch_rows=int(recipe.train.micro_batch),
+            batch_tokens=memory.answer_tokens(recipe, base.checkpoint.geometry),
             done=lambda count: steps.update(count, "answers"),
         )
     display.say(f"{which}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()))

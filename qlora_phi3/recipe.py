@@ -7,7 +7,8 @@ with its place. Knows nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -158,63 +159,147 @@ class Adapter(_Part):
 
 
 class Source(_Part):
-    """Where conversations come from."""
+    """Where rows come from: a file, a folder of files, or a data set on the hub."""
 
     path: str = Field(
         min_length=1,
-        description="a JSONL, JSON, CSV or Parquet file or a folder of them; relative to the recipe's folder",
+        description="a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's "
+        "folder; or org/name, a data set on the hub (./org/name: a folder)",
     )
     format: Annotated[
         Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
-        Today(("auto", "messages", "sharegpt", "alpaca", "prompt-completion")),
-    ] = Field(default="auto", description="layout of a row; auto looks at the keys of the first")
-    split: Annotated[str, Today(("train",))] = Field(default="train", description="split of a hub data set")
+        Today(
+            ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"),
+            "Its rows are for train.task dpo; to train on the chosen answers, write prompt-completion rows.",
+        ),
+    ] = Field(
+        default="auto",
+        description="layout of a row; auto looks at the keys of the first. text: plain text, one document "
+        "a row or .txt file, every token trained on",
+    )
+    split: str = Field(default="train", min_length=1, description="split of a hub data set")
+    subset: str | None = Field(default=None, min_length=1, description="configuration of a hub data set")
+    revision: str | None = Field(default=None, min_length=1, description="hub commit or tag of a data set")
     limit: int | None = Field(default=None, ge=1, description="use the first N rows only")
+    weight: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=100.0,
+        description="how often an epoch takes each row: 2 twice, 0.5 half of the rows, "
+        "1.5 all and half of them again; which ones depends on their content and train.seed",
+    )
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether `path` is a hub id; load_recipe has made the path of whatever exists absolute."""
+        return is_hub_id(self.path)
 
 
 class Fraction(_Part):
     """A held-out share of the training rows."""
 
-    fraction: Annotated[float, Today((), "Give a file of its own: data.eval.path.")] = Field(
-        gt=0.0, lt=1.0, description="share of the training rows held out"
+    fraction: float = Field(
+        gt=0.0,
+        lt=1.0,
+        description="share of the training rows held out, chosen by content and train.seed: equal rows stay "
+        "together, and new ones move none",
     )
 
 
-def _eval_kind(value: Any) -> str:
-    return "<fraction>" if isinstance(value, dict) and "fraction" in value else "<source>"
+def is_hub_id(path: str) -> bool:
+    """Whether text has the form org/name; names that end as data files do are files."""
+    return bool(_HUB_ID.fullmatch(path)) and not path.lower().endswith(FILE_SUFFIXES)
 
 
-EvalSource = Annotated[
-    Annotated[Source, Tag("<source>")] | Annotated[Fraction, Tag("<fraction>")], Discriminator(_eval_kind)
+_HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+FILE_SUFFIXES: Final = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".xlsx"),
+    *(".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".yaml", ".yml"),
+)
+"""What a file of data is called, of kinds that can be read or not: a missing one is no hub id."""
+
+
+def _kind_of_sources(value: Any) -> str:
+    if isinstance(value, Fraction) or (isinstance(value, dict) and "fraction" in value):
+        return "<fraction>"
+    return "<sources>" if isinstance(value, (list, tuple)) else "<source>"
+
+
+def _check_sources(value: Any) -> Any:
+    """Not `min_length`: pydantic counts what is valid, and would blame the list for its only item too."""
+    if not value:
+        raise PydanticCustomError("expected", "needs at least one source")
+    return value
+
+
+def _kind_of_training_sources(value: Any) -> str:
+    return "<sources>" if isinstance(value, (list, tuple)) else "<source>"
+
+
+OneSource = Annotated[Source, Tag("<source>")]
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(strict=False, json_schema_extra={"minItems": 1}),
+    BeforeValidator(_check_sources),
+    Tag("<sources>"),
+]
+TrainSources = Annotated[OneSource | Sources, Discriminator(_kind_of_training_sources)]
+EvalSources = Annotated[
+    OneSource | Sources | Annotated[Fraction, Tag("<fraction>")], Discriminator(_kind_of_sources)
 ]
 
 
 ARMS: Final[dict[str, type[BaseModel] | None]] = {
     "<source>": Source,
+    "<sources>": Source,
     "<fraction>": Fraction,
     "<name>": None,
     "<list>": None,
 }
-"""Tag of a union's arm, which pydantic puts into the place of an error -> the part it stands for."""
+"""Tag of a union's arm, which pydantic puts into the place of an error -> the part it, or an item, is."""
 
 
 class Data(_Part):
     """What it is trained on, and how rows become tokens."""
 
-    train: Source = Field(description="training rows")
-    eval: EvalSource | None = Field(default=None, description="held-out rows; null: no evaluation")
+    train: TrainSources = Field(description="training rows; or a list of such sources, with weights")
+    eval: EvalSources | None = Field(
+        default=None,
+        description="held-out rows, written as data.train is; or {fraction: 0.05} of the training rows; "
+        "null: no evaluation",
+    )
     max_length: int = Field(default=2048, ge=8, description="longest row in tokens")
     overlong: Literal["drop", "truncate", "split", "error"] = Field(
         default="drop",
         description="longer rows: drop, error, truncate (answers still end), split (between turns); counted",
     )
-    packing: Annotated[bool, Today((False,))] = Field(
-        default=False, description="several conversations in one row, without attention between them"
+    packing: bool = Field(
+        default=True,
+        description="fill forward passes with as many rows as fit max_length; no row sees another",
     )
     loss_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
-        description="tokens trained on: assistant turns; each row's last one; all. End-of-turn included",
+        description="tokens trained on: assistant turns; each row's last one; all. End-of-turn included; "
+        "plain text has no turns, and all of it is trained on (last is refused)",
     )
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        return (self.train,) if isinstance(self.train, Source) else self.train
+
+    @property
+    def eval_sources(self) -> tuple[Source, ...]:
+        """Sources of held-out rows; none where there are no such rows, or they are a share of training's."""
+        if self.eval is None or isinstance(self.eval, Fraction):
+            return ()
+        return (self.eval,) if isinstance(self.eval, Source) else self.eval
+
+    def sources(self) -> Iterator[tuple[tuple[str | int, ...], Source]]:
+        """(path of keys, source) of all of them."""
+        named = (("train", self.train, self.train_sources), ("eval", self.eval, self.eval_sources))
+        for name, written, found in named:
+            for i, source in enumerate(found):
+                yield ("data", name, *(() if isinstance(written, Source) else (i,))), source
 
 
 class Train(_Part):
@@ -238,7 +323,9 @@ class Train(_Part):
     )
     micro_batch: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_positive)
-    ] = Field(default="auto", description="rows per forward pass; accumulation follows from it")
+    ] = Field(
+        default="auto", description="rows of max_length per forward pass; passes per step follow from it"
+    )
     learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="after the warm-up"
@@ -308,21 +395,19 @@ class Recipe(_Part):
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
     ] = Field(default=(), description="experiment trackers")
 
-    @property
-    def accumulation(self) -> int:
-        """Micro batches per optimizer step; `micro_batch` must be settled."""
-        assert isinstance(self.train.micro_batch, int)
-        return self.train.effective_batch // self.train.micro_batch
-
     def settled(self, micro_batch: int) -> Recipe:
         """The same recipe with `auto` replaced by what was chosen, so that it repeats anywhere."""
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": micro_batch})})
 
 
-def cross_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str, str]]:
+KeyProblem = tuple[tuple[str | int, ...], str, str]
+"""(path of keys, reason, remedy)."""
+
+
+def cross_problems(recipe: Recipe) -> list[KeyProblem]:
     """What single keys cannot see: (path, reason, remedy) of every pair of settings that cannot run."""
     adapter, train, evaluate, data = recipe.adapter, recipe.train, recipe.evaluate, recipe.data
-    checks: Sequence[tuple[bool, tuple[str, ...], str, str]] = (
+    checks: Sequence[tuple[bool, tuple[str | int, ...], str, str]] = (
         (
             train.micro_batch != "auto" and train.effective_batch % int(train.micro_batch) != 0,
             ("train", "micro_batch"),
@@ -360,4 +445,33 @@ def cross_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str, str]]:
             "Set data.eval, or remove train.eval_every.",
         ),
     )
-    return [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
+    found = [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
+    for key, source in data.sources():
+        found += _source_problems(source, key)
+    return found + _text_problems(recipe)
+
+
+def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:
+    """Keys of hub data sets beside a file, which has none of them."""
+    for name in () if source.is_hub else ("split", "subset", "revision"):
+        value = getattr(source, name)
+        if value != Source.model_fields[name].default:
+            reason = f"{value!r} is for a data set on the hub; {source.path} is a file or folder."
+            yield (*key, name), reason, "Remove it, or give the data set as org/name."
+
+
+def _text_problems(recipe: Recipe) -> list[KeyProblem]:
+    """Settings that need turns, where a source is known to have none."""
+    data = recipe.data
+    plain = [key for key, source in data.sources() if source.format == "text"]
+    held_out = [key for key in plain if key[1] == "eval" or isinstance(data.eval, Fraction)]
+    found: list[KeyProblem] = []
+    if plain and data.loss_on == "last":
+        found.append((("data", "loss_on"), NO_LAST_ANSWER, "Write all."))
+    if held_out and set(GENERATION_METRICS) & set(recipe.evaluate.metrics):
+        found.append((("evaluate", "metrics"), NO_ANSWERS, "Use loss and perplexity."))
+    return found
+
+
+NO_LAST_ANSWER: Final = "'last' is for conversations: plain text has no last answer."
+NO_ANSWERS: Final = f"{' and '.join(GENERATION_METRICS)} compare answers, and plain text has none."

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from . import strict_yaml
 from .errors import OutputError, Problem, RecipeError
-from .recipe import ARMS, Recipe, cross_problems
+from .recipe import ARMS, Recipe, cross_problems, is_hub_id
 from .strict_yaml import dotted_path
 
 KeyPath = strict_yaml.Path
@@ -30,11 +30,12 @@ COMMAND_LINE: Final = "command line"
 MAX_BYTES: Final = 1_000_000
 MAX_SHOWN: Final = 60
 
-PATH_KEYS: Final[tuple[KeyPath, ...]] = (("data", "train", "path"), ("data", "eval", "path"))
-"""Keys that hold a path: relative to the recipe's folder, or to the working folder in an override."""
+SOURCE_KEYS: Final[tuple[KeyPath, ...]] = (("data", "train"), ("data", "eval"))
+"""Keys of a source or a list of them, whose paths are relative to the recipe's folder, or to the working
+folder in an override."""
 
-ANCHORED_KEYS: Final[tuple[KeyPath, ...]] = (*PATH_KEYS, ("model", "base"))
-"""Keys that are made absolute; of model bases only those that are written as a folder."""
+BASE_KEY: Final[KeyPath] = ("model", "base")
+"""Is made absolute where it is written as a folder."""
 
 
 def recipes_folder() -> Path:
@@ -127,9 +128,9 @@ def _with_absolute_paths(path: Path) -> str:
     """The text of a recipe, comments and all, with only its relative paths changed."""
     text = _read(path)
     source = _Source(str(path), strict_yaml.parse(text, str(path)))
-    before = {key: source.at(key) for key in ANCHORED_KEYS}
+    before = {key: source.at(key) for key in source.anchored_keys()}
     source.anchor_paths(path.parent, under=())
-    changed = [key for key in ANCHORED_KEYS if source.at(key) != before[key]]
+    changed = [key for key, value in before.items() if source.at(key) != value]
     for key in sorted(changed, key=source.document.spans.__getitem__, reverse=True):
         start, stop = source.document.spans[key]
         written = text[start:stop].rstrip()  # the span of a block scalar ends after its newline
@@ -146,9 +147,9 @@ def document_keys() -> str:
 
 def _keys(part: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
     for name, info in part.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
+        parts = set(_parts(info.annotation))
+        if len(parts) == 1:
+            yield from _keys(parts.pop(), f"{prefix}{name}.")
         else:
             default = "*required*" if info.is_required() else f"`{_show(info.default)}`"
             yield f"{prefix}{name}", default, info.description or ""
@@ -227,18 +228,31 @@ class _Source:
         """The value at `path`, or None."""
         value: Any = self.document.values
         for step in path:
-            value = value.get(step) if isinstance(value, dict) else None
+            if isinstance(value, dict):
+                value = value.get(step)
+            else:
+                value = value[step] if isinstance(value, list) and isinstance(step, int) else None
         return value
+
+    def anchored_keys(self) -> list[KeyPath]:
+        """Keys that hold a path: of every source that is written, and the model's base."""
+        found: list[KeyPath] = []
+        for key in SOURCE_KEYS:
+            written = self.at(key)
+            found += [(*key, i) for i in range(len(written))] if isinstance(written, list) else [key]
+        return [*((*key, "path") for key in found), BASE_KEY]
 
     def anchor_paths(self, folder: Path, under: KeyPath) -> None:
         """Make the paths below `under` absolute, from `folder`."""
-        for path in ANCHORED_KEYS:
+        for path in self.anchored_keys():
             if path[: len(under)] == under:
                 self._anchor(path, folder)
 
     def _anchor(self, path: KeyPath, folder: Path) -> None:
         parent, value = self.at(path[:-1]), self.at(path)
-        if not isinstance(value, str) or not value or (path not in PATH_KEYS and not _is_folder_name(value)):
+        if not isinstance(value, str) or not value or (path == BASE_KEY and not _is_folder_name(value)):
+            return
+        if path != BASE_KEY and is_hub_id(value) and not (folder / value).exists():
             return
         try:
             parent[path[-1]] = str((folder / Path(value).expanduser()).resolve())
@@ -272,10 +286,21 @@ def _locate(location: KeyPath) -> tuple[KeyPath, Part, Part]:
         if below is None and step in ARMS:
             below = ARMS[str(step)]
             continue
+        if isinstance(step, int):  # an item is what its list is of
+            path = (*path, step)
+            continue
         owner, path = below, (*path, step)
         info = owner.model_fields.get(str(step)) if owner else None
         below = _part(info.annotation) if info else None
     return path, owner, below
+
+
+def _parts(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The parts that an annotation names, inside unions and tuples too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
 
 
 def _part(annotation: Any) -> Part:

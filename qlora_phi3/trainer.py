@@ -1,8 +1,9 @@
 """The one mapping from recipe to TRL, and what is watched while it trains.
 
-Owns the trainer's arguments, the collation of rows, the loss' normalisation, `metrics.jsonl`, and the
-guard against losses that are not numbers. The loop itself is TRL's. The loss is summed over the supervised
-tokens of the whole effective batch and divided by their number, whatever the micro batch is.
+Owns the trainer's arguments, the passes an optimizer step is made of, the loss' normalisation,
+`metrics.jsonl`, and the guard against losses that are not numbers. The loop itself is TRL's, which gets the
+rows of a whole optimizer step at once: the loss is summed over their supervised tokens and divided by the
+number of those, however the step is cut into passes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from .data import Split
-from .engine.loss import supervised_nll
+from .data import Split, TokenRow
+from .engine.documents import Documents, hidden_states, original_context, passes
+from .engine.loss import IGNORE, supervised_nll
 from .errors import RunError
 from .memory import format_bytes
 from .meter import Meter
@@ -55,8 +57,7 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
     train = recipe.train
     return SFTConfig(
         output_dir=str(out / "checkpoints"),
-        per_device_train_batch_size=int(train.micro_batch),
-        gradient_accumulation_steps=recipe.accumulation,
+        per_device_train_batch_size=train.effective_batch,  # training_step cuts it into passes
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
@@ -123,13 +124,12 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
     trainer = PhiTrainer(
         model=model,
         args=arguments(recipe, out, base.model.device),
-        train_dataset=Dataset.from_list(
-            [{"input_ids": row.input_ids, "labels": row.labels} for row in split.rows]
-        ),
-        data_collator=Collator(base.tokenizer.pad_token_id),
+        train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
+        data_collator=Rows(split.rows),
         processing_class=base.tokenizer,
         callbacks=[watch],
     )
+    trainer.layout = Layout.of(recipe, base)
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     for name, parameter in model.named_parameters():
@@ -145,61 +145,68 @@ def _unwrap(trainer: PhiTrainer) -> None:
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Rows to a padded batch; the length is the longest row's.
+class Rows:
+    """The rows of an optimizer step, by their numbers, and their labels, which transformers counts."""
 
-    Shape: input_ids, labels, attention_mask: (rows, longest), int64; pad positions have label -100.
-    """
+    rows: Sequence[TokenRow]
 
-    pad_id: int
+    def __call__(self, chosen: Sequence[dict[str, int]]) -> dict[str, Any]:
+        found = [self.rows[one["row"]] for one in chosen]
+        return {"rows": found, "labels": Documents.of(found, torch.device("cpu")).labels}
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
 
-        def padded(key: str, fill: int) -> torch.Tensor:
-            return torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in rows])
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step are laid out in passes: the arguments of `engine.documents.passes`."""
 
-        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "labels": padded("labels", -100),
-            "attention_mask": torch.tensor(mask),
-        }
+    micro_batch: int
+    pack_into: int | None
+    context: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, base: Base) -> Layout:
+        pack_into = recipe.data.max_length if recipe.data.packing else None
+        return cls(int(recipe.train.micro_batch), pack_into, original_context(base.model))
+
+    def cut(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
+        lengths = [len(row.input_ids) for row in rows]
+        found = passes(lengths, self.micro_batch, pack_into=self.pack_into, context=self.context)
+        return [[rows[i] for i in group] for group in found]
 
 
 class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
-    """TRL's trainer with the loss of supervised tokens only, counting tokens on the way."""
+    """TRL's trainer, with steps cut into passes without padding and the loss of supervised tokens only."""
 
     watch: _Watch
     compute_dtype: torch.dtype
+    layout: Layout
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = kwargs.get("inputs") or args[1]
-        self.watch.count(inputs["attention_mask"], inputs["labels"])
-        return super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Gradients of one optimizer step; returns its loss.
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Summed loss of the micro batch over the supervised tokens of the whole effective batch.
-
-        TRL 1.16 names overriding this as the way to another loss; its own, on a CPU, scores all positions.
+        In place of transformers' own, which would take the same number of passes for every step.
         """
         assert num_items_in_batch is not None, "transformers no longer counts the tokens of a whole step"
-        assert not return_outputs
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for rows in self.layout.cut(inputs["rows"]):
+            documents = Documents.of(rows, self.args.device)
+            self.watch.count(documents)
+            loss = self.nll(model, documents) / num_items_in_batch
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def nll(self, model: Any, documents: Documents) -> torch.Tensor:
+        """Summed loss of one pass, in nats."""
         causal = model.get_base_model()
         with torch.autocast(
             causal.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
         ):
-            hidden = causal.model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state
-            nll = supervised_nll(hidden, inputs["labels"], causal.lm_head.weight)
-        return nll / num_items_in_batch
+            hidden = hidden_states(causal, documents)
+            return supervised_nll(hidden, documents.labels, causal.lm_head.weight)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere about a user's run."""
@@ -223,10 +230,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         self._started = self._logged = time.perf_counter()
         self._history: list[dict[str, Any]] = []
 
-    def count(self, mask: torch.Tensor, labels: torch.Tensor) -> None:
-        """Note the tokens of one micro batch; sums stay on the device until a line is written."""
-        self._tokens.append(mask.sum())
-        self._supervised.append((labels[:, 1:] != -100).sum())
+    def count(self, documents: Documents) -> None:
+        """Note the tokens of one pass; sums stay on the device until a line is written."""
+        self._tokens.append(documents.num_tokens)
+        self._supervised.append((documents.labels != IGNORE).sum())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = self._logged = time.perf_counter()

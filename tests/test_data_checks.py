@@ -82,6 +82,44 @@ def test_warnings_and_notes_stand_in_the_report(recipe: Recipe, chats: Path, tmp
     assert json.loads((folder / "report.json").read_text())["notes"] == found.notes
 
 
+def test_long_rows_are_told_once(recipe: Recipe, chats: Path, tmp_path: Path) -> None:
+    with chats.open("a") as file:
+        file.write(line("user: a", "assistant: " + "b" * 500))
+    found, _ = pipeline.run(recipe, tmp_path / "run")
+    assert [note for note in found.notes if "data.max_length" in note] == [
+        "1 training rows were longer than data.max_length and dropped"
+    ]
+
+
+def test_a_run_and_the_doctor_hold_out_what_the_seed_draws(recipe: Recipe) -> None:
+    from qlora_phi3 import checkup, data
+    from qlora_phi3.data.read import stream_splits
+    from qlora_phi3.recipe import Fraction, Source
+
+    assert isinstance(recipe.data.train, Source)
+    source = recipe.data.train.model_copy(update={"weight": 1.5})
+    shares = recipe.data.model_copy(update={"train": (source,), "eval": Fraction(fraction=0.4)})
+    tokenizer = model.load_tokenizer(weights.locate_tokenizer(recipe.model))
+    drawn = []
+    for seed in (1, 2):
+        train = recipe.train.model_copy(update={"seed": seed})
+        seeded = recipe.model_copy(update={"data": shares, "train": train})
+        splits, _ = data.check(seeded, tokenizer)
+        assert splits.eval is not None
+        places = {
+            "train": [row.place for row in splits.train.rows],
+            "eval": [r.place for r in splits.eval.rows],
+        }
+        expected = list(stream_splits(shares, train))
+        assert places == {name: [row.place for side, row in expected if side == name] for name in places}
+        found = checkup.check_recipe(seeded, 0, lambda text: None)
+        assert {name: split.rows for name, split in found.splits.items()} == {
+            name: len(rows) for name, rows in places.items()
+        }
+        drawn.append(places)
+    assert drawn[0] != drawn[1]
+
+
 # --- a tokenizer without its weights
 
 

@@ -144,7 +144,7 @@ def test_errors_are_all_printed_and_exit_with_2(answers: dict[str, Answer]) -> N
 def test_rows_that_cannot_be_read_are_findings_with_their_lines(answers: dict[str, Answer]) -> None:
     done = answers["unreadable"]
     assert (done.returncode, done.stderr) == (2, "")
-    assert "error: unreadable: The row cannot be read.\n" in done.stdout
+    assert "error: unreadable: The row cannot be read, or the run has no use for it.\n" in done.stdout
     assert "/broken.jsonl:1: not valid JSON" in done.stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_phi3.errors import (
+    MAX_SHOWN,
     DataError,
     FitError,
     InputError,
@@ -14,6 +15,7 @@ from qlora_phi3.errors import (
     QloraError,
     RecipeError,
     RunError,
+    shown,
 )
 
 RANK = Problem("r.yaml:3: adapter.rank", "found 0, must be 1 or more.")
@@ -62,3 +64,10 @@ def test_exit_codes(kind: type[QloraError], parent: type[QloraError], exit_code:
     with pytest.raises(parent) as caught:
         raise kind("place", "reason.")
     assert caught.value.exit_code == exit_code
+
+
+def test_a_value_is_cut_for_a_message() -> None:
+    assert shown("it's") == '"it\'s"'
+    assert shown("x" * 58) == f"'{'x' * 58}'"
+    assert shown("x" * 59) == f"'{'x' * 56}..."
+    assert len(shown("x" * 1_000_000)) == MAX_SHOWN

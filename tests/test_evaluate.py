@@ -15,6 +15,7 @@ from conftest import phi3_tokenizer, write_chats
 
 from qlora_phi3 import data, evaluate
 from qlora_phi3.data import Split, TokenRow
+from qlora_phi3.engine import attention
 from qlora_phi3.evaluate import json_shape, mean_loss, measure
 from qlora_phi3.recipe import Data, Evaluate, Source
 
@@ -26,7 +27,9 @@ END, ASSISTANT = TOKENIZER.convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
 def model(checkpoints: Callable[[str], Path]) -> Any:
     from transformers import Phi3ForCausalLM
 
-    return Phi3ForCausalLM.from_pretrained(checkpoints("gqa"), dtype=torch.float32)
+    return Phi3ForCausalLM.from_pretrained(
+        checkpoints("gqa"), dtype=torch.float32, attn_implementation=attention.register()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,9 @@ def test_loss_through_an_adapter(checkpoints: Callable[[str], Path], split: Spli
     from peft import LoraConfig, get_peft_model
     from transformers import Phi3ForCausalLM
 
-    base = Phi3ForCausalLM.from_pretrained(checkpoints("gqa"), dtype=torch.float32)
+    base = Phi3ForCausalLM.from_pretrained(
+        checkpoints("gqa"), dtype=torch.float32, attn_implementation=attention.register()
+    )
     expected_base = loss_of_transformers(base, split.rows)
     config = LoraConfig(
         r=4, target_modules=["qkv_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False
@@ -186,7 +191,9 @@ def parrot(checkpoints: Callable[[str], Path]) -> Any:
     """Layers that add nothing and a head that knows one successor: <|assistant|> -> { -> } -> <|end|>."""
     from transformers import Phi3ForCausalLM
 
-    model = Phi3ForCausalLM.from_pretrained(checkpoints("untied"), dtype=torch.float32)
+    model = Phi3ForCausalLM.from_pretrained(
+        checkpoints("untied"), dtype=torch.float32, attn_implementation=attention.register()
+    )
     chain = [ASSISTANT, *TOKENIZER.encode("{}"), END]
     with torch.no_grad():
         for layer in model.model.layers:
@@ -211,7 +218,7 @@ def answers(folder: Path, *expected: str) -> Split:
 
 def measured(model: Any, split: Split, *metrics: str, samples: int = 32, limit: int = 8) -> Any:
     settings = Evaluate(metrics=metrics, samples=samples, max_new_tokens=limit)
-    return measure(model, TOKENIZER, split, settings, END, batch_rows=2)
+    return measure(model, TOKENIZER, split, settings, END, batch_rows=2, batch_tokens=4096)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +292,13 @@ def test_progress_counts_answers(parrot: Any, tmp_path: Path) -> None:
     heard: list[int] = []
     settings = Evaluate(metrics=("exact_match",), max_new_tokens=4)
     measure(
-        parrot, TOKENIZER, answers(tmp_path, "a", "b", "c"), settings, END, batch_rows=1, done=heard.append
+        parrot,
+        TOKENIZER,
+        answers(tmp_path, "a", "b", "c"),
+        settings,
+        END,
+        batch_rows=1,
+        batch_tokens=4096,
+        done=heard.append,
     )
     assert heard[-1] == 3

@@ -64,12 +64,9 @@ def test_the_random_model_says_different_things(greedy: list[list[int]]) -> None
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100, 4096])
 @pytest.mark.parametrize("limit", [1, 5, NEW])
-def test_batched_answers(
-    model: Any, greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch, batch_tokens: int, limit: int
-) -> None:
-    monkeypatch.setattr(generate, "ANSWER_TOKENS", batch_tokens)
+def test_batched_answers(model: Any, greedy: list[list[int]], batch_tokens: int, limit: int) -> None:
     stops = [TOKENIZER.eos_token_id, END]  # the eos pads, too: the mask must not be guessed from it
-    found = answer(model, TOKENIZER, PROMPTS, stops=stops, max_new_tokens=limit)
+    found = answer(model, TOKENIZER, PROMPTS, stops=stops, max_new_tokens=limit, batch_tokens=batch_tokens)
     assert found == [cut(ids, stops, limit) for ids in greedy]
     assert all(given.num_tokens == limit and not given.stopped for given in found)
 
@@ -77,7 +74,7 @@ def test_batched_answers(
 @pytest.mark.parametrize("at", [0, 3, NEW - 1])
 def test_stop_tokens_end_an_answer(model: Any, greedy: list[list[int]], at: int) -> None:
     stops = sorted({greedy[0][at], greedy[2][1]})
-    found = answer(model, TOKENIZER, PROMPTS, stops=stops, max_new_tokens=NEW)
+    found = answer(model, TOKENIZER, PROMPTS, stops=stops, max_new_tokens=NEW, batch_tokens=4096)
     assert found == [cut(ids, stops, NEW) for ids in greedy]
     assert found[0].stopped
     assert found[0].num_tokens <= at + 1
@@ -89,7 +86,9 @@ def test_nothing_is_computed_after_the_last_stop(model: Any, greedy: list[list[i
     passes: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
     try:
-        [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[greedy[0][at]], max_new_tokens=NEW)
+        [found] = answer(
+            model, TOKENIZER, PROMPTS[:1], stops=[greedy[0][at]], max_new_tokens=NEW, batch_tokens=4096
+        )
     finally:
         hook.remove()
     assert len(passes) == found.num_tokens == greedy[0].index(greedy[0][at]) + 1
@@ -103,9 +102,16 @@ def test_the_end_of_turn_stops_and_is_not_shown(folder: Path, greedy: list[list[
     at = next(i for i in range(1, NEW) if ids[i] not in ids[:i])
     head = model.lm_head.weight.data
     head[[END, ids[at]]] = head[[ids[at], END]]  # now it says <|end|> in that place
-    [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=NEW)
+    [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=NEW, batch_tokens=4096)
     assert found == Answer(TOKENIZER.decode(ids[:at], skip_special_tokens=True), at + 1, True)
-    [found] = answer(model, TOKENIZER, PROMPTS[:1], stops=[TOKENIZER.eos_token_id], max_new_tokens=at + 1)
+    [found] = answer(
+        model,
+        TOKENIZER,
+        PROMPTS[:1],
+        stops=[TOKENIZER.eos_token_id],
+        max_new_tokens=at + 1,
+        batch_tokens=4096,
+    )
     assert (found.num_tokens, found.stopped) == (at + 1, False)
     assert "<|end|>" not in found.text
 
@@ -118,10 +124,9 @@ def test_spaces_of_an_answer_are_kept() -> None:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 200, 10_000])
-def test_batches(monkeypatch: pytest.MonkeyPatch, batch_tokens: int) -> None:
+def test_batches(batch_tokens: int) -> None:
     """Every prompt once, no batch above the limit unless it is a single prompt, none that could be joined."""
-    monkeypatch.setattr(generate, "ANSWER_TOKENS", batch_tokens)
-    batches = list(generate._batches(PROMPTS, NEW))
+    batches = list(generate._batches(PROMPTS, NEW, batch_tokens))
 
     def size(batch: list[int]) -> int:
         return len(batch) * (max(len(PROMPTS[i]) for i in batch) + NEW)
@@ -131,17 +136,22 @@ def test_batches(monkeypatch: pytest.MonkeyPatch, batch_tokens: int) -> None:
     assert all(size([*batch, following[0]]) > batch_tokens for batch, following in pairwise(batches))
 
 
-def test_done_hears_of_every_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "ANSWER_TOKENS", 40)
-    sizes = [len(batch) for batch in generate._batches(PROMPTS, 1)]
+def test_what_may_outgrow_longropes_context_is_answered_alone() -> None:
+    batches = list(generate._batches(PROMPTS, NEW, 10_000, context=len(PROMPTS[0]) + NEW - 1))
+    assert [len(batch) for batch in batches] == [4, 1, 1]
+    assert batches[1:] == [[0], [3]]
+
+
+def test_done_hears_of_every_batch(model: Any) -> None:
+    sizes = [len(batch) for batch in generate._batches(PROMPTS, 1, 40)]
     assert len(sizes) > 1
     heard: list[int] = []
-    answer(model, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=1, done=heard.append)
+    answer(model, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=1, batch_tokens=40, done=heard.append)
     assert heard == [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
 
 def test_no_prompts(model: Any) -> None:
-    assert answer(model, TOKENIZER, [], stops=[END], max_new_tokens=NEW) == []
+    assert answer(model, TOKENIZER, [], stops=[END], max_new_tokens=NEW, batch_tokens=4096) == []
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -150,10 +160,10 @@ def test_training_mode_is_restored(model: Any, training: bool) -> None:
         raise KeyboardInterrupt
 
     model.train(training)
-    answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=1)
+    answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=1, batch_tokens=4096)
     assert model.training is training
     with pytest.raises(KeyboardInterrupt):
-        answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=1, done=fail)
+        answer(model, TOKENIZER, PROMPTS[:1], stops=[END], max_new_tokens=1, batch_tokens=4096, done=fail)
     assert model.training is training
 
 
@@ -165,11 +175,14 @@ def test_dropout_is_off(model: Any, greedy: list[list[int]]) -> None:
     copy.load_state_dict(model.state_dict())
     config = LoraConfig(r=4, lora_dropout=0.9, target_modules=["qkv_proj"], init_lora_weights=False)
     tuned = get_peft_model(copy, config).train()
-    first, second = (answer(tuned, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=NEW) for _ in range(2))
+    first, second = (
+        answer(tuned, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=NEW, batch_tokens=4096)
+        for _ in range(2)
+    )
     assert first == second
     assert first != [cut(ids, [END], NEW) for ids in greedy], "the adapter says something else"
     with tuned.disable_adapter():
-        base = answer(tuned, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=NEW)
+        base = answer(tuned, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=NEW, batch_tokens=4096)
     assert base == [cut(ids, [END], NEW) for ids in greedy]
     assert tuned.training
 

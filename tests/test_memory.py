@@ -30,8 +30,9 @@ SHAPES = {
 
 
 def recipe(**keys: Any) -> Recipe:
-    """A recipe with some keys set, written `part__key=value`."""
-    values: dict[str, Any] = {"version": 1, "name": "test", "data": {"train": {"path": "rows.jsonl"}}}
+    """A recipe without packing and with some keys set, written `part__key=value`."""
+    data = {"train": {"path": "rows.jsonl"}, "packing": False}
+    values: dict[str, Any] = {"version": 1, "name": "test", "data": data}
     for key, value in keys.items():
         part, name = key.split("__")
         values.setdefault(part, {})[name] = value
@@ -408,6 +409,13 @@ def test_loss_tile_is_bounded() -> None:
     assert two - one == 65536 * 3072 * (4 + max(2 + 2 + 4 + 2, 4 * 4 + 2 * 2))
 
 
+def test_packing_fills_a_row_up_to_max_length_or_the_whole_step() -> None:
+    settings = recipe(data__packing=True, train__effective_batch=4)
+    rows = [memory.predict(settings, MINI, micro_batch=m, row_tokens=300).row_tokens for m in (1, 2, 4)]
+    assert rows == [1200, 600, 300]
+    assert memory.predict(settings, MINI, micro_batch=1, row_tokens=900).row_tokens == 2048
+
+
 # Phases
 
 
@@ -425,7 +433,7 @@ def test_answers_need_a_cache() -> None:
     for row_tokens, at_once in ((2048, 1), (1024, 3), (256, 10)):
         plan = memory.predict(settings, MINI, micro_batch=1, row_tokens=row_tokens)
         tokens = at_once * (row_tokens + 128)
-        assert tokens <= memory.ANSWER_TOKENS < tokens + row_tokens + 128
+        assert tokens <= memory.answer_tokens(settings, MINI) == 4096 < tokens + row_tokens + 128
         assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
 
 

@@ -19,7 +19,6 @@ from qlora_phi3.model import (
     DTYPES,
     Base,
     ParameterCounts,
-    attention_for,
     check_dtypes,
     is_packed,
     load,
@@ -470,14 +469,6 @@ def test_packed_weights_in_an_unquantized_base(checkpoints: Any) -> None:
     base = load_base(checkpoints("gqa"), "nf4")
     with pytest.raises(AssertionError, match=r"_proj\.weight is packed"):
         check_dtypes(base.model, compute=torch.bfloat16, quantized=False)
-
-
-@pytest.mark.parametrize(
-    ("device", "tokens", "expected"),
-    [("cpu", 512, "eager"), ("cpu", 513, "sdpa"), ("cuda", 10, "sdpa"), ("cuda", 4096, "sdpa")],
-)
-def test_attention_for(device: str, tokens: int, expected: str) -> None:
-    assert attention_for(torch.device(device), tokens) == expected
 
 
 def test_both_attentions_give_the_same_logits(checkpoints: Callable[[str], Path]) -> None:

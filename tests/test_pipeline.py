@@ -108,11 +108,12 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_loss(finished: tuple[Path
     from transformers import AutoTokenizer
 
     from qlora_phi3 import data, evaluate, model, weights
+    from qlora_phi3.engine import attention
 
     folder, recipe_path = finished
     recipe = load_recipe(recipe_path)
     cpu = torch.device("cpu")
-    base = model.load(weights.locate(recipe.model), recipe.model, cpu, model.attention_for(cpu, 128))
+    base = model.load(weights.locate(recipe.model), recipe.model, cpu, attention.register())
     tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
     splits = data.load(recipe.data, AutoTokenizer.from_pretrained(folder / "adapter"))
     assert splits.eval is not None
@@ -128,6 +129,7 @@ def test_the_adapter_loads_in_a_stock_4_bit_model(finished: tuple[Path, Path]) -
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     from qlora_phi3 import data, evaluate
+    from qlora_phi3.engine import attention
 
     folder, recipe_path = finished
     recipe = load_recipe(recipe_path)
@@ -138,7 +140,11 @@ def test_the_adapter_loads_in_a_stock_4_bit_model(finished: tuple[Path, Path]) -
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        recipe.model.base, dtype=torch.bfloat16, quantization_config=nf4, device_map="cpu"
+        recipe.model.base,
+        dtype=torch.bfloat16,
+        quantization_config=nf4,
+        device_map="cpu",
+        attn_implementation=attention.register(),
     )
     tuned = PeftModel.from_pretrained(base, folder / "adapter")
     splits = data.load(recipe.data, AutoTokenizer.from_pretrained(folder / "adapter"))

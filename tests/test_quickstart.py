@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from qlora_phi3 import builtin, data, evaluate, generate, model, trainer, weights
+from qlora_phi3.engine import attention
 from qlora_phi3.recipe_file import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -54,12 +55,18 @@ def test_plain_peft_gives_the_same_answers(folder: Path) -> None:
 
     recipe = load_recipe(folder / "recipe.yaml")
     cpu = torch.device("cpu")
-    base = model.load(weights.locate(recipe.model), recipe.model, cpu, model.attention_for(cpu, 256))
+    base = model.load(weights.locate(recipe.model), recipe.model, cpu, attention.register())
     tuned = PeftModel.from_pretrained(base.model, folder / "adapter")
     splits = data.load(recipe.data, base.tokenizer)
     assert splits.eval is not None
     found = evaluate.measure(
-        tuned, base.tokenizer, splits.eval, recipe.evaluate, splits.turns.end, batch_rows=8
+        tuned,
+        base.tokenizer,
+        splits.eval,
+        recipe.evaluate,
+        splits.turns.end,
+        batch_rows=8,
+        batch_tokens=16384,
     ).to_json()
     assert found == read(folder, "eval.json")["tuned"]
 

@@ -15,10 +15,21 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_phi3 import strict_yaml
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe import ARMS, GENERATION_METRICS, METRICS, TARGETS, Recipe, cross_problems
+from qlora_phi3.recipe import (
+    ARMS,
+    GENERATION_METRICS,
+    METRICS,
+    TARGETS,
+    Data,
+    Fraction,
+    Recipe,
+    Source,
+    cross_problems,
+)
 from qlora_phi3.recipe_file import load_recipe
+from qlora_phi3.strict_yaml import dotted_path
 
-FORMATS = ["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
+FORMATS = ["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 BASE = {
     "version": "1",
     "name": "phi",
@@ -58,17 +69,23 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "adapter.split_fused": {"false": False},
     "data.train.path": {"/data/train.jsonl": "/data/train.jsonl", "/no": "/no", "'/a b: #c'": "/a b: #c"},
     "data.train.format": {name: name for name in FORMATS},
-    "data.train.split": {"train": "train"},
+    "data.train.split": {"train": "train"},  # others need a hub id: tested below
+    "data.train.subset": {"null": None},
+    "data.train.revision": {"null": None},
     "data.train.limit": {"null": None, "1": 1, "1000": 1000},
+    "data.train.weight": {"1": 1.0, "0.5": 0.5, "2": 2.0, "100.0": 100.0},
     "data.eval": {"null": None, "{path: /e, format: messages}": Any},
     "data.eval.path": {"/data/eval.jsonl": "/data/eval.jsonl"},
     "data.eval.format": {name: name for name in FORMATS},
     "data.eval.split": {"train": "train"},
+    "data.eval.subset": {"null": None},
+    "data.eval.revision": {"null": None},
     "data.eval.limit": {"null": None, "7": 7},
-    "data.eval.fraction": {},
+    "data.eval.weight": {"1": 1.0, "0.25": 0.25},
+    "data.eval.fraction": {"0.05": 0.05, "1e-3": 1e-3, "0.99": 0.99},
     "data.max_length": {"2048": 2048, "8": 8},
     "data.overlong": {"drop": "drop", "truncate": "truncate", "split": "split", "error": "error"},
-    "data.packing": {"false": False},
+    "data.packing": {"true": True, "false": False},
     "data.loss_on": {"assistant": "assistant", "last": "last", "all": "all"},
     "train.task": {"sft": "sft"},
     "train.engine": {"auto": "auto", "reference": "reference"},
@@ -165,6 +182,9 @@ NO_CHOICE = {
 }
 FRACTION = {**NO_FLOAT, "0": "must be above 0", "1": "must be below 1"}
 
+WEIGHT = {**NO_FLOAT, "0": "must be above 0", "-1": "must be above 0", "101": "must be 100.0 or less"}
+NO_NAME = {**NOT_TEXT_OR_NULL, "''": "must not be empty"}
+
 REFUSED: dict[str, dict[str, str]] = {
     "version": {
         "2": VERSION,
@@ -207,19 +227,26 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "adapter.split_fused": NOT_BOOL,
     "data": {"3": KEYS, "null": KEYS, "[a.jsonl]": KEYS, "a.jsonl": KEYS},
-    "data.train": {"a.jsonl": KEYS, "null": KEYS, "[a.jsonl]": KEYS},
+    "data.train": {"a.jsonl": KEYS, "null": KEYS, "3": KEYS, "[]": "needs at least one source"},
     "data.train.path": NO_PATH,
     "data.train.format": {
         **NO_CHOICE,
-        "mesages": "Did you mean 'messages'? Allowed: auto, messages, sharegpt, alpaca, prompt-completion.",
+        "mesages": "Did you mean 'messages'? Allowed: "
+        "auto, messages, sharegpt, alpaca, prompt-completion, text.",
     },
-    "data.train.split": NOT_TEXT,
+    "data.train.split": NO_PATH,
+    "data.train.subset": NO_NAME,
+    "data.train.revision": NO_NAME,
     "data.train.limit": COUNT_OR_NULL,
-    "data.eval": {"a.jsonl": KEYS, "[a.jsonl]": KEYS, "3": KEYS},
+    "data.train.weight": WEIGHT,
+    "data.eval": {"a.jsonl": KEYS, "[]": "needs at least one source", "3": KEYS},
     "data.eval.path": NO_PATH,
     "data.eval.format": NO_CHOICE,
-    "data.eval.split": NOT_TEXT,
+    "data.eval.split": NO_PATH,
+    "data.eval.subset": NO_NAME,
+    "data.eval.revision": NO_NAME,
     "data.eval.limit": COUNT_OR_NULL,
+    "data.eval.weight": WEIGHT,
     "data.eval.fraction": FRACTION,
     "data.max_length": {**NOT_WHOLE, "7": "must be 8 or more"},
     "data.overlong": NO_CHOICE,
@@ -271,6 +298,8 @@ REFUSED: dict[str, dict[str, str]] = {
 """Key -> YAML text -> part of the message, beside the found value."""
 
 REFUSED_ITEMS = {
+    "data.train": {"a.jsonl": f"{KEYS}. They are path, format, ", "null": KEYS},
+    "data.eval": {"[{path: x}]": KEYS},
     "adapter.targets": {
         "nope": "'nope' is not a Phi-3 projection. Allowed: qkv_proj, o_proj,",
         "all-linear": "needs to stand alone, outside a list",
@@ -289,12 +318,8 @@ REFUSED_ITEMS = {
 LATER: dict[str, list[str]] = {
     "adapter.method": ["rslora", "dora", "pissa", "olora", "loftq"],
     "adapter.split_fused": ["true"],
-    "data.train.format": ["text", "preference"],
-    "data.train.split": ["test", "''"],
-    "data.eval.format": ["text", "preference"],
-    "data.eval.split": ["test"],
-    "data.eval.fraction": ["0.05"],
-    "data.packing": ["true"],
+    "data.train.format": ["preference"],
+    "data.eval.format": ["preference"],
     "train.task": ["dpo"],
     "train.engine": ["native"],
     "train.activations": ["offload"],
@@ -371,7 +396,8 @@ def test_accepted(tmp_path: Path, key: str, text: str, value: Any) -> None:
 
 
 OPTIONAL = {key: next(iter(texts)) for key, texts in ACCEPTED.items() if key not in BASE and texts}
-OPTIONAL.pop("data.eval")  # BASE sets it; its default is tested below
+for _key in ("data.eval", "data.eval.fraction"):  # BASE sets the former; its default is tested below
+    OPTIONAL.pop(_key)
 
 
 @pytest.mark.parametrize(("key", "text"), OPTIONAL.items())
@@ -405,7 +431,7 @@ def test_refused_items(tmp_path: Path, key: str, text: str, words: str) -> None:
 def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
     assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
-    assert remedy.startswith(("Today: ", "Give a file of its own", "Every logged step"))
+    assert remedy.startswith(("Today: ", "Its rows are for train.task dpo", "Every logged step"))
 
 
 @pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
@@ -445,7 +471,9 @@ def choices(kind: Any) -> list[Any]:
 
 def test_every_key_is_tested() -> None:
     keys = dict(schema_keys())
-    parts_of_recipe = {key for key, kind in keys.items() if parts(kind)} - {"data.eval"}
+    parts_of_recipe = {key for key, kind in keys.items() if parts(kind)} - {
+        "data.eval"
+    }  # a list of sources has tests of its own
     assert set(REFUSED) == set(keys)
     assert set(ACCEPTED) == set(keys) - parts_of_recipe
 
@@ -500,11 +528,45 @@ def recipe(**changes: Any) -> Recipe:
             "evaluate.metrics",
             "loss, exact_match asked for, but data.eval is null.",
         ),
+        (
+            {"data__train": {"path": "/x", "split": "test"}},
+            "data.train.split",
+            "'test' is for a data set on the hub; /x is a file or folder.",
+        ),
+        (
+            {"data__train": [{"path": "a/b", "subset": "main"}, {"path": "/x", "subset": "main"}]},
+            "data.train[1].subset",
+            "'main' is for a data set on the hub; /x is",
+        ),
+        (
+            {"data__eval": {"path": "a/b.json", "revision": "v1"}},
+            "data.eval.revision",
+            "'v1' is for a data set on the hub; a/b.json is",
+        ),
+        (
+            {"data__train": {"path": "x", "format": "text"}, "data__loss_on": "last"},
+            "data.loss_on",
+            "plain text has no last answer",
+        ),
+        (
+            {
+                "data__train": [{"path": "x", "format": "text"}],
+                "data__eval": {"fraction": 0.1},
+                "evaluate__metrics": ["json_match"],
+            },
+            "evaluate.metrics",
+            "compare answers, and plain text has none",
+        ),
+        (
+            {"data__eval": {"path": "x", "format": "text"}, "evaluate__metrics": ["exact_match"]},
+            "evaluate.metrics",
+            "compare answers, and plain text has none",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other(changes: dict[str, Any], place: str, words: str) -> None:
     [(path, reason, remedy)] = cross_problems(recipe(**changes))
-    assert ".".join(path) == place
+    assert dotted_path(path) == place
     assert words in reason
     assert remedy
 
@@ -521,10 +583,53 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], place: str, wo
         {"train__warmup": 0.999},
         {"train__eval_every": 5, "evaluate__metrics": ["json_match"]},
         {"adapter__targets": ["o_proj", "down"]},
+        {"data__train": {"path": "a/b", "split": "train_sft", "subset": "main", "revision": "v1"}},
+        {"data__train": {"path": "x", "format": "text"}, "data__loss_on": "all"},
+        {"data__train": {"path": "x", "format": "text"}, "evaluate__metrics": ["exact_match"]},
+        {"data__eval": {"fraction": 0.1}, "evaluate__metrics": ["exact_match"]},
     ],
 )
 def test_keys_that_agree(changes: dict[str, Any]) -> None:
     assert cross_problems(recipe(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "is_hub"),
+    [
+        ("HuggingFaceH4/ultrachat_200k", True),
+        ("org/data-v1.0", True),
+        ("a/b", True),
+        ("a", False),
+        ("a/b/c", False),
+        ("./a/b", False),
+        ("../b", False),
+        ("/a/b", False),
+        ("~/b", False),
+        ("a/", False),
+        ("a/.b", False),
+        ("a/b.jsonl", False),
+        ("a/b.JSON", False),
+        ("a/b.tar.gz", False),
+        ("a/b.txt", False),
+        ("a b/c", False),
+    ],
+)
+def test_what_looks_like_a_hub_id(path: str, is_hub: bool) -> None:
+    assert Source(path=path).is_hub is is_hub
+
+
+def test_one_source_and_a_list_of_them() -> None:
+    one, other = Source(path="x"), Source(path="y", weight=2)
+    single = Data(train=one, eval=Fraction(fraction=0.1))
+    assert (single.train_sources, single.eval_sources) == ((one,), ())
+    several = Data(train=[one, other], eval=(other,))
+    assert (several.train_sources, several.eval_sources) == ((one, other), (other,))
+    assert [key for key, _ in several.sources()] == [
+        ("data", "train", 0),
+        ("data", "train", 1),
+        ("data", "eval", 0),
+    ]
+    assert Data(train=one).eval_sources == ()
 
 
 def test_all_contradictions_at_once() -> None:
@@ -544,7 +649,6 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_settled_replaces_auto_and_nothing_else() -> None:
     made = recipe(train__effective_batch=12)
     settled = made.settled(4)
-    assert settled.accumulation == 3
     assert settled == recipe(train__effective_batch=12, train__micro_batch=4)
     assert made.train.micro_batch == "auto"
 
@@ -579,6 +683,7 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
         "maximum": lambda limit: value <= limit,
         "exclusiveMinimum": lambda limit: value > limit,
         "exclusiveMaximum": lambda limit: value < limit,
+        "minItems": lambda limit: len(value) >= limit,
         "minLength": lambda limit: len(value) >= limit,
         "maxLength": lambda limit: len(value) <= limit,
         "pattern": lambda pattern: re.search(pattern, value) is not None,

@@ -56,8 +56,12 @@ def refusals(path: Path, *overrides: str) -> list[str]:
 
 MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype"
 ADAPTER_KEYS = "method, rank, alpha, dropout, targets, split_fused"
-PATH_HELP = "a JSONL, JSON, CSV or Parquet file or a folder of them; relative to the recipe's folder"
-SOURCE_KEYS = "path, format, split, limit"
+PATH_HELP = (
+    "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder; "
+    "or org/name, a data set on the hub (./org/name: a folder)"
+)
+TRAIN_HELP = "training rows; or a list of such sources, with weights"
+SOURCE_KEYS = "path, format, split, subset, revision, limit, weight"
 NEEDS_SOURCE = f"needs keys of its own. They are {SOURCE_KEYS}."
 TOP_KEYS = "version, name, description, model, adapter, data, train, memory, evaluate, export, track"
 
@@ -116,7 +120,7 @@ def test_a_message_says_place_found_value_and_what_is_needed(write: Any, line: s
     [
         ("data: {train: x.jsonl}", [f"3: data.train: found 'x.jsonl', {NEEDS_SOURCE}"]),
         ("data:\n  train:", [f"4: data.train: found null, {NEEDS_SOURCE}"]),
-        ("data: {}", ["3: data.train: is missing: training rows. Add it."]),
+        ("data: {}", [f"3: data.train: is missing: {TRAIN_HELP}. Add it."]),
         (
             "data:\n  train:\n    limit: 3",
             [f"4: data.train.path: is missing: {PATH_HELP}. Add it."],
@@ -127,9 +131,22 @@ def test_a_message_says_place_found_value_and_what_is_needed(write: Any, line: s
         ),
         (
             "data:\n  train: {path: x}\n  eval:\n    fraction: 0.1\n    path: y",
+            ["7: data.eval.path: unknown key. It belongs to data.train. Allowed: fraction."],
+        ),
+        (
+            "data:\n  train:\n    - path: x\n    - {path: y, wieght: 2}\n    - y.jsonl\n    - limit: 3",
             [
-                "6: data.eval.fraction: 0.1 is not available yet. Give a file of its own: data.eval.path.",
-                "7: data.eval.path: unknown key. It belongs to data.train. Allowed: fraction.",
+                f"6: data.train[1].wieght: unknown key. Did you mean 'weight'? Allowed: {SOURCE_KEYS}.",
+                f"7: data.train[2]: found 'y.jsonl', {NEEDS_SOURCE}",
+                f"8: data.train[3].path: is missing: {PATH_HELP}. Add it.",
+            ],
+        ),
+        ("data:\n  train: []", ["4: data.train: found [], needs at least one source."]),
+        (
+            "data:\n  train: [{path: a/b}, {path: c.jsonl,\n    split: test}]",
+            [
+                "5: data.train[1].split: 'test' is for a data set on the hub; c.jsonl is a file or folder. "
+                "Remove it, or give the data set as org/name."
             ],
         ),
     ],
@@ -318,7 +335,10 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
         "path": "/e",
         "format": "auto",
         "split": "train",
+        "subset": None,
+        "revision": None,
         "limit": 3,
+        "weight": 1.0,
     }
 
 
@@ -338,7 +358,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
         ("adaptr.rank=8", f"adaptr: unknown key. Did you mean 'adapter'? Allowed: {TOP_KEYS}."),
         ("x.y.z=8", f"x: unknown key. Allowed: {TOP_KEYS}."),
         ("data.train.paht=x", f"data.train.paht: unknown key. Did you mean 'path'? Allowed: {SOURCE_KEYS}."),
-        ("data={}", "data.train: is missing: training rows. Add it."),
+        ("data={}", f"data.train: is missing: {TRAIN_HELP}. Add it."),
         (
             "data.eval.limit=1",
             f"data.eval.path: is missing: {PATH_HELP}. Add it.",
@@ -348,7 +368,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
             "evaluate.metrics[0]: 'los' is not allowed. Did you mean 'loss'? "
             "Allowed: loss, perplexity, exact_match, json_match.",
         ),
-        ("data.packing=true", "data.packing: true is not available yet. Today: false."),
+        ("adapter.split_fused=true", "adapter.split_fused: true is not available yet. Today: false."),
         (
             "train.micro_batch=3",
             "train.micro_batch: 3 does not divide train.effective_batch 16. Choose a divisor, or auto.",
@@ -431,6 +451,46 @@ def test_data_paths(
         assert recipe.data.train.path == expect(working)
         assert recipe.model_dump()["data"]["eval"]["path"] == expect(path.parent)
     assert load_recipe(path, [f"data={{train: {{path: '{written}'}}}}"]).data.train.path == expect(working)
+
+
+def test_paths_in_a_list(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    working = tmp_path / "work"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    path = write(
+        SMALLEST.replace("path: train.jsonl", "- path: a.jsonl\n    - path: ../b.jsonl"), "in/r.yaml"
+    )
+    sources = load_recipe(path).data.train_sources
+    assert [source.path for source in sources] == [str(path.parent / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    sources = load_recipe(path, ["data.train=[{path: a.jsonl, weight: 2}]"]).data.train_sources
+    assert [(source.path, source.weight) for source in sources] == [(str(working / "a.jsonl"), 2)]
+    [message] = refusals(path, "data.train.path=x")
+    assert message.startswith("command line: data.train.path: data.train is [")
+    assert message.endswith(" and has no keys below it.")
+
+
+@pytest.mark.parametrize("made", ["file", "folder", None])
+def test_org_name_is_a_hub_id_unless_it_is_there(write: Any, made: str | None) -> None:
+    path = write(SMALLEST.replace("train.jsonl", "org/name"), "in/r.yaml")
+    local = path.parent / "org" / "name"
+    if made == "file":
+        write("", "in/org/name")
+    elif made == "folder":
+        local.mkdir(parents=True)
+    source = load_recipe(path).data.train_sources[0]
+    assert (source.path, source.is_hub) == (("org/name", True) if made is None else (str(local), False))
+    source = load_recipe(path, ["data.train.path=./org/name"]).data.train_sources[0]
+    assert not source.is_hub and source.path.endswith("/org/name")
+
+
+def test_a_hub_data_set_survives_being_written_and_read(write: Any, tmp_path: Path) -> None:
+    text = (
+        "version: 1\nname: a\ndata: {train: {path: org/name, split: train_sft, subset: main, revision: v1}}\n"
+    )
+    recipe = load_recipe(write(text))
+    assert load_recipe(write(dump_recipe(recipe), "copy/r.yaml")) == recipe
+    copy_recipe(write(text), None, tmp_path / "plain.yaml")
+    assert (tmp_path / "plain.yaml").read_text() == text
 
 
 def test_a_recipe_named_relative_to_the_working_folder(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,6 +669,10 @@ def test_a_dumped_recipe_has_every_key(write: Any) -> None:
         (
             "path: a # path: a\n  eval: {path: a.jsonl}",
             'path: "{folder}/a" # path: a\n  eval: {path: "{folder}/a.jsonl"}',
+        ),
+        (
+            "- path: a # first\n    - {weight: 2, path: ../b}\n    - path: org/name",
+            '- path: "{folder}/a" # first\n    - {weight: 2, path: "{parent}/b"}\n    - path: org/name',
         ),
         ("path: /a\nmodel: {base: ./m}", 'path: /a\nmodel: {base: "{folder}/m"}'),
         ("path: /a\nmodel: {base: m/n}", "path: /a\nmodel: {base: m/n}"),

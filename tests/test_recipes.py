@@ -19,6 +19,7 @@ from conftest import write_chats
 from transformers import TrainerCallback
 
 from qlora_phi3 import adapters, data, memory, model, trainer, weights
+from qlora_phi3.engine import attention
 from qlora_phi3.recipe import Recipe, Source
 from qlora_phi3.recipe_file import dump_recipe, list_recipes, load_recipe
 
@@ -178,7 +179,7 @@ def built(
         if recipe.train.micro_batch == "auto":
             recipe = recipe.settled(1)
         checkpoint = weights.locate(recipe.model)
-        base = model.load(checkpoint, recipe.model, CPU)
+        base = model.load(checkpoint, recipe.model, CPU, attention.register())
         tuned = adapters.attach(base, recipe)
         split = data.load(recipe.data, base.tokenizer).train
         return recipe, trainer.build(tuned, base, split, recipe, tmp_path / "run", _Nothing()), base
@@ -190,8 +191,9 @@ def built(
 def test_the_trainer_gets_its_settings(path: Path, built: Callable[..., Any]) -> None:
     recipe, tuning, _ = built(path)
     train, args = recipe.train, tuning.args
-    assert args.per_device_train_batch_size == train.micro_batch
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == train.effective_batch
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (train.effective_batch, 1)
+    assert tuning.layout.micro_batch == train.micro_batch
+    assert tuning.layout.pack_into == (recipe.data.max_length if recipe.data.packing else None)
     assert args.num_train_epochs == train.epochs
     assert args.max_steps == (train.max_steps or -1)
     assert args.learning_rate == train.learning_rate
@@ -255,7 +257,13 @@ def test_the_dtypes_and_what_is_trained(path: Path, built: Callable[..., Any]) -
 
 @every_recipe
 def test_it_trains_and_recomputes_as_it_says(path: Path, built: Callable[..., Any]) -> None:
-    short = ("train.max_steps=1", "train.effective_batch=4", "train.micro_batch=2", "train.warmup=0")
+    short = (
+        "train.max_steps=1",
+        "train.effective_batch=4",
+        "train.micro_batch=2",
+        "train.warmup=0",
+        "data.packing=false",
+    )
     recipe, tuning, base = built(path, *short)
     calls: list[int] = []
     for number, layer in enumerate(base.model.model.layers):

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from qlora_phi3 import adapters, data, evaluate, model, trainer, weights
+from qlora_phi3.engine import attention
 from qlora_phi3.errors import RunError
 from qlora_phi3.meter import Meter
 from qlora_phi3.progress import Display
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 def ready(recipe: Recipe) -> tuple[Any, model.Base, data.Splits]:
     checkpoint = weights.locate(recipe.model)
-    base = model.load(checkpoint, recipe.model, CPU)
+    base = model.load(checkpoint, recipe.model, CPU, attention.register())
     torch.manual_seed(recipe.train.seed)
     return adapters.attach(base, recipe), base, data.load(recipe.data, base.tokenizer)
 
@@ -125,7 +126,9 @@ def test_evaluating_before_training_changes_nothing(recipe: Callable[..., Recipe
     def look(tuned: Any, base: model.Base, splits: data.Splits) -> None:
         assert splits.eval is not None
         settings = recipe().evaluate
-        evaluate.measure(tuned, base.tokenizer, splits.eval, settings, splits.turns.end, batch_rows=2)
+        evaluate.measure(
+            tuned, base.tokenizer, splits.eval, settings, splits.turns.end, batch_rows=2, batch_tokens=4096
+        )
 
     plain = losses(run(recipe("train.max_steps=8"), tmp_path / "a"))
     looked = losses(run(recipe("train.max_steps=8"), tmp_path / "b", before=look))
@@ -145,25 +148,77 @@ def test_step_loss_is_the_token_mean_over_the_whole_effective_batch(
     assert abs(line["loss"] - sum(means) / len(means)) > 1e-3
 
 
-def test_gradients_equal_stock_transformers(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """Our loss path against `model(labels=...)` of transformers with PEFT, one step, every adapter."""
-    settings = recipe("model.compute_dtype=float32", "model.quantization=none", "train.micro_batch=4")
+def built(settings: Recipe, out: Path) -> tuple[trainer.PhiTrainer, Any, data.Splits]:
+    """A trainer that has not begun, on a model whose adapters are no longer zero."""
     tuned, base, splits = ready(settings)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    rows = [{"input_ids": r.input_ids, "labels": r.labels} for r in splits.train.rows[:4]]
-    batch = trainer.Collator(base.tokenizer.pad_token_id)(rows)
-    trained = [p for p in tuned.parameters() if p.requires_grad]
-    stock = torch.autograd.grad(tuned(**batch).loss, trained)
     meter = Meter("cpu")
     with meter.phase("x"), quiet().steps("t", 1) as steps:
         watch = trainer._Watch(settings, meter, steps, io.StringIO(), None)
-        built = trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
-        count = (batch["labels"][:, 1:] != -100).sum()
-        ours = torch.autograd.grad(built.compute_loss(tuned, batch, num_items_in_batch=count), trained)
-    for a, b in zip(ours, stock, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        return trainer.build(tuned, base, splits.train, settings, out, watch), tuned, splits
+
+
+def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """A batch as everybody makes it."""
+    width = max(len(row.input_ids) for row in rows)
+    ids, labels, mask = (torch.full((len(rows), width), fill) for fill in (0, -100, 0))
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+EXACT = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
+
+
+@pytest.mark.parametrize("packing", ["packing=true", "packing=false"])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("geometry", ["gqa", "untied"])
+def test_a_step_is_that_of_stock_transformers(
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    packing: str,
+    micro_batch: int,
+    window: int | None,
+    geometry: str,
+) -> None:
+    """Loss and every gradient of one optimizer step against a padded batch through `model(labels=...)`."""
+    keys = [f"data.{packing}", f"train.micro_batch={micro_batch}", "data.max_length=100"]
+    settings = recipe(*EXACT, *keys, geometry=geometry)
+    ours, tuned, splits = built(settings, tmp_path)
+    tuned.config.sliding_window = window
+    rows = list(splits.train.rows[:4])
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    tuned.set_attn_implementation("eager")
+    stock = tuned(**padded(rows)).loss
+    expected = torch.autograd.grad(stock, trained)
+    tuned.set_attn_implementation(attention.NAME)
+    batch = trainer.Rows(splits.train.rows)([{"row": i} for i in range(4)])
+    loss = ours.training_step(tuned, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(loss, stock.detach(), rtol=1e-5, atol=1e-6)
+    for parameter, other in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-5, atol=1e-5)
+
+
+def test_packing_does_not_change_the_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    keys = [*EXACT, "train.max_steps=6", "data.max_length=100", "train.micro_batch=1"]
+    packed, plain = (
+        losses(run(recipe(*keys, f"data.packing={packing}"), tmp_path / packing))
+        for packing in ("true", "false")
+    )
+    assert packed == pytest.approx(plain, rel=2e-5)
+
+
+def test_packing_takes_fewer_passes(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    counts = []
+    for packing in ("true", "false"):
+        keys = ["data.max_length=128", "train.micro_batch=1", f"data.packing={packing}"]
+        ours, _, splits = built(recipe(*keys), tmp_path)
+        counts.append(len(ours.layout.cut(splits.train.rows[:4])))
+    assert counts[0] < counts[1] == 4
 
 
 def test_dtypes_hold_after_the_trainer_is_built(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -236,11 +291,3 @@ def test_a_remainder_is_trained_too(recipe: Callable[..., Recipe], tmp_path: Pat
     _, _, splits = ready(settings)
     assert len(lines) == trainer.num_steps(settings, 12) == 4
     assert sum(line["tokens"] for line in lines) == 2 * splits.train.num_tokens
-
-
-def test_collator_pads_right_and_never_supervises_pad() -> None:
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = trainer.Collator(pad_id=9)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -3,8 +3,8 @@
 Owns what the model sees and what it is trained on. Every row that is left out is counted and reported.
 """
 
-from .formats import Conversation
 from .read import check_files
+from .rows import Conversation
 from .splits import Prepared, Prompt, Split, Splits, check, load, prepare, prompts
 from .tokens import TokenRow
 

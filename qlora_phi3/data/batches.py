@@ -1,7 +1,7 @@
-"""Many conversations to tokens at once, each as `tokens.mark` alone would make it.
+"""Many rows to tokens at once, each as `tokens.mark` or `text.mark_text` alone would make it.
 
 Owns the speed: texts are rendered and encoded in batches, and while the tokenizer works on one, outside
-Python's lock, the next is read and rendered. Whatever a batch cannot be sure of goes to `tokens.mark`.
+Python's lock, the next is read and rendered. What a batch cannot be sure of, tools included, goes to those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from itertools import islice
 from typing import Any, Final
 
 from ..errors import DataError, Problem
-from .formats import Conversation
+from .rows import Row, Text
+from .text import mark_text, marked_text
 from .tokens import ANSWERED, ASKED, LossOn, Marked, Turns, left_out, mark, marked
 
 CHUNK: Final = 512
@@ -26,8 +27,8 @@ AHEAD: Final = 2
 
 Outcome = Marked | DataError | Problem
 """A row in tokens, the reason that it has none, or the Problem that it was read with."""
-Item = tuple[Conversation | None, Outcome]
-"""A conversation, None for an unreadable row, and what became of it."""
+Item = tuple[Row | None, Outcome]
+"""A row, None for an unreadable one, and what became of it."""
 
 Render = Callable[[list[dict[str, str]], bool], str]
 """Messages, and whether to prompt for an answer -> the template's text."""
@@ -60,11 +61,11 @@ class Batcher:
             return None
         return cls(tokenizer, turns, loss_on, pattern, renderer(tokenizer))
 
-    def submit(self, rows: Sequence[Conversation | Problem], pool: ThreadPoolExecutor) -> Chunk:
-        """Render the rows that are beyond doubt and have them encoded."""
-        texts = {}
+    def submit(self, rows: Sequence[Row | Problem], pool: ThreadPoolExecutor) -> Chunk:
+        """Render the rows that are beyond doubt and have them encoded, each copy of a row with it."""
+        texts: dict[int, tuple[str, str]] = {}
         for row in rows:
-            pair = self._texts(row) if isinstance(row, Conversation) else None
+            pair = None if isinstance(row, Problem) or id(row) in texts else self._texts(row)
             if pair is not None:
                 texts[id(row)] = pair
         wholes = [whole for whole, _ in texts.values()]
@@ -76,23 +77,32 @@ class Batcher:
         for row in chunk.rows:
             if isinstance(row, Problem):
                 yield None, row
-            elif id(row) in encoded:
+            elif id(row) not in encoded:
+                yield row, reference(row, self.tokenizer, self.turns, self.loss_on)
+            elif isinstance(row, Text):
+                yield row, marked_text(row, encoded[id(row)].ids, self.tokenizer.eos_token_id)
+            else:
                 texts, ids = chunk.texts[id(row)], encoded[id(row)].ids
                 yield row, _outcome(marked, row, *texts, ids, self.turns, self.loss_on)
-            else:
-                yield row, _outcome(mark, row, self.tokenizer, self.turns, self.loss_on)
 
-    def _texts(self, row: Conversation) -> tuple[str, str] | None:
+    def _texts(self, row: Row) -> tuple[str, str] | None:
         """The whole text and the prompt for the last answer; None where the reference may refuse the row."""
         from jinja2 import TemplateError
 
         search = self.suspicious.search
-        if left_out(row, self.turns) is not None or any(search(m.content) for m in row.messages):
+        if isinstance(row, Text):
+            plain = not search(row.text) and self.tokenizer.eos_token_id is not None
+            return (row.text, "") if plain else None
+        if (
+            row.has_tools
+            or left_out(row, self.turns) is not None
+            or any(search(m.content) for m in row.messages)
+        ):
             return None
         messages = row.to_template()
         try:
             return self.render(messages, False), self.render(messages[: row.last_answer], True)
-        except TemplateError:
+        except (TemplateError, TypeError):
             return None
 
     def _encode(self, texts: list[str]) -> Any:
@@ -103,23 +113,22 @@ class Batcher:
 class Chunk:
     """Rows under way. `texts`: by identity, the whole text and the prompt of those that are encoded."""
 
-    rows: Sequence[Conversation | Problem]
+    rows: Sequence[Row | Problem]
     texts: dict[int, tuple[str, str]]
     encoded: Future[Any]
 
 
 def mark_all(
-    rows: Iterable[Conversation | Problem], tokenizer: Any, turns: Turns, loss_on: LossOn
+    rows: Iterable[Row | Problem], tokenizer: Any, turns: Turns, loss_on: LossOn
 ) -> Generator[Item, None, None]:
-    """What `tokens.mark` makes of every row, in order; a DataError comes as the row's outcome."""
+    """What `reference` makes of every row, in order."""
     batcher = Batcher.of(tokenizer, turns, loss_on)
     if batcher is None:
         for row in rows:
-            yield (
-                (None, row)
-                if isinstance(row, Problem)
-                else (row, _outcome(mark, row, tokenizer, turns, loss_on))
-            )
+            if isinstance(row, Problem):
+                yield None, row
+            else:
+                yield row, reference(row, tokenizer, turns, loss_on)
         return
     source, waiting = iter(rows), deque[Chunk]()
     with ThreadPoolExecutor(1, "tokenize") as pool:
@@ -129,6 +138,17 @@ def mark_all(
                 yield from batcher.finish(waiting.popleft())
         for last in waiting:
             yield from batcher.finish(last)
+
+
+def reference(row: Row, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Marked | DataError:
+    """One row by itself; a DataError comes as its outcome.
+
+    Raises:
+        ModelError: plain text, and the tokenizer has no token for the end of one.
+    """
+    if isinstance(row, Text):
+        return _outcome(mark_text, row, tokenizer, turns)
+    return _outcome(mark, row, tokenizer, turns, loss_on)
 
 
 def _outcome(make: Callable[..., Marked], *arguments: Any) -> Marked | DataError:

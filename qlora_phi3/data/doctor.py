@@ -10,19 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import DataError, Problem
 from ..findings import Finding, Grade
 from ..recipe import Data
 from .batches import Outcome
-from .formats import Conversation
 from .read import MAX_PROBLEMS
+from .rows import Conversation, Row, Text
 from .tokens import LossOn, Marked, Turns
+from .tools import tool_texts
 
 Sign = tuple[str, str]
 """The code of a finding and a place that has it."""
 
 MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
-    "unreadable": ("error", "The row cannot be read.", ""),
+    "unreadable": ("error", "The row cannot be read, or the run has no use for it.", ""),
     "special-token": (
         "error",
         "Text of a message holds a special token, which would open or close turns by itself.",
@@ -81,12 +85,14 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
 
 @dataclass
 class Places:
-    """The first places of a finding, and how many more it has."""
+    """The first places of a finding, each once, and how many more it has."""
 
     first: list[str] = field(default_factory=list)
     more: int = 0
 
     def add(self, place: str) -> None:
+        if place in self.first:  # a source may be named twice
+            return
         if len(self.first) < MAX_PROBLEMS:
             self.first.append(place)
         else:
@@ -106,13 +112,13 @@ class Examiner:
     signs: dict[str, Places] = field(default_factory=dict)
     remedies: dict[str, Places] = field(default_factory=dict)
 
-    def look(self, talk: Conversation | None, outcome: Outcome) -> None:
+    def look(self, row: Row | None, outcome: Outcome) -> None:
         """Take note of a row and of what became of it."""
-        if talk is None:
+        if row is None:
             assert isinstance(outcome, Problem)
             self.remedies.setdefault(outcome.remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
             return
-        for code, place in self._signs(talk, outcome):
+        for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
 
     def findings(self, repeated: Iterable[str] = ()) -> list[Finding]:
@@ -125,15 +131,15 @@ class Examiner:
         found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
         return found + find("duplicate", repeated)
 
-    def _signs(self, talk: Conversation, outcome: Outcome) -> Iterator[Sign]:
+    def _signs(self, row: Row, outcome: Outcome) -> Iterator[Sign]:
         if isinstance(outcome, Marked):
-            yield from row_signs(talk, outcome, self.tokenizer, self.turns, self.loss_on)
+            yield from row_signs(row, outcome, self.tokenizer, self.turns, self.loss_on)
         elif isinstance(outcome, DataError):
-            inside = special_tokens(talk, self.tokenizer, self.turns)
+            inside = special_tokens(row, self.tokenizer, self.turns)
             yield from (("special-token", place) for place in inside)
             if not inside:
                 yield from (("refused", f"{p.place}: {p.reason}") for p in outcome.problems)
-        yield from text_signs(talk)
+        yield from text_signs(row)
 
 
 def find(code: str, places: Iterable[str]) -> list[Finding]:
@@ -149,23 +155,43 @@ def _finding(code: str, places: Places) -> Finding:
     return Finding(grade, code, what, tuple(places.first), fix, places.more)
 
 
-def special_tokens(talk: Conversation, tokenizer: Any, turns: Turns) -> list[str]:
-    """Places of special tokens inside message text, each with the token."""
+def special_tokens(row: Row, tokenizer: Any, turns: Turns) -> list[str]:
+    """Places of special tokens inside text, each with the token."""
     found = []
-    for i, message in enumerate(talk.messages):
-        ids = tokenizer(message.content, add_special_tokens=False)["input_ids"]
+    for place, text in _texts(row):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for token in dict.fromkeys(token for token in ids if token in turns.special):
-            found.append(f"{talk.place}: messages[{i}]: {tokenizer.decode([token])}")
+            found.append(f"{place}: {tokenizer.decode([token])}")
     return found
 
 
-def row_signs(
-    talk: Conversation, row: Marked, tokenizer: Any, turns: Turns, loss_on: LossOn
-) -> Iterator[Sign]:
-    """What is odd in a row's tokens."""
+def _texts(row: Row) -> Iterator[tuple[str, str]]:
+    """(place, text) of all that a row says."""
+    if isinstance(row, Text):
+        yield row.place, row.text
+        return
+    for i, message in enumerate(row.messages):
+        yield f"{row.place}: messages[{i}]", message.content
+    yield from tool_texts(row)
+
+
+def row_signs(example: Row, row: Marked, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Iterator[Sign]:
+    """What is odd in a row's tokens; plain text has no turns that could stop, or be short."""
     ids, trained = row.input_ids, row.trained
     if not trained:
         yield "all-masked", row.place
+    if isinstance(example, Conversation):
+        yield from _turn_signs(example, row, turns, loss_on)
+    if len(ids) < 2:
+        return
+    if ids[0] == ids[1] == tokenizer.bos_token_id:  # last, because transformers takes 1.3 us to look it up
+        yield "double-bos", row.place
+    if ids[-1] == ids[-2] == tokenizer.eos_token_id:
+        yield "double-eos", row.place
+
+
+def _turn_signs(talk: Conversation, row: Marked, turns: Turns, loss_on: LossOn) -> Iterator[Sign]:
+    ids, trained = row.input_ids, row.trained
     if loss_on == "all":  # what the template writes behind the last turn is trained on too
         stops = all(turns.end in ids[start:stop] for start, stop in trained)
     else:
@@ -173,22 +199,23 @@ def row_signs(
         yield from _short_answers(talk, trained)
     if not stops:
         yield "no-stop", row.place
-    if ids[:2] == [tokenizer.bos_token_id] * 2:
-        yield "double-bos", row.place
-    if ids[-2:] == [tokenizer.eos_token_id] * 2:
-        yield "double-eos", row.place
 
 
-def text_signs(talk: Conversation) -> Iterator[Sign]:
-    """What is odd in a row's messages."""
-    before = ""
-    for i, message in enumerate(talk.messages):
-        if message.role == before:
-            yield "turn-order", f"{talk.place}: messages[{i}]: {before} after {before}"
+def text_signs(row: Row) -> Iterator[Sign]:
+    """What is odd in what a row says."""
+    messages = row.messages if isinstance(row, Conversation) else ()
+    before, ascii_only = "", isinstance(row, Conversation) and not row.tools_json
+    for i, message in enumerate(messages):
+        if message.role == before != "tool":  # one answer may make several calls
+            yield "turn-order", f"{row.place}: messages[{i}]: {before} after {before}"
         before = message.role
-        hit = None if message.content.isascii() else _GARBLED.search(message.content)
+        ascii_only = ascii_only and not message.more and message.content.isascii()
+    if ascii_only:  # to name the places of a million rows takes longer than to look at their text
+        return
+    for place, text in _texts(row):
+        hit = None if text.isascii() else _GARBLED.search(text)
         if hit is not None:
-            yield "garbled", f"{talk.place}: messages[{i}]: {hit[0]!r}"
+            yield "garbled", f"{place}: {hit[0]!r}"
 
 
 def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterator[Sign]:
@@ -201,14 +228,16 @@ def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterat
             yield "short-answer", f"{talk.place}: messages[{i}]"
 
 
-def examine_sizes(num_rows: int, over: Places, data: Data, place: str) -> list[Finding]:
-    """Rows that do not fit `data.max_length`."""
-    num_over = len(over.first) + over.more
-    if not num_over:
+def examine_sizes(lengths: NDArray[np.int32], over: Places, data: Data, place: str) -> list[Finding]:
+    """Rows that do not fit `data.max_length`, which are at `over`; an error where all are and none is cut.
+
+    Shape: `lengths` (rows,).
+    """
+    if not over.first:
         return []
     fix = "Raise data.max_length, or shorten them."
     limit = f"data.max_length {data.max_length}"
-    if num_over == num_rows:
+    if data.overlong in ("drop", "error") and (lengths > data.max_length).all():
         return [Finding("error", "overlong", f"Every row is longer than {limit}.", (place,), fix)]
     grade: Grade = "error" if data.overlong == "error" else "note"
     what = f"Rows are longer than {limit}; data.overlong is {data.overlong}."

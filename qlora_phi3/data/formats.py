@@ -1,60 +1,42 @@
-"""Layouts of a row and how each becomes a conversation.
+"""Layouts of a row, and how each becomes a conversation, a text or a preference.
 
-Owns what a conversation is, which keys a layout has, and every check of a row's shape. Refuses keys that
-would change what is trained on, rather than leave them out. Knows nothing of files or tokens.
+Owns which keys a layout has, and which keys would be lost. Refuses keys that would change what is trained
+on, rather than leave them out. Knows nothing of files or tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, Final
 
 from ..errors import DataError
+from .messages import (
+    ROLES,
+    SHAREGPT_ROLES,
+    Turn,
+    check_turns,
+    entries,
+    kind,
+    read_messages,
+    read_text,
+    read_tools,
+    says_something,
+    turn,
+)
+from .rows import Conversation, Example, Message, Preference, Text
 
-ROLES: Final = ("system", "user", "assistant")
-SHAREGPT_ROLES: Final = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-}
+__all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "Conversation", "Format", "Message", "convert", "detect"]
 
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One row: its messages and the place it came from, `file:line` or `file: row N`."""
-
-    messages: tuple[Message, ...]
-    place: str
-
-    @property
-    def last_answer(self) -> int:
-        """Index of the last assistant message."""
-        return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
-
-    def to_template(self, stop: int | None = None) -> list[dict[str, str]]:
-        """The first `stop` messages as a chat template takes them."""
-        return [{"role": m.role, "content": m.content} for m in self.messages[:stop]]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message and the part of the row it was read from, for errors."""
-
-    message: Message
-    place: str
+REFUSED: Final = (
+    *("functions", "documents", "chat_template_kwargs"),
+    *("weight", "train", "label"),
+    *("system", "system_prompt", "history"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+"""Keys of a row with turns that would change what the model sees or is trained on."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +45,8 @@ class Format:
 
     keys: tuple[tuple[str, ...], ...]
     shape: str
-    turns: Callable[[dict[str, Any], str], list[Turn]]
-    refused: tuple[str, ...] = ()
+    build: Callable[[dict[str, Any], str], Example]
+    refused: tuple[str, ...] = REFUSED
 
     def missing(self, row: Any) -> list[str]:
         """The keys that `row` lacks, as they are told to the user."""
@@ -75,28 +57,27 @@ class Format:
 
 
 def detect(row: Any, place: str) -> str:
-    """Name of the format that the keys of `row` fit.
+    """Name of the format that the keys of `row` fit; `text` only where no other does.
 
     Raises:
         DataError: they fit none, or several.
     """
     found = [name for name, format_ in FORMATS.items() if not format_.missing(row)]
+    if len(found) > 1 and "text" in found:  # chats often come with a column that joins their messages
+        found.remove("text")
     if len(found) > 1:
         reason = f"fits the formats {' and '.join(found)} (found {_found(row)})."
         raise DataError(place, reason, f"Choose one: data.train.format={found[0]}.")
     if found:
         return found[0]
-    for name, keys in LATER.items():
-        if isinstance(row, dict) and keys <= set(row):
-            raise DataError(place, f"has format {name}, which is not available yet.", _REMEDY)
     raise DataError(place, f"has no format that is known (found {_found(row)}).", _hint(row) or _REMEDY)
 
 
-def convert(row: Any, name: str, place: str) -> Conversation:
-    """The conversation that a row of the format `name` holds.
+def convert(row: Any, name: str, place: str) -> Example:
+    """What a row of the format `name` holds.
 
     Raises:
-        DataError: not of this shape, keys that would be lost, or no assistant turn to train on.
+        DataError: not of this shape, keys that would be lost, or nothing to train on.
     """
     format_ = FORMATS[name]
     missing = format_.missing(row)
@@ -108,35 +89,38 @@ def convert(row: Any, name: str, place: str) -> Conversation:
             else "All rows need one format: write"
         )
         raise DataError(place, reason, _hint(row) or f"{write} {format_.shape}.")
-    for key in (*REFUSED, *format_.refused):
-        if _says_something(row.get(key)):
+    for key in format_.refused:
+        if says_something(row.get(key)):
             remedy = "Remove it, if the row means the same without it."
             raise DataError(place, f"{key!r} is not available yet.", remedy)
-    turns = format_.turns(row, place)
-    _check_turns(turns, place)
-    return Conversation(tuple(turn.message for turn in turns), place)
+    return format_.build(row, place)
+
+
+def _conversation(
+    turns_of: Callable[[dict[str, Any], str], list[Turn]], row: Any, place: str
+) -> Conversation:
+    turns = turns_of(row, place)
+    check_turns(turns, place)
+    return Conversation(tuple(turn.message for turn in turns), place, read_tools(row.get("tools"), place))
 
 
 def _messages(row: dict[str, Any], place: str) -> list[Turn]:
-    return [
-        _turn(message, where, ("role", "content"), dict.fromkeys(ROLES))
-        for message, where in _entries(row, "messages", place)
-    ]
+    return read_messages(row, "messages", place)
 
 
 def _sharegpt(row: dict[str, Any], place: str) -> list[Turn]:
     return [
-        _turn(message, where, ("from", "value"), SHAREGPT_ROLES)
-        for message, where in _entries(row, "conversations", place)
+        turn(message, where, ("from", "value"), SHAREGPT_ROLES)
+        for message, where in entries(row, "conversations", place)
     ]
 
 
 def _alpaca(row: dict[str, Any], place: str) -> list[Turn]:
-    asked = [_text(row, "instruction", place)]
-    if row.get("input") is not None and _text(row, "input", place).strip():
+    asked = [read_text(row, "instruction", place)]
+    if row.get("input") is not None and read_text(row, "input", place).strip():
         asked.append(row["input"])
     return _pair(
-        "\n\n".join(filter(None, asked)), "instruction", _text(row, "output", place), "output", place
+        "\n\n".join(filter(None, asked)), "instruction", read_text(row, "output", place), "output", place
     )
 
 
@@ -144,7 +128,7 @@ def _prompt_completion(row: dict[str, Any], place: str) -> list[Turn]:
     if "completion" in row and "response" in row:
         raise DataError(place, "has both `completion` and `response`.", "Keep the one to train on.")
     answer = "completion" if "completion" in row else "response"
-    return _pair(_text(row, "prompt", place), "prompt", _text(row, answer, place), answer, place)
+    return _pair(read_text(row, "prompt", place), "prompt", read_text(row, answer, place), answer, place)
 
 
 def _pair(asked: str, question: str, answered: str, answer: str, place: str) -> list[Turn]:
@@ -152,91 +136,84 @@ def _pair(asked: str, question: str, answered: str, answer: str, place: str) -> 
     return [Turn(user, f"{place}: {question}"), Turn(assistant, f"{place}: {answer}")]
 
 
+def _text(row: dict[str, Any], place: str) -> Text:
+    text = read_text(row, "text", place)
+    if not text.strip():
+        raise DataError(place, "text is empty: nothing to train on.", "Remove the row.")
+    return Text(text, place)
+
+
+def _preference(row: dict[str, Any], place: str) -> Preference:
+    """The two answers behind what they have in common: `prompt`, and the messages both begin with."""
+    prompt = _said(row, "prompt", "user", place) if row.get("prompt") is not None else []
+    chosen, rejected = (_branch(prompt, row, key, place) for key in ("chosen", "rejected"))
+    for turns in (chosen, rejected):
+        check_turns(turns, place)
+    good, bad = (tuple(turn.message for turn in turns) for turns in (chosen, rejected))
+    if good == bad:
+        raise DataError(place, "chosen and rejected are the same.", "Remove the row.")
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(good, bad, strict=False)))
+    for answer in (good[shared:], bad[shared:]):
+        if not answer or answer[0].role != "assistant":
+            reason = "chosen and rejected do not part at an answer."
+            raise DataError(place, reason, "Let both answer the same messages.")
+    tools = read_tools(row.get("tools"), place)
+    return Preference(good[:shared], good[shared:], bad[shared:], place, tools)
+
+
+def _branch(prompt: list[Turn], row: dict[str, Any], key: str, place: str) -> list[Turn]:
+    """The whole conversation under `key`; one that has its prompt in itself has it only once."""
+    said = _said(row, key, "assistant", place)
+    if said[0].message.role == "assistant":
+        return prompt + said
+    last = prompt[-1].message if prompt else None
+    if last is not None and last not in [turn.message for turn in said]:
+        reason = f"{key} begins with a question, and has not that of `prompt`."
+        raise DataError(place, reason, f"Leave only the answers in {key}, or remove `prompt`.")
+    return said
+
+
+def _said(row: dict[str, Any], key: str, role: str, place: str) -> list[Turn]:
+    """Text as a message of `role`, or a list of messages."""
+    if isinstance(row[key], list):
+        return read_messages(row, key, place)
+    return [Turn(Message(role, read_text(row, key, place)), f"{place}: {key}")]
+
+
 FORMATS: Final[Mapping[str, Format]] = {
     "messages": Format(
-        (("messages",),), '{"messages": [{"role": "user", "content": "..."}, ...]}', _messages
+        (("messages",),),
+        '{"messages": [{"role": "user", "content": "..."}, ...]}',
+        partial(_conversation, _messages),
     ),
     "sharegpt": Format(
-        (("conversations",),), '{"conversations": [{"from": "human", "value": "..."}, ...]}', _sharegpt
+        (("conversations",),),
+        '{"conversations": [{"from": "human", "value": "..."}, ...]}',
+        partial(_conversation, _sharegpt),
     ),
     "alpaca": Format(
         (("instruction",), ("output",)),
         '{"instruction": "...", "input": "...", "output": "..."}',
-        _alpaca,
-        refused=("context",),
+        partial(_conversation, _alpaca),
+        refused=(*REFUSED, "context"),
     ),
     "prompt-completion": Format(
         (("prompt",), ("completion", "response")),
         '{"prompt": "...", "completion": "..."}',
-        _prompt_completion,
-        refused=("context", "input"),
+        partial(_conversation, _prompt_completion),
+        refused=(*REFUSED, "context", "input"),
+    ),
+    # Beside plain text other keys say where it is from: no turn is changed by them.
+    "text": Format((("text",),), '{"text": "..."}', _text, refused=()),
+    "preference": Format(
+        (("chosen",), ("rejected",)),
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+        _preference,
+        refused=(*REFUSED, "context", "input"),
     ),
 }
-LATER: Final[Mapping[str, set[str]]] = {"preference": {"chosen", "rejected"}, "text": {"text"}}
-"""Formats that are recognised, to be refused by name."""
-
-REFUSED: Final = (
-    *("tools", "functions", "documents", "chat_template_kwargs"),
-    *("weight", "train", "label"),
-    *("system", "system_prompt", "history"),
-    *("image", "images", "audio", "audios", "video", "videos"),
-)
-"""Keys of a row, of any format, that would change what the model sees or is trained on."""
 
 _REMEDY: Final = "Write one of " + ", or ".join(format_.shape for format_ in FORMATS.values()) + "."
-
-
-def _entries(row: dict[str, Any], key: str, place: str) -> list[tuple[Any, str]]:
-    messages = row[key]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(place, f"{key} is not a list with messages.", "Remove the row, or fill it.")
-    return [(message, f"{place}: {key}[{i}]") for i, message in enumerate(messages)]
-
-
-def _turn(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str | None]) -> Turn:
-    speaker, text = keys
-    if not isinstance(message, dict):
-        raise DataError(place, f"is {kind(message)}, not an object.", f"Give it {speaker} and {text}.")
-    role = message.get(speaker)
-    if not isinstance(role, str) or role not in roles:
-        found = "is missing" if role is None else f"{role!r} is unknown"
-        raise DataError(place, f"{speaker} {found}.", f"Use one of {', '.join(roles)}.")
-    for key in sorted(set(message) - {speaker, text, "name"}, key=str):
-        if _says_something(message[key]):
-            raise DataError(place, f"{key!r} is not available yet.", f"Leave only {speaker} and {text}.")
-    return Turn(Message(roles[role] or role, _text(message, text, place)), place)
-
-
-def _text(row: dict[str, Any], key: str, place: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        found = "missing" if value is None else f"{kind(value)}, not text"
-        whose = "message" if key in ("content", "value") else "row"
-        raise DataError(place, f"{key} is {found}.", f"Give the text of the {whose}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        reason = f"{key} has half a character: {value[error.start]!r}."
-        remedy = "It was cut inside an emoji: mend the text, or remove the row."
-        raise DataError(place, reason, remedy) from None
-    return value
-
-
-def _check_turns(turns: list[Turn], place: str) -> None:
-    if not any(turn.message.role == "assistant" for turn in turns):
-        raise DataError(place, "has no assistant turn: nothing to train on.", "Add the answer, or remove it.")
-    for turn in turns:
-        if turn.message.role == "assistant" and not turn.message.content.strip():
-            raise DataError(turn.place, "the assistant says nothing.", "Remove the row.")
-    if turns[0].message.role == "assistant":
-        raise DataError(place, "begins with the assistant.", "Begin with what it answers to.")
-
-
-def _says_something(value: Any) -> bool:
-    """Whether leaving `value` out loses something; 0 and false mean something."""
-    if isinstance(value, dict):  # Parquet fills the fields that a row lacks with null
-        return any(_says_something(one) for one in value.values())
-    return value not in (None, "", [])
 
 
 def _found(row: Any) -> str:
@@ -253,18 +230,3 @@ def _hint(row: Any) -> str:
     if isinstance(row, dict) and len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
         return "Separate columns with commas."
     return ""
-
-
-def kind(value: Any) -> str:
-    """What a value is, in JSON's words where it has them."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    words = {
-        "dict": "an object",
-        "list": "a list",
-        "str": "text",
-        "int": "a number",
-        "float": "a number",
-        "bytes": "bytes",
-    }
-    return words.get(type(value).__name__, f"of type {type(value).__name__}")

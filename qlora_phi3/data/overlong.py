@@ -12,10 +12,11 @@ from typing import Any
 
 from ..errors import DataError
 from ..recipe import Data
-from .read import Conversation, Message
+from .rows import Conversation, Message, Row
 from .tokens import Marked, Turns, assistant_spans, mark
 
-Kept = tuple[Conversation, Marked]
+Talk = tuple[Conversation, Marked]
+Kept = tuple[Row, Marked]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Fitter:
     def _split(self, conversation: Conversation) -> Fitted:
         """As many exchanges a row as fit; one that does not fit alone is truncated."""
         messages, starts = conversation.messages, exchanges(conversation.messages)
-        found: list[Kept] = []
+        found: list[Talk] = []
         first = 0
         for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
             piece = self._part(conversation, first, stop)
@@ -111,7 +112,7 @@ class Fitter:
         ]
         return replace(Fitted.sum(parts), num_split=int(len(found) > 1))
 
-    def _part(self, conversation: Conversation, start: int, stop: int) -> Kept:
+    def _part(self, conversation: Conversation, start: int, stop: int) -> Talk:
         """Messages `start` to `stop` behind the system messages that came before them."""
         messages = conversation.messages
         system = tuple(message for message in messages[:start] if message.role == "system")
@@ -128,10 +129,11 @@ class Fitter:
 def exchanges(messages: tuple[Message, ...]) -> list[int]:
     """Where exchanges begin: a question, or several, and what answers it.
 
-    A question at the end that nothing answers belongs to the exchange before it.
+    A question at the end that nothing answers belongs to the exchange before it; a tool's result to its call.
     """
     roles = [message.role for message in messages]
-    starts = [i for i in range(1, len(roles)) if roles[i] != "assistant" and roles[i - 1] == "assistant"]
+    asks = [role not in ("assistant", "tool") for role in roles]
+    starts = [i for i in range(1, len(roles)) if asks[i] and not asks[i - 1]]
     return [0, *(start for start in starts if "assistant" in roles[start:])]
 
 

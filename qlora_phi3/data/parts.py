@@ -1,4 +1,4 @@
-"""One source, read, tokenized and examined in a single pass that holds none of its rows as objects.
+"""Sources, read, tokenized and examined in a single pass that holds none of their rows as objects.
 
 Owns what becomes of every row on the way. Rows that are left out are counted; rows that cannot be used are
 told together.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import deque
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,19 +20,51 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, Problem
 from ..findings import Finding
-from ..recipe import Data, Source
+from ..recipe import Data, Evaluate, Fraction, Source, Train
 from .batches import Outcome, mark_all
 from .doctor import Examiner, Places, examine_sizes
-from .formats import Conversation, Message
 from .overlong import Fitted, Fitter
-from .read import MAX_PROBLEMS, stream
+from .read import MAX_PROBLEMS, stream_held_out, stream_training
 from .repeats import Fingerprints, FingerprintsBuilder
+from .rows import Conversation, Example, Message, Preference, Row, Text
 from .store import Places as RowPlaces
 from .store import Rows, RowsBuilder, load_arrays, save_arrays
+from .text import fit_text
 from .tokens import Marked, Turns
 
 _FACTS: Final = "facts.json"
 _ARRAYS: Final = "part.npz"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass over the sources of data.`name`, "train" or "eval", and all that its outcome depends on.
+
+    `num_kept`: conversations of a split that are kept as text.
+    """
+
+    name: str
+    data: Data
+    train: Train
+    evaluate: Evaluate
+    tokenizer: Any
+    turns: Turns
+    num_kept: int
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.data.train_sources if self.name == "train" else self.data.eval_sources
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What comes of it: training rows may have the held-out ones among them."""
+        both = self.name == "train" and isinstance(self.data.eval, Fraction)
+        return ("train", "eval") if both else (self.name,)
+
+    def stream(self) -> Iterator[tuple[str, Example | Problem]]:
+        """Every row with its split."""
+        rows = stream_training if self.name == "train" else stream_held_out
+        return rows(self.data, self.train, self.evaluate)
 
 
 @dataclass
@@ -52,12 +86,12 @@ class Problems:
 
 @dataclass(frozen=True)
 class Part:
-    """A source in tokens, and what was found in it.
+    """A split in tokens, and what was found in it.
 
     `rows`: what is trained on, cut or split where the recipe says so, with the first `conversations` behind
-        them. `fitted`: how many were dropped, truncated, split.
+        them; plain text is not kept. `fitted`: how many were dropped, truncated, split.
     `lengths`, `num_supervised`: of all rows that could be turned into tokens, whatever their length.
-    `num_read`: conversations, with those that could not be.
+    `num_read`: rows, with those that could not be. A row counts as often as its weight takes it.
     Shape: `lengths` (whole rows,) int32.
     """
 
@@ -111,81 +145,100 @@ class Part:
         )
 
 
-def build(
-    source: Source,
-    name: str,
-    data: Data,
-    tokenizer: Any,
-    turns: Turns,
-    num_kept: int,
-    folder: Path | None = None,
-) -> Part:
-    """Read, tokenize and examine `source`, which is data.`name`; with a `folder`, the ids are put there.
+def build(reading: Reading, folder: Path | None = None) -> dict[str, Part]:
+    """Read, tokenize and examine; with a `folder`, each split's ids are put into a folder of its name there.
 
     Raises:
-        DataError: the source is missing. What is wrong with single rows is in the part.
+        DataError: a source is missing. What is wrong with single rows is in the parts.
+        ModelError: plain text, and the tokenizer has no token for the end of one.
         OutputError: the folder's disk is full.
     """
-    builder = _Builder(name, data, tokenizer, turns, num_kept, folder)
-    with closing(mark_all(stream(source), tokenizer, turns, data.loss_on)) as outcomes:
-        for talk, outcome in outcomes:
-            builder.add(talk, outcome)
-    return builder.finish()
+    builders = {name: _Builder(name, reading, _subfolder(folder, name)) for name in reading.splits}
+    names = deque[str]()  # of the rows that are under way
+
+    def rows() -> Iterator[Row | Problem]:
+        for name, row in reading.stream():
+            assert not isinstance(row, Preference)  # `read` refuses them
+            names.append(name)
+            yield row
+
+    with closing(mark_all(rows(), reading.tokenizer, reading.turns, reading.data.loss_on)) as outcomes:
+        for row, outcome in outcomes:
+            builders[names.popleft()].add(row, outcome)
+    return {name: builder.finish() for name, builder in builders.items()}
+
+
+def _subfolder(folder: Path | None, name: str) -> Path | None:
+    if folder is None:
+        return None
+    (folder / name).mkdir()
+    return folder / name
 
 
 class _Builder:
-    """Takes a source's rows one at a time."""
+    """Takes a split's rows one at a time."""
 
-    def __init__(
-        self, name: str, data: Data, tokenizer: Any, turns: Turns, num_kept: int, folder: Path | None
-    ) -> None:
-        self.name, self.data, self.num_kept = name, data, num_kept
+    def __init__(self, name: str, reading: Reading, folder: Path | None) -> None:
+        data, tokenizer, turns = reading.data, reading.tokenizer, reading.turns
+        self.name, self.data, self.num_kept = name, data, reading.num_kept
         self.fitter = Fitter(data, tokenizer, turns)
         self.examiner = Examiner(tokenizer, turns, data.loss_on)
+        self.before: Row | None = None
         self.rows, self.fingerprints = RowsBuilder(folder), FingerprintsBuilder()
         self.lengths, self.num_supervised, self.num_read = array("i"), 0, 0
         self.over, self.problems, self.fitted = Places(), Problems(), Fitted()
         self.conversations: list[Conversation] = []
 
-    def add(self, talk: Conversation | None, outcome: Outcome) -> None:
-        self.examiner.look(talk, outcome)
-        if isinstance(outcome, Problem):
-            self.problems.add((outcome,))
-        if talk is None:
+    def add(self, row: Row | None, outcome: Outcome) -> None:
+        copy = row is not None and row is self.before
+        self.before = row
+        if not copy:
+            self._examine(row, outcome)
+        if row is None:
             return
         self.num_read += 1
-        self.fingerprints.add(talk)
-        if isinstance(outcome, DataError):
-            self.problems.add(outcome.problems)
-        elif isinstance(outcome, Marked):
-            self._add_row(talk, outcome)
+        if isinstance(outcome, Marked):
+            self._add_row(row, outcome, copy=copy)
 
-    def _add_row(self, talk: Conversation, row: Marked) -> None:
-        self.lengths.append(len(row.input_ids))
-        self.num_supervised += row.num_supervised
-        if len(row.input_ids) > self.data.max_length:
-            self.over.add(row.place)
+    def _examine(self, row: Row | None, outcome: Outcome) -> None:
+        """Say once what is said of a row, however often its weight takes it."""
+        self.examiner.look(row, outcome)
+        if isinstance(outcome, Problem):
+            self.problems.add((outcome,))
+        elif isinstance(outcome, DataError):
+            self.problems.add(outcome.problems)
+        elif len(outcome.input_ids) > self.data.max_length:
+            self.over.add(outcome.place)
+        if row is not None:
+            self.fingerprints.add(row)
+
+    def _add_row(self, row: Row, marked: Marked, *, copy: bool) -> None:
+        self.lengths.append(len(marked.input_ids))
+        self.num_supervised += marked.num_supervised
         try:
-            fitted = self.fitter.fit(talk, row)
+            fitted = self._fit(row, marked)
         except DataError as error:
-            self.problems.add(error.problems)
+            self.problems.add(() if copy else error.problems)
             return
         for kept, cut in fitted.rows:
             self.rows.add(cut)
-            if len(self.conversations) < self.num_kept:
+            if isinstance(kept, Conversation) and len(self.conversations) < self.num_kept:
                 self.conversations.append(kept)
         if fitted.lost:  # most rows fit, and a sum for each would cost 6 us
             self.fitted = Fitted.sum((self.fitted, fitted.counts))
 
+    def _fit(self, row: Row, marked: Marked) -> Fitted:
+        return fit_text(row, marked, self.data) if isinstance(row, Text) else self.fitter.fit(row, marked)
+
     def finish(self) -> Part:
-        prints = self.fingerprints.finish()
+        prints, lengths = self.fingerprints.finish(), np.array(self.lengths, dtype=np.int32)
         findings = self.examiner.findings(prints.repeated())
-        findings += examine_sizes(len(self.lengths), self.over, self.data, f"data.{self.name}")
+        findings += examine_sizes(lengths, self.over, self.data, f"data.{self.name}")
         return Part(
             rows=self.rows.finish(),
             conversations=self.conversations,
             fitted=self.fitted,
-            lengths=np.array(self.lengths, dtype=np.int32),
+            lengths=lengths,
             num_supervised=self.num_supervised,
             num_read=self.num_read,
             findings=findings,

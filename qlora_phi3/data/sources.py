@@ -1,4 +1,4 @@
-"""Files of a source as rows, one at a time: JSONL, a JSON list, CSV, Parquet, or a folder of these.
+"""Files of a source as rows, one at a time: JSONL, a JSON list, CSV, Parquet, text, or a folder of these.
 
 Owns finding the files, their encodings, and the place of each row. A row that cannot be read comes as the
 Problem it has, in its turn, so that all are told at once. Knows nothing of what a row means.
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import DataError, Problem
+from ..errors import DataError, Problem, shown
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
@@ -26,7 +26,8 @@ DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
 
 _GIVE: Final = (
-    "Give a JSONL file, a .json list, a .csv, a .parquet, or a folder of them: data.train.path=chats.jsonl."
+    "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them: "
+    "data.train.path=chats.jsonl."
 )
 _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
@@ -179,6 +180,12 @@ def _check_list(first: str, path: Path) -> None:
         raise DataError(str(path), f"is {found}.", remedy)
 
 
+def _document(path: Path) -> Iterator[Row]:
+    """The whole file as one row of plain text, its line ends as they are."""
+    text = "".join(text_of(line, place) for place, line in _lines(path))
+    yield str(path), {"text": text}
+
+
 def _skip(text: str, at: int) -> int:
     """Index of the first character from `at` that is not JSON's white space."""
     while at < len(text) and text[at] in " \t\r\n":
@@ -224,11 +231,13 @@ def _csv_reason(error: csv.Error) -> str:
 def _checked_header(names: list[str], place: str) -> list[str]:
     repeated = _repeated(names)
     if repeated:
-        raise DataError(place, f"the header names {repeated[0]!r} twice.", "Rename or remove one column.")
+        raise DataError(
+            place, f"the header names {shown(repeated[0])} twice.", "Rename or remove one column."
+        )
     blank = [name for name in names if name != name.strip()]
     if blank:
         remedy = "Remove the blanks around commas: they would become part of the text."
-        raise DataError(place, f"the header's name {blank[0]!r} begins or ends with a blank.", remedy)
+        raise DataError(place, f"the header's name {shown(blank[0])} begins or ends with a blank.", remedy)
     return names
 
 
@@ -259,7 +268,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             repeated = _repeated(file.schema_arrow.names)
             if repeated:
-                raise DataError(str(path), f"has two columns {repeated[0]!r}.", "Rename or remove one.")
+                raise DataError(str(path), f"has two columns {shown(repeated[0])}.", "Rename or remove one.")
             for batch in file.iter_batches(batch_size=_BATCH):
                 for i in range(batch.num_rows):
                     number += 1
@@ -273,12 +282,23 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _parquet_row(batch: Any, i: int, place: str) -> Any:
     try:
-        return batch.slice(i, 1).to_pylist()[0]
+        return without_nulls(batch.slice(i, 1).to_pylist()[0])
     except UnicodeDecodeError:
         return Problem(place, "has text that is not UTF-8.", "Convert the column to UTF-8.")
     except (ValueError, ArithmeticError, LookupError) as error:  # a time that Python cannot hold
         reason = f"has a value that cannot be read: {str(error).splitlines()[0]}."
         return Problem(place, reason, "Remove the column, or write it as text.")
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the nulls inside its values: there they stand for keys that it never had."""
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 READERS: Final[dict[str, Callable[[Path], Iterator[Row]]]] = {
@@ -287,5 +307,6 @@ READERS: Final[dict[str, Callable[[Path], Iterator[Row]]]] = {
     ".json": _json_list,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".txt": _document,
 }
 """Reader by suffix, lower case."""

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from ..errors import DataError, Problem
 from ..findings import Finding
-from ..recipe import Data, Recipe, Source
+from ..recipe import Data, Evaluate, Recipe, Train
 from . import cache
 from .doctor import examine_batch, find
-from .formats import Conversation
-from .parts import Part, build
-from .read import check_files
+from .parts import Part, Reading, build
+from .read import EVALUATE, TRAIN, check_files, name_of
+from .rows import Conversation
 from .store import Rows
 from .tokens import Turns, prompt_ids
 
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one source, the first conversations that they hold, and what became of longer ones.
+    """Rows of one split, the first conversations that they hold, and what became of longer ones.
 
     `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
     that were cut. `num_split`: rows of the source that became several.
@@ -84,7 +84,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Every source in tokens, by split: "train", and "eval" where the recipe has it."""
+    """All rows in tokens, by split: "train", and "eval" where the recipe has it."""
 
     parts: Mapping[str, Part]
     data: Data
@@ -96,10 +96,12 @@ class Prepared:
         Raises:
             DataError: rows that cannot be used, or none that are left.
         """
-        paths = {"train": self.data.train.path}
-        if isinstance(self.data.eval, Source):
-            paths["eval"] = self.data.eval.path
-        found = {name: _split(part, paths[name], self.data) for name, part in self.parts.items()}
+        data = self.data
+        names = {"train": name_of(data.train), "eval": name_of(data.eval_sources or data.train_sources)}
+        problems = [one for name, part in self.parts.items() for one in part.problems.shortened(names[name])]
+        if problems:
+            raise DataError.of(problems)
+        found = {name: _split(part, names[name], data) for name, part in self.parts.items()}
         return Splits(found["train"], found.get("eval"), self.turns)
 
     def findings(self, effective_batch: int) -> list[Finding]:
@@ -112,30 +114,31 @@ class Prepared:
         return found
 
 
-def prepare(data: Data, tokenizer: Any, num_kept: int = KEPT) -> Prepared:
-    """Read, tokenize and examine what the recipe names; of large sources, what did not change is cached.
+def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Prepared:
+    """Read, tokenize and examine what the recipe names; of large files, what did not change is cached.
 
     Raises:
         DataError: a source is missing. What is wrong with single rows is in the parts.
+        ModelError: the tokenizer or its template cannot be used.
     """
     check_files(data)
-    turns = Turns.of(tokenizer)
-    sources = {"train": data.train} | ({"eval": data.eval} if isinstance(data.eval, Source) else {})
-    parts = {}
-    for name, source in sources.items():
-        settings = (source, name, data, tokenizer, turns, max(num_kept, KEPT))
-        key = cache.key(*settings)
-        parts[name] = build(*settings) if key is None else cache.fetch(key, *settings)
+    turns, num_kept = Turns.of(tokenizer), max(evaluate.samples, KEPT)
+    parts: dict[str, Part] = {}
+    for name in ("train", "eval") if data.eval_sources else ("train",):
+        reading = Reading(name, data, train, evaluate, tokenizer, turns, num_kept)
+        key = cache.key(reading)
+        parts |= build(reading) if key is None else cache.fetch(key, reading)
     return Prepared(parts, data, turns)
 
 
-def load(data: Data, tokenizer: Any, num_kept: int = KEPT) -> Splits:
-    """The splits of a recipe in tokens, with the text of the first `num_kept` conversations of each.
+def load(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Splits:
+    """The splits of a recipe in tokens, with the text of the conversations that `evaluate` asks for.
 
     Raises:
         DataError: rows that cannot be read or tokenized, are too long for `overlong: error`, or all dropped.
+        ModelError: the tokenizer or its template cannot be used.
     """
-    return prepare(data, tokenizer, num_kept).splits()
+    return prepare(data, tokenizer, train, evaluate).splits()
 
 
 def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
@@ -144,7 +147,7 @@ def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
     Raises:
         DataError: what `load` refuses, or what the doctor calls an error.
     """
-    prepared = prepare(recipe.data, tokenizer, recipe.evaluate.samples)
+    prepared = prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
     splits, findings = prepared.splits(), prepared.findings(recipe.train.effective_batch)
     errors = [finding for finding in findings if finding.grade == "error"]
     if errors:
@@ -154,6 +157,7 @@ def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
 
 def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
     """The first `limit` conversations as prompts for their last answer."""
+    # `read` refuses text where answers are asked for
     assert len(split.conversations) >= min(limit, len(split.rows)), "too few conversations were kept"
     found = []
     for conversation in split.conversations[:limit]:
@@ -165,8 +169,6 @@ def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
 
 
 def _split(part: Part, place: str, data: Data) -> Split:
-    if part.problems.first:
-        raise DataError.of(part.problems.shortened(place))
     if not len(part.rows):
         reason = f"all {part.num_read} rows are longer than data.max_length {data.max_length}"
         detail = "." if data.overlong == "drop" else ", and none has room for an answer to train on."

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, Final, Literal
 
 from ..errors import DataError, ModelError
-from .formats import Conversation
+from .rows import Conversation
+from .tools import check_shown, silent_tools, tool_texts
 
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
 LossOn = Literal["assistant", "last", "all"]
 
 IGNORE: Final = -100
@@ -74,7 +79,8 @@ class Turns:
     `header`: tokens that prompt for an answer (Phi-3: `<|assistant|>`; ChatML: `<|im_start|>assistant\\n`).
     `end`: the token that ends the answer (`<|end|>`, `<|im_end|>`), trained on so that the model stops.
     `special`: every special token; `end` is one and `header` has one, so text without them holds neither.
-    `silent`: kinds of messages (see `_kind`) that the template leaves out without a word.
+    `silent`: kinds of messages (see `_kind`), and parts of function calling (see `tools`), that the template
+    leaves out without a word.
     """
 
     header: tuple[int, ...]
@@ -102,7 +108,8 @@ class Turns:
         if not ends:
             reason = "the chat template does not end the assistant's turn with a special token."
             raise ModelError("chat_template", reason, "A model trained on it would never stop; mend it.")
-        return cls(tuple(header), ends[0], special, _silent(tokenizer))
+        silent = _silent(tokenizer) | silent_tools(partial(_text, tokenizer, prompt=False))
+        return cls(tuple(header), ends[0], special, silent)
 
 
 def _opened(prompt: list[int], answer: list[int], special: frozenset[int]) -> list[int]:
@@ -162,9 +169,9 @@ def mark(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: Loss
     check_text(conversation, tokenizer, turns)
     messages, last = conversation.to_template(), conversation.last_answer
     try:
-        whole = _text(tokenizer, messages, prompt=False)
-        prompt = _text(tokenizer, messages[:last], prompt=True)
-    except TemplateError as error:
+        whole = _text(tokenizer, messages, conversation.tools, prompt=False)
+        prompt = _text(tokenizer, messages[:last], conversation.tools, prompt=True)
+    except (TemplateError, TypeError) as error:  # TypeError: a template that joins what is no text
         reason = f"the model's chat template refuses it: {error}."
         raise DataError(conversation.place, reason, "Change the row, or remove it.") from None
     ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
@@ -229,34 +236,55 @@ def check_text(conversation: Conversation, tokenizer: Any, turns: Turns) -> None
     """A special token in a message would open or close turns, and never be shown in an answer.
 
     Raises:
-        DataError: the first message with one, or that the template leaves out.
+        DataError: the first message or part of function calling with one, or that the template leaves out.
     """
+    check_shown(conversation, turns.silent)
     silent = left_out(conversation, turns)
     for i, message in enumerate(conversation.messages):
         if i == silent:
             reason = f"the model's chat template leaves out a {_kind(conversation, i)} message."
             remedy = "Put its text into the user's message, or remove it."
             raise DataError(f"{conversation.place}: messages[{i}]", reason, remedy)
-        ids = tokenizer(message.content, add_special_tokens=False)["input_ids"]
-        for token in ids:
-            if token in turns.special:
-                reason = f"contains the special token {tokenizer.decode([token])!r}."
-                raise DataError(f"{conversation.place}: messages[{i}]", reason, "Remove it, or the row.")
+        check_plain(message.content, f"{conversation.place}: messages[{i}]", tokenizer, turns)
+    for place, text in tool_texts(conversation):
+        check_plain(text, place, tokenizer, turns)
+
+
+def check_plain(text: str, place: str, tokenizer: Any, turns: Turns) -> list[int]:
+    """The ids of text without special tokens.
+
+    Raises:
+        DataError: it has one.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for token in ids:
+        if token in turns.special:
+            reason = f"contains the special token {tokenizer.decode([token])!r}."
+            raise DataError(place, reason, "Remove it, or the row.")
+    return ids
 
 
 def left_out(conversation: Conversation, turns: Turns) -> int | None:
     """Index of the first message that the template leaves out, if any."""
-    if not turns.silent:
-        return None
-    numbers = range(len(conversation.messages))
-    return next((i for i in numbers if _kind(conversation, i) in turns.silent), None)
+    for i, message in enumerate(conversation.messages):
+        if (_kind(conversation, i) if message.role == "system" else message.role) in turns.silent:
+            return i
+    return None
 
 
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> tuple[list[int], str]:
-    """Tokens that ask for the last assistant turn, and the answer it has there."""
-    last = conversation.last_answer
-    ids = _ids(tokenizer, conversation.to_template(last), prompt=True)
-    return ids, conversation.messages[last].content
+    """Tokens that ask for the last assistant turn, and the answer it has there: a call as it is rendered."""
+    last, tools = conversation.last_answer, conversation.tools
+    ids = _ids(tokenizer, conversation.to_template(last), tools, prompt=True)
+    message = conversation.messages[last]
+    if not message.calls_tools:
+        return ids, message.content
+    whole, special = (
+        _ids(tokenizer, conversation.to_template(last + 1), tools, prompt=False),
+        _special_ids(tokenizer),
+    )
+    answer = list(takewhile(lambda token: token not in special, whole[len(ids) :]))
+    return ids, str(tokenizer.decode(answer))
 
 
 def assistant_spans(ids: list[int], turns: Turns) -> list[tuple[int, int]]:
@@ -276,15 +304,16 @@ def assistant_spans(ids: list[int], turns: Turns) -> list[tuple[int, int]]:
         return spans
 
 
-def _ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
+def _ids(tokenizer: Any, messages: Messages, tools: Tools = None, *, prompt: bool) -> list[int]:
     found = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompt, tokenize=True, return_dict=True
+        messages, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=True
     )
     return list(found["input_ids"])
 
 
-def _text(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+def _text(tokenizer: Any, messages: Messages, tools: Tools = None, *, prompt: bool) -> str:
+    found = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+    return str(found)
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talks import CHATML, MEDIUM, PHI3, SPECIAL_TEXT, TEXT, conversations, talk
 from test_tokens import FIRST_SYSTEM_ONLY, MERGING, forgetting, with_template
+from test_tools import CALLS, FULL, IN_SYSTEM, SCHEMAS
 
 from qlora_phi3.data import batches
 from qlora_phi3.data.batches import Batcher, mark_all, special_text
-from qlora_phi3.data.read import Conversation, Message
+from qlora_phi3.data.rows import Conversation, Message, Row, Text
+from qlora_phi3.data.text import mark_text
 from qlora_phi3.data.tokens import LossOn, Turns, mark
-from qlora_phi3.errors import DataError, Problem
+from qlora_phi3.errors import DataError, ModelError, Problem
 
 STRICT = with_template(
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -30,6 +32,8 @@ KINDS = [
     pytest.param(STRICT, id="strict"),
     pytest.param(with_template(FIRST_SYSTEM_ONLY), id="first system only"),
     pytest.param(forgetting("not loop.last"), id="forgetting"),
+    pytest.param(FULL, id="tools"),
+    pytest.param(IN_SYSTEM, id="tools in the system message"),
 ]
 HOSTILE = st.one_of(
     TEXT,
@@ -41,10 +45,27 @@ HOSTILE = st.one_of(
 
 
 @st.composite
-def anything(draw: st.DrawFn) -> Conversation | Problem:
-    if draw(st.integers(0, 9)) == 0:
-        return Problem("random:1", "cannot be read.")
+def calling(draw: st.DrawFn) -> Conversation:
+    """A conversation with tools, or some of what belongs to them."""
+    system = Message("system", draw(HOSTILE), draw(st.sampled_from(["", '{"tools": "[weather]"}'])))
+    calls = draw(st.sampled_from(["", CALLS, CALLS.replace("weather", "<|end|>")]))
+    messages = [system, Message("user", "How?"), Message("assistant", draw(TEXT), calls)]
     if draw(st.booleans()):
+        messages += [Message("tool", draw(HOSTILE), '{"name": "weather"}'), Message("assistant", "Cold.")]
+    tools = draw(st.sampled_from(["", json.dumps(SCHEMAS), '[{"name": "<|user|>"}]']))
+    return Conversation(tuple(messages), "random:1", tools)
+
+
+@st.composite
+def anything(draw: st.DrawFn) -> Row | Problem:
+    kind = draw(st.integers(0, 9))
+    if kind == 0:
+        return Problem("random:1", "cannot be read.")
+    if kind == 1:
+        return Text(draw(HOSTILE), "random:1")
+    if kind == 2:
+        return draw(calling())
+    if kind < 6:
         return draw(conversations())
     roles = st.sampled_from(["system", "user", "user", "assistant", "assistant"])
     first = Message(draw(st.sampled_from(["system", "user"])), draw(HOSTILE))  # `formats` lets no other pass
@@ -52,10 +73,12 @@ def anything(draw: st.DrawFn) -> Conversation | Problem:
     return Conversation((*messages, Message("assistant", draw(HOSTILE))), "random:1")
 
 
-def reference(row: Conversation | Problem, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Any:
+def reference(row: Row | Problem, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Any:
     if isinstance(row, Problem):
         return None, row
     try:
+        if isinstance(row, Text):
+            return row, mark_text(row, tokenizer, turns)
         return row, mark(row, tokenizer, turns, loss_on)
     except DataError as error:
         return row, error.problems
@@ -90,6 +113,24 @@ def test_the_same_row_twice() -> None:
     row, turns = talk("user: a", "assistant: b"), Turns.of(PHI3)
     [(_, first), (_, second)] = mark_all([row, row], PHI3, turns, "assistant")
     assert first == second == mark(row, PHI3, turns, "assistant")
+
+
+def test_plain_text_and_conversations_are_batched_and_tools_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Row] = []
+    monkeypatch.setattr(batches, "reference", lambda row, *_: left.append(row))
+    tools = Conversation(talk("user: a", "assistant: b").messages, "x:1", json.dumps(SCHEMAS))
+    rows = [talk("user: a", "assistant: b"), Text("a", "x:2"), tools, Text("<|end|>", "x:4")]
+    assert len(list(mark_all(rows, FULL, Turns.of(FULL), "assistant"))) == 4
+    assert left == [tools, rows[3]]
+
+
+@pytest.mark.parametrize("kind", ["batches", "one by one"])
+def test_text_without_an_end_of_text(kind: str) -> None:
+    tokenizer = phi3_tokenizer()
+    turns = Turns.of(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        list(mark_all([Text("a", "x:1")], tokenizer if kind == "batches" else Slow(tokenizer), turns, "all"))
 
 
 # --- which text is beyond suspicion

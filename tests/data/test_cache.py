@@ -14,7 +14,8 @@ import pytest
 from conftest import CHATML_TEMPLATE, chatml_tokenizer, phi3_tokenizer, write_chats
 
 from qlora_phi3.data import Prepared, cache, parts, prepare, prompts
-from qlora_phi3.recipe import Data, Source
+from qlora_phi3.data.tokens import Turns
+from qlora_phi3.recipe import Data, Evaluate, Fraction, Source, Train
 
 PHI3 = phi3_tokenizer()
 
@@ -39,7 +40,7 @@ class Counter:
         self.count = 0
         monkeypatch.setattr(cache, "build", self)
 
-    def __call__(self, *arguments: Any) -> parts.Part:
+    def __call__(self, *arguments: Any) -> dict[str, parts.Part]:
         self.count += 1
         return parts.build(*arguments)
 
@@ -147,8 +148,9 @@ def test_a_damaged_entry_is_made_again(
     expected = uncached(data, monkeypatch)
     prepare(data, PHI3)
     for entry in cache.root().iterdir():
-        assert sorted(path.name for path in entry.iterdir()) == sorted(FILES)
-        damage(entry / name)
+        assert sorted(path.name for path in entry.rglob("*") if path.is_file()) == sorted(FILES)
+        [file] = entry.rglob(name)
+        damage(file)
     assert shown(prepare(data, PHI3)) == expected
     assert made.count == 4
     assert shown(prepare(data, PHI3)) == expected
@@ -181,9 +183,9 @@ def test_rows_stay_readable_when_their_entry_goes(data: Data) -> None:
 
 
 def test_a_file_that_changes_while_it_is_read(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(source: Source, *rest: Any) -> parts.Part:
-        found = parts.build(source, *rest)
-        with Path(source.path).open("a") as file:
+    def change(reading: parts.Reading, *rest: Any) -> dict[str, parts.Part]:
+        found = parts.build(reading, *rest)
+        with Path(reading.sources[-1].path).open("a") as file:
             file.write("\n")
         return found
 
@@ -210,7 +212,7 @@ def test_what_was_used_least_recently_goes_first(data: Data, monkeypatch: pytest
         return name
 
     first, second = make(1), make(2)
-    size = sum(file.stat().st_size for file in (cache.root() / second).iterdir())
+    size = sum(file.stat().st_size for file in (cache.root() / second).rglob("*") if file.is_file())
     monkeypatch.setattr(cache, "MAX_BYTES", int(2.5 * size))
     for name, age in ((first, 100), (second, 200)):
         os.utime(cache.root() / name, (time.time() - age,) * 2)
@@ -236,3 +238,91 @@ def test_entries_hold_no_pickles(data: Data) -> None:
     for entry in cache.root().iterdir():
         manifest = json.loads((entry / "manifest.json").read_text())
         assert {Path(name).suffix for name in manifest} == {".int32", ".npz", ".json"}
+
+
+# --- several sources, and a share of one
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Data:
+    paths = [write_chats(tmp_path / f"{i}.jsonl", rows=20 + i, turns=1 + i) for i in range(2)]
+    return Data(train=[Source(path=str(path)) for path in paths], eval=Fraction(fraction=0.25))
+
+
+def test_a_mix_with_a_share_is_one_entry(mixed: Data, made: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = uncached(mixed, monkeypatch)
+    assert shown(prepare(mixed, PHI3)) == shown(prepare(mixed, PHI3)) == expected
+    assert made.count == 1
+    assert set(prepare(mixed, PHI3).parts) == {"train", "eval"}
+
+
+CHANGES: dict[str, Any] = {
+    "weight": lambda s: s.model_copy(update={"weight": 2.0}),
+    "limit": lambda s: s.model_copy(update={"limit": 3}),
+    "format": lambda s: s.model_copy(update={"format": "messages"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_each_source_counts(mixed: Data, made: Counter, change: str, which: int) -> None:
+    prepare(mixed, PHI3)
+    sources = list(mixed.train_sources)
+    sources[which] = CHANGES[change](sources[which])
+    prepare(mixed.model_copy(update={"train": tuple(sources)}), PHI3)
+    assert made.count == 2
+
+
+def test_the_bytes_order_and_share_of_all_sources_count(mixed: Data, made: Counter) -> None:
+    prepare(mixed, PHI3)
+    prepare(mixed.model_copy(update={"train": mixed.train_sources[::-1]}), PHI3)
+    prepare(mixed.model_copy(update={"eval": Fraction(fraction=0.5)}), PHI3)
+    prepare(mixed.model_copy(update={"eval": None}), PHI3)
+    assert made.count == 4
+    with Path(mixed.train_sources[1].path).open("a") as file:
+        file.write("\n")
+    prepare(mixed, PHI3)
+    assert made.count == 5
+
+
+def test_the_seed_counts_where_it_draws(data: Data, mixed: Data, made: Counter) -> None:
+    def count(data: Data) -> int:
+        before = made.count
+        for seed in (1, 2):
+            prepare(data, PHI3, Train(seed=seed))
+        return made.count - before
+
+    half = data.train_sources[0].model_copy(update={"weight": 1.5})
+    assert count(mixed) == 2
+    assert count(data) == 2  # one of each source
+    assert count(data.model_copy(update={"train": half, "eval": None})) == 2
+
+
+def test_what_rows_are_for_counts(tmp_path: Path, made: Counter) -> None:
+    """Text is refused where answers are asked for, also when it is in the cache."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
+    data = Data(train=Source(path=str(path)), eval=Fraction(fraction=0.5))
+    assert not any(part.problems.first for part in prepare(data, PHI3).parts.values())
+    found = prepare(data, PHI3, evaluate=Evaluate(metrics=("exact_match",)))
+    assert "evaluate.metrics" in found.parts["train"].problems.first[0].reason
+
+
+def test_rows_with_tools_and_text_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_tools import FULL, SCHEMAS
+
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    path.write_text(json.dumps({"messages": [user, answer], "tools": SCHEMAS}))
+    other.write_text("a document")
+    data = Data(train=[Source(path=str(path)), Source(path=str(other))])
+    first, again = (prepare(data, FULL).splits().train for _ in range(2))
+    assert list(first.rows) == list(again.rows)
+    assert [talk.tools for talk in again.conversations] == [SCHEMAS]
+    assert again.conversations == first.conversations
+
+
+def test_hub_data_sets_are_not_cached(data: Data, tmp_path: Path) -> None:
+    hub = Data(train=[*data.train_sources, Source(path="org/name")])
+    assert cache.key(parts.Reading("train", hub, Train(), Evaluate(), PHI3, Turns.of(PHI3), 9)) is None
+    assert cache.key(parts.Reading("train", data, Train(), Evaluate(), PHI3, Turns.of(PHI3), 9)) is not None

@@ -14,12 +14,13 @@ from conftest import PHI3_TEMPLATE, phi3_tokenizer
 from qlora_phi3.data import Prepared, figures, parts
 from qlora_phi3.data.doctor import MEANINGS, row_signs
 from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
-from qlora_phi3.data.parts import Part
-from qlora_phi3.data.read import MAX_PROBLEMS, Conversation, Message
+from qlora_phi3.data.parts import Part, Reading
+from qlora_phi3.data.read import EVALUATE, MAX_PROBLEMS, TRAIN
+from qlora_phi3.data.rows import Conversation, Message, Row, Text
 from qlora_phi3.data.tokens import IGNORE, LossOn, Marked, TokenRow, Turns, tokenize
 from qlora_phi3.errors import Problem
 from qlora_phi3.findings import Finding
-from qlora_phi3.recipe import Data, Source
+from qlora_phi3.recipe import Data
 
 PHI3 = phi3_tokenizer()
 TURNS = Turns.of(PHI3)
@@ -50,10 +51,16 @@ def tokenizer_with(template: str, **special: str) -> Any:
 def diagnose(
     train: Sequence[Talk], held_out: Sequence[Talk] = (), tokenizer: Any = PHI3, **settings: Any
 ) -> list[Finding]:
+    return examined(talks(train), talks(held_out, "e"), tokenizer, **settings)
+
+
+def examined(
+    train: Sequence[Row], held_out: Sequence[Row] = (), tokenizer: Any = PHI3, **settings: Any
+) -> list[Finding]:
     batch = settings.pop("effective_batch", 1)
-    found = {"train": part_of(talks(train), tokenizer, **settings)}
+    found = {"train": part_of(train, tokenizer, **settings)}
     if held_out:
-        found["eval"] = part_of(talks(held_out, "e"), tokenizer, "eval", **settings)
+        found["eval"] = part_of(held_out, tokenizer, "eval", **settings)
     return Prepared(found, data_of(**settings), Turns.of(tokenizer)).findings(batch)
 
 
@@ -61,15 +68,13 @@ def data_of(**settings: Any) -> Data:
     return Data.model_validate({"train": {"path": "t.jsonl"}, **settings})
 
 
-def part_of(
-    rows: Sequence[Conversation | Problem], tokenizer: Any, name: str = "train", **settings: Any
-) -> Part:
+def part_of(rows: Sequence[Row | Problem], tokenizer: Any, name: str = "train", **settings: Any) -> Part:
     """Rows as they would come from a file."""
+    data = data_of(eval={"path": "e.jsonl"}, **settings)
+    reading = Reading(name, data, TRAIN, EVALUATE, tokenizer, Turns.of(tokenizer), num_kept=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "stream", lambda source: iter(rows))
-        return parts.build(
-            Source(path="t"), name, data_of(**settings), tokenizer, Turns.of(tokenizer), num_kept=9
-        )
+        patch.setattr(Reading, "stream", lambda self: ((name, row) for row in rows))
+        return parts.build(reading)[name]
 
 
 @dataclass(frozen=True)
@@ -380,3 +385,69 @@ def test_a_leading_space_is_kept() -> None:
     assert tokenizer.decode([1]) == "yo"
     found = pieces(TokenRow([0, 1, 1], [IGNORE, 1, 1], "t:1"), tokenizer)
     assert [piece.text for piece in found] == ["hi", " yo", " yo"]
+
+
+# --- rows that are no conversations, and rows that are taken more than once
+
+
+def codes(
+    train: Sequence[Conversation | Text], held_out: Sequence[Text] = ()
+) -> list[tuple[str, tuple[str, ...]]]:
+    return [(one.code, one.places) for one in examined(train, held_out)]
+
+
+def test_plain_text_has_no_turns_to_find_fault_with() -> None:
+    assert codes([Text("a", "t:1"), Text("b", "t:2")], [Text("c", "e:1")]) == []
+
+
+def test_findings_on_plain_text() -> None:
+    rows = [
+        Text("cafÃ©", "t:1"),
+        Text("b <|end|>", "t:2"),
+        Text("Same  text", "t:3"),
+        Text("Same  text", "t:4"),
+    ]
+    assert codes(rows, [Text("same text", "e:1")]) == [
+        ("special-token", ("t:2: <|end|>",)),
+        ("garbled", ("t:1: 'Ã©'",)),
+        ("duplicate", ("t:4 (as t:3)",)),
+        ("overlap", ("e:1 (as t:3)",)),
+    ]
+
+
+def test_a_row_that_its_weight_repeats_is_no_duplicate() -> None:
+    row, other = talks([("user: hello", "assistant: cafÃ©"), GOOD])
+    assert codes([row, row, row, other]) == [("garbled", ("t:1: messages[1]: 'Ã©'",))]
+
+
+def test_a_source_that_is_named_twice_has_each_place_once() -> None:
+    row, other = talks([("user: hello", "assistant: cafÃ©"), GOOD])
+    assert codes([row, other, row, other]) == [("garbled", ("t:1: messages[1]: 'Ã©'",))]
+
+
+def test_copies_count_as_rows_and_are_told_once() -> None:
+    long, row = talks([LONG, GOOD])
+    part = part_of([long, long, row, row, row], PHI3, max_length=18)
+    assert (part.num_read, len(part.lengths), len(part.rows), part.fitted.num_dropped) == (5, 5, 3, 2)
+    assert [(one.code, one.places, one.more) for one in part.findings] == [("overlong", ("t:1",), 0)]
+
+
+def test_copies_of_a_row_that_is_too_long_are_one_problem() -> None:
+    (row,) = talks([LONG])
+    problems = part_of([row, row], PHI3, max_length=18, overlong="error").problems
+    assert ([one.place for one in problems.first], problems.more) == (["t:1"], 0)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "grade"), [("drop", "error"), ("error", "error"), ("truncate", "note"), ("split", "note")]
+)
+def test_that_all_rows_are_too_long_is_no_error_where_they_are_cut(overlong: str, grade: str) -> None:
+    """Books are, and `split` is there for them."""
+    book = Text("a long story " * 9, "t:1")
+    (found,) = [one for one in examined([book], max_length=18, overlong=overlong) if one.code == "overlong"]
+    assert found.grade == grade
+
+
+def test_what_tools_say_is_examined_too() -> None:
+    row = Conversation(talks([GOOD])[0].messages, "t:1", '[{"name": "cafÃ©"}]')
+    assert ("garbled", ("t:1: tools: 'Ã©'",)) in codes([row])

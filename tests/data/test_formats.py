@@ -10,6 +10,7 @@ import pytest
 
 from qlora_phi3.data.formats import FORMATS, SHAREGPT_ROLES, convert, detect
 from qlora_phi3.data.read import read
+from qlora_phi3.data.rows import Conversation, Text
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe import Source
 
@@ -19,13 +20,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "hi", "output": "yo"},
     "prompt-completion": {"prompt": "hi", "completion": "yo"},
 }
+"""Formats of conversations; `text` and `preference` have tests of their own."""
 PAIR = [("user", "hi"), ("assistant", "yo")]
 ASK = {"from": "human", "value": "hi"}
 ANSWER = {"from": "gpt", "value": "yo"}
 
 
+def talk_of(row: Any, name: str) -> Conversation:
+    found = convert(row, name, "f:1")
+    assert isinstance(found, Conversation)
+    return found
+
+
 def turns(row: Any, name: str) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in convert(row, name, "f:1").messages]
+    return [(message.role, message.content) for message in talk_of(row, name).messages]
 
 
 def refusal(row: Any, name: str) -> tuple[str, str, str]:
@@ -40,7 +48,7 @@ def talk(*entries: Any) -> dict[str, Any]:
 
 
 def test_every_format_has_an_example_here() -> None:
-    assert list(ROWS) == list(FORMATS)
+    assert [*ROWS, "text", "preference"] == list(FORMATS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -120,11 +128,7 @@ def test_response_is_a_completion() -> None:
         ([], "has no format that is known (found a list)."),
         ("hi", "has no format that is known (found text)."),
         (None, "has no format that is known (found null)."),
-        ({"text": "once"}, "has format text, which is not available yet."),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "has format preference, which is not available yet.",
-        ),
+        ({"chosen": "b"}, "has no format that is known (found keys 'chosen')."),
     ],
 )
 def test_unknown_format(row: Any, reason: str) -> None:
@@ -390,7 +394,7 @@ def test_missing_keys(name: str, row: Any, reason: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tools", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
+    [("functions", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
 )
 def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
     wanted = ("f:1", f"{key!r} is not available yet.", REMOVE)
@@ -399,4 +403,113 @@ def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [None, "", [], {}, {"parameters": None}])
 def test_empty_values_lose_nothing(value: Any) -> None:
-    assert turns({**ROWS["messages"], "tools": value}, "messages") == PAIR
+    assert turns({**ROWS["messages"], "functions": value}, "messages") == PAIR
+
+
+# --- plain text
+
+
+@pytest.mark.parametrize("extra", [{}, {"label": 1}, {"source": "x", "system": "y"}])
+def test_text(extra: dict[str, Any]) -> None:
+    row = {"text": " once\n", **extra}
+    assert detect(row, "f:1") == "text"
+    assert convert(row, "text", "f:1") == Text(" once\n", "f:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "text is empty: nothing to train on."),
+        (" \n", "text is empty: nothing to train on."),
+        (None, "text is missing."),
+        (["a"], "text is a list, not text."),
+        ("cut \ud83d", "text has half a character: '\\ud83d'."),
+    ],
+)
+def test_malformed_text(text: Any, reason: str) -> None:
+    assert refusal({"text": text}, "text")[1] == reason
+
+
+# --- tools
+
+SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"z": 1, "a": None}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+CALLS = {"role": "assistant", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "7", "name": "f", "tool_call_id": "1"}
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hi"}, *messages], **more}
+
+
+YO = {"role": "assistant", "content": "yo"}
+
+
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([SCHEMA])], ids=["list", "text"])
+@pytest.mark.parametrize("name", ROWS)
+def test_tools_are_kept_as_written(name: str, tools: Any) -> None:
+    found = talk_of({**ROWS[name], "tools": tools}, name)
+    assert found.tools == [SCHEMA]
+    assert list(found.tools[0]["function"]) == ["name", "parameters"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "Let me see."}])
+def test_calls_and_results_are_kept(content: dict[str, Any]) -> None:
+    found = talk_of(chat({**CALLS, **content}, RESULT, YO, tools=[SCHEMA]), "messages")
+    text = content.get("content") or ""
+    assert found.to_template()[1:] == [{**CALLS, "content": text}, RESULT, YO]
+    assert found.messages[1].calls_tools and not found.messages[3].calls_tools
+
+
+def test_arguments_as_json_text_become_what_they_hold() -> None:
+    written = {**CALL, "function": {"name": "f", "arguments": '{"x": "é"}'}}
+    assert talk_of(chat({**CALLS, "tool_calls": [written]}), "messages") == talk_of(chat(CALLS), "messages")
+    bare = {"name": "f", "arguments": '{"x": 1}'}
+    found = talk_of(chat({**CALLS, "tool_calls": [bare]}), "messages").to_template()[1]
+    assert found["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+
+
+@pytest.mark.parametrize("tools", ["[...]", [SCHEMA]])
+def test_tools_of_a_system_message_are_text(tools: Any) -> None:
+    messages = [{"role": "system", "content": "Be.", "tools": tools}, *ROWS["messages"]["messages"]]
+    [system, *_] = talk_of({"messages": messages}, "messages").to_template()
+    assert system["tools"] == (tools if isinstance(tools, str) else json.dumps(tools))
+
+
+@pytest.mark.parametrize(
+    ("row", "where", "reason"),
+    [
+        (chat(YO, tools={"name": "f"}), "", "tools is not a list of objects."),
+        (chat(YO, tools=["f"]), "", "tools is not a list of objects."),
+        (chat(YO, tools="f"), "", "tools is not valid JSON: "),
+        (chat(YO, tools=[{"a": b"x"}]), "", "tools has a value that JSON cannot hold: "),
+        (chat(YO, tools=[{"a": "\ud83d"}]), "", "tools has a value that JSON cannot hold: "),
+        (chat({**CALLS, "tool_calls": {"x": 1}}), ": messages[1]", "tool_calls is an object, not a list."),
+        (chat({**CALLS, "tool_calls": ["f"]}), ": messages[1]: tool_calls[0]", "has no function with a name"),
+        (
+            chat({**CALLS, "tool_calls": [CALL, {"function": {"name": 7}}]}),
+            ": messages[1]: tool_calls[1]",
+            "has no function with a name.",
+        ),
+        (
+            chat({**CALLS, "tool_calls": [{"name": "f", "arguments": "x=1"}]}),
+            ": messages[1]: tool_calls[0]",
+            "arguments is not valid JSON: ",
+        ),
+        (
+            chat({**CALLS, "tool_calls": [{"name": "f", "arguments": [1]}]}),
+            ": messages[1]: tool_calls[0]",
+            "arguments is a list, not an object.",
+        ),
+        (chat({**CALLS, "content": 7}), ": messages[1]", "content is a number, not text."),
+        (chat({**CALLS, "tool_calls": []}), ": messages[1]", "content is missing."),
+        (chat(RESULT, YO), ": messages[1]", "is a tool's result, but does not follow the assistant's call."),
+        (chat(CALLS, {**RESULT, "content": {"x": 1}}), ": messages[2]", "content is an object, not text."),
+        (chat(CALLS, {**RESULT, "weight": 0}), ": messages[2]", "'weight' is not available yet."),
+    ],
+)
+def test_malformed_tools(row: dict[str, Any], where: str, reason: str) -> None:
+    place, found, remedy = refusal(row, "messages")
+    assert place in (f"f:1{where}", f"f:1: messages{where}")
+    assert found.startswith(reason)
+    assert remedy

@@ -186,21 +186,21 @@ BAD_ROWS = [
         row({"role": "human", "content": "hi"}, ASSISTANT),
         FIRST,
         "role 'human' is unknown.",
-        "Use one of system, user, assistant.",
+        "Use one of system, user, assistant, tool.",
         id="unknown role",
     ),
     pytest.param(
         row({"role": ["user"], "content": "hi"}, ASSISTANT),
         FIRST,
         "role ['user'] is unknown.",
-        "Use one of system, user, assistant.",
+        "Use one of system, user, assistant, tool.",
         id="role in a list",
     ),
     pytest.param(
         row({"content": "hi"}, ASSISTANT),
         FIRST,
         "role is missing.",
-        "Use one of system, user, assistant.",
+        "Use one of system, user, assistant, tool.",
         id="no role",
     ),
     pytest.param(row(USER, {"role": "assistant"}), SECOND, "content is missing.", GIVE_TEXT, id="no content"),
@@ -257,18 +257,18 @@ BAD_ROWS = [
         id="assistant first",
     ),
     pytest.param(
-        row(USER, {**ASSISTANT, "audio": None, "tool_calls": [{"id": "1"}]}),
-        SECOND,
+        row({**USER, "tool_calls": [{"id": "1"}]}, ASSISTANT),
+        FIRST,
         "'tool_calls' is not available yet.",
         ONLY_ROLE_AND_CONTENT,
-        id="tool calls beside an empty key",
+        id="the user calls a tool",
     ),
     pytest.param(
-        row(USER, {**ASSISTANT, "content": None, "tool_calls": [{"id": "1"}]}),
-        SECOND,
-        "'tool_calls' is not available yet.",
+        row({**USER, "audio": None, "tool_call_id": "1"}, ASSISTANT),
+        FIRST,
+        "'tool_call_id' is not available yet.",
         ONLY_ROLE_AND_CONTENT,
-        id="tool calls instead of text",
+        id="the user answers a call, beside an empty key",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "weight": 0}),
@@ -340,7 +340,7 @@ def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
     assert problems_of(path) == [(str(path), "holds no rows.", "Write at least one conversation into it.")]
 
 
-@pytest.mark.parametrize("name", ["chats.txt", "chats.jsonl.gz", "chats.xlsx", "chats"])
+@pytest.mark.parametrize("name", ["chats.md", "chats.jsonl.gz", "chats.xlsx", "chats"])
 def test_unusable_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(GOOD)
@@ -365,7 +365,7 @@ def test_suffixes(tmp_path: Path, name: str) -> None:
 
 
 def test_check_files_reports_both_sources(tmp_path: Path) -> None:
-    wrong = tmp_path / "chats.txt"
+    wrong = tmp_path / "chats.md"
     wrong.write_text("a,b")
     missing = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:

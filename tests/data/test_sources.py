@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_phi3.data.read import check_source, read
+from qlora_phi3.data.rows import Conversation, Text
 from qlora_phi3.data.sources import rows_of
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe import Source
@@ -382,6 +383,55 @@ def test_ragged_rows_are_told_together(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\na\n"a\nb",c,d\na,b\n,\n')
     assert [place for place, _ in problems_of(path)] == [":2", ":3", ":6: completion"]
+
+
+# --- plain text
+
+
+def test_a_document_is_one_row_with_its_text_as_it_is(tmp_path: Path) -> None:
+    text = "# é\r\n\n two  blanks \u2028 日本語 🙂\n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    [row] = read(source(tmp_path / "a.txt"))
+    assert row == Text(text, str(tmp_path / "a.txt"))
+
+
+def test_a_folder_of_documents_in_name_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.TXT", "README.md"):
+        (tmp_path / name).write_text(name)
+    assert [row.text for row in read(source(tmp_path)) if isinstance(row, Text)] == ["a.TXT", "b.txt"]
+    assert len(read(source(tmp_path, limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "reason"),
+    [
+        (b"", "", "holds no rows."),
+        (b" \n", "", "text is empty: nothing to train on."),
+        (b"fine\n\xe9\n", ":2", UTF8),
+        ("hi".encode("utf-16"), ":1", UTF8),
+        (b"a\nb\0", ":2", "has a NUL byte (character 2 of the line): this is not UTF-8 text."),
+    ],
+)
+def test_broken_documents(tmp_path: Path, content: bytes, where: str, reason: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    [(place, found)] = problems_of(tmp_path / "a.txt")
+    assert place == where
+    assert found.startswith(reason.removesuffix("."))
+
+
+def test_a_document_among_chats_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "notes.txt").write_text("not a chat")
+    [(place, reason)] = problems_of(tmp_path)
+    assert (place, reason) == ("/notes.txt", "has no `instruction` and no `output` (found keys 'text').")
+
+
+def test_nulls_of_a_table_are_keys_that_a_row_never_had(tmp_path: Path) -> None:
+    tools = [{"name": "f", "parameters": {"x": "1"}}, {"name": "g", "parameters": {"y": "2"}}]
+    rows = [{**row, "tools": tools[i : i + 1]} for i, row in enumerate([MAKE["messages"]("q", "a")] * 2)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    found = [row for row in read(source(tmp_path / "a.parquet")) if isinstance(row, Conversation)]
+    assert [row.tools for row in found] == [tools[:1], tools[1:]]
 
 
 # --- broken Parquet

@@ -1,0 +1,117 @@
+"""What a row of a source can be: a conversation, plain text, or a preference between two answers.
+
+Owns the row types, what a chat template is given of them, and when two rows are equal. Knows nothing of
+files, layouts or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says.
+
+    `more`: what else a chat template takes of it, as a JSON object: an assistant's `tool_calls`, a tool
+    message's `name` and `tool_call_id`, a system message's `tools`. Text, so that messages can be compared.
+    """
+
+    role: str
+    content: str
+    more: str = ""
+
+    @property
+    def calls_tools(self) -> bool:
+        return self.role == "assistant" and bool(self.more)
+
+    def to_template(self) -> dict[str, Any]:
+        """The message as a chat template takes it."""
+        found = {"role": self.role, "content": self.content}
+        return {**found, **json.loads(self.more)} if self.more else found
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and the place they came from: `file:line`, `file: row N` or `org/name[split]: row N`.
+
+    `tools_json`: the functions that the assistant may call, as a JSON list; empty where there are none.
+    """
+
+    messages: tuple[Message, ...]
+    place: str
+    tools_json: str = ""
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """What `apply_chat_template` takes as `tools`."""
+        return json.loads(self.tools_json) if self.tools_json else None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a template gets more of it than roles and contents."""
+        return bool(self.tools_json) or any([message.more for message in self.messages])
+
+    @property
+    def last_answer(self) -> int:
+        """Index of the last assistant message."""
+        return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
+
+    def to_template(self, stop: int | None = None) -> list[dict[str, Any]]:
+        """The first `stop` messages as a chat template takes them."""
+        return [message.to_template() for message in self.messages[:stop]]
+
+    @property
+    def canonical(self) -> str:
+        """Equal for equal rows, wherever they stand."""
+        return _canonical([self.tools, self.to_template()])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document without turns."""
+
+    text: str
+    place: str
+
+    @property
+    def canonical(self) -> str:
+        """Equal for equal rows, wherever they stand."""
+        return _canonical(self.text)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two ways to go on after the same messages, of which the first is better.
+
+    Both begin with an assistant message, and differ in it.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    place: str
+    tools_json: str = ""
+
+    def conversation(self, answer: tuple[Message, ...]) -> Conversation:
+        """The prompt with one of the two behind it."""
+        return Conversation(self.prompt + answer, self.place, self.tools_json)
+
+    @property
+    def canonical(self) -> str:
+        """Equal for equal rows, wherever they stand."""
+        both = [self.conversation(self.chosen), self.conversation(self.rejected)]
+        return _canonical([one.canonical for one in both])
+
+
+Row = Conversation | Text
+"""A row that `train.task: sft` learns from."""
+
+Example = Row | Preference
+"""A row of any format."""
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

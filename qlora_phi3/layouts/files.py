@@ -1,0 +1,264 @@
+"""Adapters on disk: read from a folder or file that nobody vouches for, write all or nothing.
+
+Owns the file names of each layout. Refuses pickles other than tensors under `weights_only`, links that lead
+out of the folder, and files that are cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, OutputError, RunError
+from ..phi3 import Geometry
+from ..weights import first_line
+from .blocks import same_bits
+from .config import PEFT_LAYOUTS, AdapterConfig, check_config, to_json
+from .names import Tensors, find_style, key_of, known_keys, linear_shapes, style_of
+from .pairs import describe, detect, parse
+from .settings import from_loralib, from_mlx, from_peft, to_mlx
+
+PEFT_WEIGHTS: Final = "adapter_model.safetensors"
+MLX_WEIGHTS: Final = "adapters.safetensors"
+LORALIB_WEIGHTS: Final = "lora.pt"
+CONFIG_NAME: Final = "adapter_config.json"
+LORALIB_CONFIG: Final = "loralib_config.json"
+
+_MAX_CONFIG_BYTES: Final = 1 << 20
+_AGAIN: Final = "Copy or download the adapter again."
+
+
+def read_adapter(
+    path: Path, geometry: Geometry, *, config: AdapterConfig | None = None
+) -> tuple[Tensors, AdapterConfig]:
+    """Read an adapter in whatever layout it is, checked against the base's sizes.
+
+    `path` is an adapter folder, its safetensors file, or a loralib `.pt`. A `.pt` of loralib's own holds
+    neither alpha nor which blocks of a MergedLinear are on: give them as `config`, its targets empty.
+
+    Raises:
+        ModelError: not found, not safe to read, not whole, or not of this base.
+    """
+    weights = _find_weights(path)
+    place = str(weights)
+    tensors = _load_pickle(weights) if weights.suffix == ".pt" else _load_safetensors(weights)
+    style = find_style(tensors, geometry, place)
+    layout = detect(tensors, geometry, place) if style == "peft" else None
+    if config is None:
+        config = _read_config(weights, tensors, geometry, style)
+    elif style != style_of(config.layout):
+        raise ModelError(place, f"is in {style} names; the config says {config.layout}.", "Correct it.")
+    if layout and config.layout in PEFT_LAYOUTS:
+        config = replace(config, layout=layout)
+    pairs = parse(tensors, config, geometry, place)
+    enable_lora = {m: config.blocks_of(m) for m in pairs if config.blocks_of(m)}
+    found = describe(pairs, config.layout, geometry, use_rslora=config.use_rslora, enable_lora=enable_lora)
+    return tensors, found
+
+
+def _find_weights(path: Path) -> Path:
+    """The one file with tensors.
+
+    Raises:
+        ModelError: none, several, a pickle, or a link that leads out of the folder.
+    """
+    if path.is_dir():
+        names = (PEFT_WEIGHTS, MLX_WEIGHTS, LORALIB_WEIGHTS)
+        found = [path / name for name in names if (path / name).is_symlink() or (path / name).exists()]
+        if len(found) != 1:
+            raise _no_weights(path, found)
+        path = found[0]
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ModelError(str(path), "is no .safetensors file, nor loralib's .pt.", _pickle_remedy(path))
+    _check_inside(path)
+    return path
+
+
+def _no_weights(folder: Path, found: list[Path]) -> ModelError:
+    if found:
+        names = " and ".join(path.name for path in found)
+        return ModelError(str(folder), f"holds {names}.", "Name the file that is meant.")
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists():
+        return ModelError(str(pickled), "is a pickle, which can run code.", _pickle_remedy(pickled))
+    return ModelError(str(folder), f"holds no {PEFT_WEIGHTS}.", "Give the folder of a LoRA adapter.")
+
+
+def _pickle_remedy(path: Path) -> str:
+    if path.suffix in (".bin", ".pth", ".ckpt", ".pkl"):
+        return "Save it as safetensors with the tool that made it."
+    return "Give an adapter folder, its safetensors, or a loralib .pt."
+
+
+def _check_inside(path: Path) -> None:
+    """A file must be a regular one of its own folder, wherever links lead."""
+    if not path.exists():
+        raise ModelError(str(path), "does not exist.", "Check the path.")
+    if path.resolve().parent != path.parent.resolve():
+        reason = f"is a link out of its folder, to {path.resolve()}."
+        raise ModelError(str(path), reason, "Copy the file itself into the folder (cp -L).")
+    if not path.is_file():
+        raise ModelError(str(path), "is no regular file.", _AGAIN)
+
+
+def _load_safetensors(path: Path) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = f"is cut short or no safetensors file: {first_line(error)}."
+        raise ModelError(str(path), reason, _AGAIN) from None
+
+
+def _load_pickle(path: Path) -> Tensors:
+    """A loralib state dict: tensors by name and nothing else."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a spoiled or hostile pickle makes the restricted reader raise anything
+        reason = f"is cut short or holds more than tensors: {first_line(error)}."
+        raise ModelError(str(path), reason, "Save `lora.lora_state_dict(model)` alone.") from None
+    whole = isinstance(found, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    )
+    if not whole:
+        reason = f"holds a {type(found).__name__} other than tensors by name."
+        raise ModelError(str(path), reason, "Save `lora.lora_state_dict(model)` alone.")
+    for key, value in found.items():
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ModelError(f"{path}: {key}", "is no ordinary tensor.", "Save dense tensors.")
+    return {key: value.detach() for key, value in found.items()}
+
+
+def _read_config(weights: Path, tensors: Tensors, geometry: Geometry, style: str) -> AdapterConfig:
+    path = weights.with_name(LORALIB_CONFIG if style == "loralib" else CONFIG_NAME)
+    if style == "loralib" and not path.exists():
+        remedy = "Give a config with rank, alpha and, for MergedLinear, enable_lora."
+        raise ModelError(str(weights), "a loralib file does not say its alpha.", remedy)
+    found = _read_json(path)
+    if style == "loralib":
+        return from_loralib(found, str(path))
+    if style == "mlx":
+        known = known_keys(linear_shapes(geometry), "mlx")
+        ranks = {known[k][0]: t.shape[0] for k, t in tensors.items() if known[k][1] == "B" and t.ndim == 2}
+        return from_mlx(found, ranks, str(path))
+    return from_peft(found, "fused", str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _check_inside(path)
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError("it is larger than any adapter's config")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(str(path), f"cannot be read: {first_line(error)}.", _AGAIN) from None
+    if not isinstance(found, dict):
+        raise ModelError(str(path), "is not a JSON object.", _AGAIN)
+    return found
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Tensors,
+    config: AdapterConfig,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write an adapter as its layout's consumer reads it; all or nothing.
+
+    The folder appears under its name only after the tensors were read back equal. `base` and `revision` are
+    what PEFT loads the adapter onto when nothing else is said.
+
+    Raises:
+        OutputError: there is something under this name already.
+        ModelError: a number that is none, or MLX cannot say these scales.
+        RunError: a tensor reads back differently.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise OutputError(str(folder), "exists already.", "Name another folder, or move this one away.")
+    _check_writable(tensors, config, str(folder))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        weights = _write_files(partial, tensors, config, base, revision)
+        _check_written(weights, tensors)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(folder)
+
+
+def _check_writable(tensors: Tensors, config: AdapterConfig, place: str) -> None:
+    check_config(config, place)
+    bad = [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad or not tensors:
+        reason = f"{bad[0]} holds NaN or infinity." if bad else "there is no tensor to write."
+        raise ModelError(place, reason, "Train the adapter again; nothing was written.")
+
+
+def _write_files(
+    folder: Path, tensors: Tensors, config: AdapterConfig, base: str | None, revision: str | None
+) -> Path:
+    if style_of(config.layout) == "loralib":
+        torch.save(tensors, folder / LORALIB_WEIGHTS)
+        _write_json(folder / LORALIB_CONFIG, to_json(config))
+        return folder / LORALIB_WEIGHTS
+    if config.layout == "mlx":
+        return _write_mlx(folder, tensors, config)
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    _write_peft_config(folder, config, base, revision)
+    return folder / PEFT_WEIGHTS
+
+
+def _write_mlx(folder: Path, tensors: Tensors, config: AdapterConfig) -> Path:
+    from safetensors.torch import save_file
+
+    end = len(key_of("", "A", "mlx"))
+    modules = sorted({key[:-end] for key in tensors})
+    settings = to_mlx(config, modules, CONFIG_NAME)
+    save_file(tensors, folder / MLX_WEIGHTS, metadata={"format": "mlx"})
+    _write_json(folder / CONFIG_NAME, settings)
+    return folder / MLX_WEIGHTS
+
+
+def _write_peft_config(folder: Path, config: AdapterConfig, base: str | None, revision: str | None) -> None:
+    from peft import LoraConfig
+
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+        revision=revision,
+    )
+    settings.save_pretrained(folder)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_written(path: Path, tensors: Tensors) -> None:
+    saved = _load_pickle(path) if path.suffix == ".pt" else _load_safetensors(path)
+    wrong = [key for key in tensors if key not in saved or not same_bits(tensors[key].cpu(), saved[key])]
+    if wrong or len(saved) != len(tensors):
+        reason = f"reads back differently: {(wrong or ['surplus tensors'])[0]}."
+        raise RunError(str(path), reason, "Check the disk, then write it again.")

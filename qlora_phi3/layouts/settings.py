@@ -1,0 +1,146 @@
+"""The settings files of the layouts: what PEFT, MLX and our loralib folders write beside the tensors.
+
+Owns reading them into an `AdapterConfig` and writing them. Refuses settings that change what an adapter
+computes and that no layout can carry. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ..errors import ModelError
+from .config import AdapterConfig, Layout, alpha_for
+
+_REFUSED: Final = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "lora_bias": "biases on B",
+    "fan_in_fan_out": "transposed weights",
+    "modules_to_save": "whole weights beside the LoRA",
+    "layer_replication": "repeated layers",
+    "trainable_token_indices": "single trained tokens",
+    "target_parameters": "adapted parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "ensure_weight_tying": "tied adapters",
+    "arrow_config": "routing between adapters",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "megatron_config": "Megatron's parallel linears",
+}
+"""Keys of PEFT 0.21's LoraConfig that make an adapter more than B @ A times a scale, when they are set."""
+
+_MOVED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Initializations that change the base's weights too, so that the adapter fits no stock base."""
+
+
+def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterConfig:
+    """Read an adapter_config.json of PEFT.
+
+    Raises:
+        ModelError: not LoRA, or a feature that none of our layouts has, or a value of the wrong type.
+    """
+    if found.get("peft_type") != "LORA":
+        raise ModelError(place, f"peft_type is {found.get('peft_type')!r}, not LORA.", "Give a LoRA adapter.")
+    used = [meaning for key, meaning in _REFUSED.items() if found.get(key)]
+    if found.get("bias", "none") != "none":
+        used.append("trained biases")
+    start = str(found.get("init_lora_weights", True)).lower()
+    if start.startswith(_MOVED_BASE):
+        used.append(f"the initialization {start}, which moves the base's weights")
+    if used:
+        remedy = "Merge it with the tool that made it, or train plain LoRA."
+        raise ModelError(place, f"the adapter uses {', '.join(used)}, which is no plain LoRA.", remedy)
+    return AdapterConfig(
+        rank=_get(found, "r", int, place),
+        alpha=_get(found, "lora_alpha", (int, float), place),
+        targets=_peft_targets(found, place),
+        rank_pattern=_get(found, "rank_pattern", dict, place, {}),
+        alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
+        use_rslora=_get(found, "use_rslora", bool, place, False),
+        layout=layout,
+    )
+
+
+def _peft_targets(found: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """Linears that must be there; none where PEFT chose them by a pattern or left layers out."""
+    by_rule = isinstance(found.get("target_modules"), str)
+    if by_rule or found.get("layers_to_transform") is not None or found.get("exclude_modules"):
+        return ()
+    return _names(found, "target_modules", place)
+
+
+def _names(found: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
+    names = _get(found, key, list, place, [])
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(place, f"{key} is no list of names.", "Give the config that belongs to the adapter.")
+    return tuple(names)
+
+
+def from_mlx(found: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> AdapterConfig:
+    """Read an adapter_config.json of mlx-lm: one scale for all, each rank as its tensors have it.
+
+    Raises:
+        ModelError: not LoRA, or no scale.
+    """
+    if found.get("fine_tune_type", "lora") != "lora":
+        reason = f"fine_tune_type is {found['fine_tune_type']!r}, not lora."
+        raise ModelError(place, reason, "Give a LoRA adapter.")
+    settings = _get(found, "lora_parameters", dict, place)
+    scale, rank = _get(settings, "scale", (int, float), place), _get(settings, "rank", int, place)
+    alphas = {module: alpha_for(scale, own, False) for module, own in ranks.items()}
+    return AdapterConfig(rank, alpha_for(scale, rank, False), (), ranks, alphas, layout="mlx")
+
+
+def from_loralib(found: Mapping[str, Any], place: str) -> AdapterConfig:
+    """Read what `config.to_json` wrote beside a loralib file.
+
+    Raises:
+        ModelError: a value is missing or of the wrong type.
+    """
+    layout = found.get("layout")
+    if layout not in ("loralib", "loralib_merged"):
+        raise ModelError(place, f"layout is {layout!r}, not loralib.", "Write the adapter again.")
+    enable_lora = _get(found, "enable_lora", dict, place, {})
+    for name, blocks in enable_lora.items():
+        if not isinstance(blocks, list) or not all(isinstance(block, bool) for block in blocks):
+            raise ModelError(place, f"enable_lora: {name} is no list of true and false.", "Correct it.")
+    return AdapterConfig(
+        rank=_get(found, "rank", int, place),
+        alpha=_get(found, "alpha", (int, float), place),
+        targets=_names(found, "targets", place),
+        rank_pattern=_get(found, "rank_pattern", dict, place, {}),
+        alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
+        layout=layout,
+        enable_lora={name: tuple(blocks) for name, blocks in enable_lora.items()},
+    )
+
+
+def to_mlx(config: AdapterConfig, modules: list[str], place: str) -> dict[str, Any]:
+    """What mlx-lm's `load_adapters` reads. -1 layers are all of them; the keys say which linears.
+
+    Raises:
+        ModelError: the scales differ, of which mlx-lm knows one.
+    """
+    scales = {f"{config.scale_of(module):.12g}" for module in modules}
+    if len(scales) > 1:
+        reason = f"its linears are scaled by {', '.join(sorted(scales))}; MLX has one scale for all."
+        raise ModelError(place, reason, "Train with one alpha/rank, or export another layout.")
+    keys = {m.split(".", 3)[3] if ".layers." in m else m for m in modules}
+    parameters = {"rank": config.rank, "scale": config.scale_of(modules[0]), "dropout": 0.0}
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {**parameters, "keys": sorted(keys)},
+    }
+
+
+def _get(found: Mapping[str, Any], key: str, kind: Any, place: str, default: Any = None) -> Any:
+    """A value of the right type; true and false are no numbers, whatever Python says."""
+    value = found.get(key)
+    value = default if value is None else value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ModelError(place, f"{key} is {value!r}.", "Give the config that belongs to the adapter.")
+    return value
