@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import builtin, environment, memory, weights
+from . import builtin, environment, memory, phi3, weights
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
@@ -79,24 +79,24 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
     """The recipe's rows with the base's own tokenizer, as a run would tokenize them.
 
     Raises:
-        DataError: rows that cannot be read.
+        DataError: a source is missing.
         ModelError: the base or its tokenizer cannot be used.
     """
     from . import data, model
-    from .data import doctor, figures
+    from .data import figures
 
-    conversations = data.read_all(recipe.data, recipe.train, recipe.evaluate)
-    checkpoint = weights.locate(recipe.model, say)
-    tokenizer = model.load_tokenizer(checkpoint.folder)
-    rows, findings = doctor.examine_all(conversations, recipe, tokenizer)
-    lengths = [len(row.input_ids) for found in rows.values() for row in found]
-    longest = max((length for length in lengths if length <= recipe.data.max_length), default=1)
-    settings = (recipe.data.max_length, _micro_batch(recipe, checkpoint, longest), recipe.train.seed)
+    data.check_files(recipe.data)
+    folder = weights.locate_tokenizer(recipe.model, say)
+    tokenizer = model.load_tokenizer(folder)
+    found = data.prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
+    longest = max(int(part.rows.lengths.max(initial=1)) for part in found.parts.values())
+    settings = (recipe.data.max_length, _micro_batch(recipe, folder, longest), recipe.train.seed)
+    shown = found.parts["train"].rows[:num_samples]
     return Checkup(
         recipe.name,
-        by_grade(findings),
-        splits={name: figures.summarize(found, *settings) for name, found in rows.items()},
-        samples=tuple(Sample(r.place, figures.pieces(r, tokenizer)) for r in rows["train"][:num_samples]),
+        by_grade(found.findings(recipe.train.effective_batch)),
+        splits={name: figures.summarize(part, *settings) for name, part in found.parts.items()},
+        samples=tuple(Sample(row.place, figures.pieces(row, tokenizer)) for row in shown),
     )
 
 
@@ -123,16 +123,17 @@ def show(found: Checkup, console: Console) -> None:
     _say(console, f"{found.name}: {words}")
 
 
-def _micro_batch(recipe: Recipe, checkpoint: weights.Checkpoint, row_tokens: int) -> int:
+def _micro_batch(recipe: Recipe, folder: Path, row_tokens: int) -> int:
     """What a run would choose here and now."""
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
     from . import model, pipeline
 
+    geometry = phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.free_bytes(device))
     kind = pipeline.device_kind(device)
-    return memory.choose_micro_batch(recipe, checkpoint.geometry, usable, row_tokens=row_tokens, device=kind)
+    return memory.choose_micro_batch(recipe, geometry, usable, row_tokens=row_tokens, device=kind)
 
 
 def _say(console: Console, text: str | Text) -> None:
@@ -143,8 +144,8 @@ def _show_finding(finding: Finding, console: Console) -> None:
     _say(console, f"{finding.grade}: {finding.code}: {finding.what}")
     for place in finding.places[:SHOWN_PLACES]:
         _say(console, f"  {place}")
-    if len(finding.places) > SHOWN_PLACES:
-        _say(console, f"  and {len(finding.places) - SHOWN_PLACES} more, {len(finding.places)} in all")
+    if finding.num_places > SHOWN_PLACES:
+        _say(console, f"  and {finding.num_places - SHOWN_PLACES} more, {finding.num_places} in all")
     _say(console, f"  -> {finding.fix}")
 
 
@@ -193,7 +194,12 @@ def _splits_table(splits: Mapping[str, Summary]) -> Table:
         "trained on": [f"{split.supervised_tokens:,} ({split.supervised_share:.1%})" for split in found],
         "longest row": [f"{split.longest_row_tokens:,}" for split in found],
         "over data.max_length": [f"{split.over_max_length_share:.1%}" for split in found],
+        "dropped": [f"{split.dropped_share:.1%}" for split in found],
+        "truncated": [f"{split.truncated_share:.1%}" for split in found],
         f"padding at micro batch {found[0].micro_batch}": [f"{split.padding_share:.1%}" for split in found],
+        "padding when packed": [
+            f"{split.packed_padding_share:.1%} ({split.packed_rows:,} rows)" for split in found
+        ],
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)

@@ -17,13 +17,27 @@ SHOWN_PLACES: Final = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found; `what` says in one sentence what it means."""
+    """One thing that was found; `what` says in one sentence what it means.
+
+    `more`: places beyond `places`; a wrong export is wrong in a million rows.
+    """
 
     grade: Grade
     code: str
     what: str
     places: tuple[str, ...]
     fix: str
+    more: int = 0
+
+    @property
+    def num_places(self) -> int:
+        return len(self.places) + self.more
+
+    def __str__(self) -> str:
+        """One line, for a log."""
+        rest = f" and {self.num_places - 1} more" if self.num_places > 1 else ""
+        where = f" ({self.places[0]}{rest})" if self.places else ""
+        return f"{self.grade}: {self.what}{where} {self.fix}"
 
     def to_json(self) -> dict[str, Any]:
         """As a program reads it: the first places, and how many there are."""
@@ -32,6 +46,6 @@ class Finding:
             "code": self.code,
             "what": self.what,
             "places": list(self.places[:SHOWN_PLACES]),
-            "num_places": len(self.places),
+            "num_places": self.num_places,
             "fix": self.fix,
         }

@@ -32,24 +32,26 @@ def run(
     """
     display = display or Display()
     _one_process()
-    conversations = data.read_all(recipe.data, recipe.train, recipe.evaluate)
+    data.check_files(recipe.data)
     with run_folder.create(out or run_folder.default(recipe)) as folder:
         try:
-            return _run(recipe, conversations, folder, display), folder
+            return _run(recipe, folder, display), folder
         except torch.OutOfMemoryError as error:
             remedy = "Lower train.micro_batch or data.max_length; plan.json has the prediction part by part."
             raise FitError(str(folder), f"out of memory: {weights.first_line(error)}", remedy) from None
 
 
-def _run(
-    recipe: Recipe, conversations: data.Conversations, folder: Path, display: Display
-) -> report.RunReport:
+def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     device = model.device_for_run()
     meter = Meter(device.type)
 
+    tokenizer = model.load_tokenizer(weights.locate_tokenizer(recipe.model, display.say))
+    splits, findings = data.check(recipe, tokenizer)
+    for finding in findings:
+        display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
-    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder), conversations)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
+    notes += [str(finding) for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):

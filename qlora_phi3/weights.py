@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,9 @@ from .recipe import Model
 
 Say = Callable[[str], None]
 
-HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+TOKENIZER_PATTERNS: Final = ["*.json", "*.jinja", "tokenizer.model"]
+"""What a tokenizer needs, and the small files beside it."""
+HUB_PATTERNS: Final = ["*.safetensors", *TOKENIZER_PATTERNS]
 """Files worth downloading: no pickles, no code."""
 
 _OWN_CODE: Final = re.compile(
@@ -81,6 +83,24 @@ def locate(settings: Model, say: Say = lambda _: None) -> Checkpoint:
         geometry=phi3.geometry_from_config(config, str(folder / "config.json")),
         provenance=_provenance(base, source, revision, folder),
     )
+
+
+def locate_tokenizer(settings: Model, say: Say = lambda _: None) -> Path:
+    """Folder with the tokenizer and the checked config of `model.base`, without its weights where it can be.
+
+    Raises:
+        ModelError: as `locate`, but for weights.
+    """
+    base = settings.base
+    if base.startswith("builtin:"):
+        folder = builtin.ensure(base.removeprefix("builtin:"), say=say)
+    elif Path(base).is_absolute():
+        folder = _local_folder(base)
+        _check_files(folder, base)
+    else:
+        folder = _download(base, settings.revision, say, TOKENIZER_PATTERNS)
+    read_config(folder)
+    return folder
 
 
 def known_geometry(settings: Model) -> phi3.Geometry | None:
@@ -155,7 +175,7 @@ def _check_files(folder: Path, place: str) -> None:
         raise ModelError(str(adapter), reason, "Give the folder of a base without an adapter in it.")
 
 
-def _download(base: str, revision: str | None, say: Say) -> Path:
+def _download(base: str, revision: str | None, say: Say, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     """Snapshot folder of a hub model, named after its commit; from the local hub cache when offline."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -163,7 +183,7 @@ def _download(base: str, revision: str | None, say: Say) -> Path:
     place = f"model.base: {base}"
     say(f"looking up {base} on the hub")
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=list(patterns)))
     except HFValidationError:
         remedy = "Write org/name, ./folder, or builtin:smollm2-135m."
         raise ModelError(place, "is neither a hub id nor a folder.", remedy) from None

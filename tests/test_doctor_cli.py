@@ -141,6 +141,13 @@ def test_errors_are_all_printed_and_exit_with_2(answers: dict[str, Answer]) -> N
     assert document(as_json)["splits"]["train"]["rows"] == 1
 
 
+def test_rows_that_cannot_be_read_are_findings_with_their_lines(answers: dict[str, Answer]) -> None:
+    done = answers["unreadable"]
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "error: unreadable: The row cannot be read, or the run has no use for it.\n" in done.stdout
+    assert "/broken.jsonl:1: not valid JSON" in done.stdout
+
+
 def test_warnings_do_not_fail(answers: dict[str, Answer]) -> None:
     done = answers["warnings"]
     assert (done.returncode, done.stderr) == (0, "")
@@ -157,7 +164,6 @@ def test_an_automatic_micro_batch_is_settled_as_a_run_would(answers: dict[str, A
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("unreadable", ["/broken.jsonl:1: not valid JSON"]),
         ("missing", ["/none.jsonl: no such file."]),
         ("no name", ["--samples: is for one recipe, and none was named. Write `doctor NAME` before it."]),
         ("unknown recipe", ["quikstart: no recipe of this name. Did you mean 'quickstart'?"]),

@@ -1,28 +1,32 @@
 """The token doctor: what is wrong or odd in the rows that a run would train on.
 
-Owns the checks of text, turns and tokens. Prints nothing and changes nothing; what cannot be read at all is
-`read`'s to refuse.
+Owns the checks of text, turns and tokens, one row at a time. Prints nothing and changes nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..errors import DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError, Problem
 from ..findings import Finding, Grade
-from ..recipe import Data, Recipe
-from .rows import Conversation, Example, Preference, Text
-from .text import tokenize_text
-from .tokens import IGNORE, LossOn, TokenRow, Turns, tokenize
+from ..recipe import Data
+from .batches import Outcome
+from .read import MAX_PROBLEMS
+from .rows import Conversation, Row, Text
+from .tokens import LossOn, Marked, Turns
 from .tools import tool_texts
 
-Row = Conversation | Text
-Pair = tuple[Row, TokenRow]
+Sign = tuple[str, str]
+"""The code of a finding and a place that has it."""
 
 MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
+    "unreadable": ("error", "The row cannot be read, or the run has no use for it.", ""),
     "special-token": (
         "error",
         "Text of a message holds a special token, which would open or close turns by itself.",
@@ -79,55 +83,76 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
 """Code -> grade, what it means, what to do."""
 
 
+@dataclass
+class Places:
+    """The first places of a finding, each once, and how many more it has."""
+
+    first: list[str] = field(default_factory=list)
+    more: int = 0
+
+    def add(self, place: str) -> None:
+        if place in self.first:  # a source may be named twice
+            return
+        if len(self.first) < MAX_PROBLEMS:
+            self.first.append(place)
+        else:
+            self.more += 1
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Looks at every row of a split in turn and keeps what it finds, not the rows.
+
+    `remedies`: of rows that cannot be read, by what mends them.
+    """
+
+    tokenizer: Any
+    turns: Turns
+    loss_on: LossOn
+    signs: dict[str, Places] = field(default_factory=dict)
+    remedies: dict[str, Places] = field(default_factory=dict)
+
+    def look(self, row: Row | None, outcome: Outcome) -> None:
+        """Take note of a row and of what became of it."""
+        if row is None:
+            assert isinstance(outcome, Problem)
+            self.remedies.setdefault(outcome.remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
+            return
+        for code, place in self._signs(row, outcome):
+            self.signs.setdefault(code, Places()).add(place)
+
+    def findings(self, repeated: Iterable[str] = ()) -> list[Finding]:
+        """All that was found; `repeated` rows are told with the rest."""
+        _, what, _ = MEANINGS["unreadable"]
+        found = [
+            Finding("error", "unreadable", what, tuple(places.first), fix, places.more)
+            for fix, places in self.remedies.items()
+        ]
+        found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
+        return found + find("duplicate", repeated)
+
+    def _signs(self, row: Row, outcome: Outcome) -> Iterator[Sign]:
+        if isinstance(outcome, Marked):
+            yield from row_signs(row, outcome, self.tokenizer, self.turns, self.loss_on)
+        elif isinstance(outcome, DataError):
+            inside = special_tokens(row, self.tokenizer, self.turns)
+            yield from (("special-token", place) for place in inside)
+            if not inside:
+                yield from (("refused", f"{p.place}: {p.reason}") for p in outcome.problems)
+        yield from text_signs(row)
+
+
 def find(code: str, places: Iterable[str]) -> list[Finding]:
-    """The finding of `code` at these places, each told once though weights repeat it; none without any."""
+    """The finding of `code` at these places; none where there are none."""
+    found = Places()
+    for place in places:
+        found.add(place)
+    return [_finding(code, found)] if found.first else []
+
+
+def _finding(code: str, places: Places) -> Finding:
     grade, what, fix = MEANINGS[code]
-    found = tuple(dict.fromkeys(places))
-    return [Finding(grade, code, what, found, fix)] if found else []
-
-
-def examine_all(
-    examples: Mapping[str, Sequence[Example]], recipe: Recipe, tokenizer: Any
-) -> tuple[dict[str, list[TokenRow]], list[Finding]]:
-    """The rows of every split that a run could tokenize, and all findings on them."""
-    turns, settings = Turns.of(tokenizer), recipe.data
-    conversations = {
-        name: [row for row in found if not isinstance(row, Preference)] for name, found in examples.items()
-    }
-    rows: dict[str, list[TokenRow]] = {}
-    findings: list[Finding] = []
-    for name, talks in conversations.items():
-        pairs, refused = tokenize_all(talks, tokenizer, turns, settings.loss_on)
-        rows[name] = [row for _, row in pairs]
-        findings += [*refused, *examine(pairs, tokenizer, turns), *examine_text(talks)]
-        findings += examine_sizes(rows[name], settings, f"data.{name}")
-    fits = sum(len(row.input_ids) <= settings.max_length for row in rows["train"])
-    findings += examine_batch(fits, recipe.train.effective_batch, "data.train")
-    findings += overlap(conversations["train"], conversations.get("eval", ()))
-    return rows, findings
-
-
-def tokenize_all(
-    conversations: Iterable[Row], tokenizer: Any, turns: Turns, loss_on: LossOn
-) -> tuple[list[Pair], list[Finding]]:
-    """Every row as a run would tokenize it; the ones it would refuse come as findings."""
-    pairs: list[Pair] = []
-    special: list[str] = []
-    refused: list[str] = []
-    for talk in conversations:
-        try:
-            pairs.append((talk, _tokens(talk, tokenizer, turns, loss_on)))
-        except DataError as error:
-            inside = special_tokens(talk, tokenizer, turns)
-            special += inside
-            refused += [] if inside else [f"{problem.place}: {problem.reason}" for problem in error.problems]
-    return pairs, find("special-token", special) + find("refused", refused)
-
-
-def _tokens(row: Row, tokenizer: Any, turns: Turns, loss_on: LossOn) -> TokenRow:
-    if isinstance(row, Text):
-        return tokenize_text(row, tokenizer, turns)
-    return tokenize(row, tokenizer, turns, loss_on)
+    return Finding(grade, code, what, tuple(places.first), fix, places.more)
 
 
 def special_tokens(row: Row, tokenizer: Any, turns: Turns) -> list[str]:
@@ -140,61 +165,83 @@ def special_tokens(row: Row, tokenizer: Any, turns: Turns) -> list[str]:
     return found
 
 
-def _texts(row: Row) -> list[tuple[str, str]]:
+def _texts(row: Row) -> Iterator[tuple[str, str]]:
     """(place, text) of all that a row says."""
     if isinstance(row, Text):
-        return [(row.place, row.text)]
-    said = [(f"{row.place}: messages[{i}]", message.content) for i, message in enumerate(row.messages)]
-    return said + list(tool_texts(row))
+        yield row.place, row.text
+        return
+    for i, message in enumerate(row.messages):
+        yield f"{row.place}: messages[{i}]", message.content
+    yield from tool_texts(row)
 
 
-def examine(pairs: Sequence[Pair], tokenizer: Any, turns: Turns) -> list[Finding]:
-    """Findings on the tokens of a split."""
-    rows = [row for _, row in pairs]
-    talks = [(talk, row) for talk, row in pairs if isinstance(talk, Conversation)]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return [
-        *find("all-masked", (row.place for row in rows if not row.num_supervised)),
-        *find(
-            "no-stop", (row.place for _, row in talks if any(span[-1] != turns.end for span in _spans(row)))
-        ),
-        *find("double-bos", (row.place for row in rows if row.input_ids[:2] == [bos, bos])),
-        *find("double-eos", (row.place for row in rows if row.input_ids[-2:] == [eos, eos])),
-        *find("short-answer", (place for pair in talks for place in _short_answers(*pair))),
-    ]
+def row_signs(example: Row, row: Marked, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Iterator[Sign]:
+    """What is odd in a row's tokens; plain text has no turns that could stop, or be short."""
+    ids, trained = row.input_ids, row.trained
+    if not trained:
+        yield "all-masked", row.place
+    if isinstance(example, Conversation):
+        yield from _turn_signs(example, row, turns, loss_on)
+    if len(ids) < 2:
+        return
+    if ids[0] == ids[1] == tokenizer.bos_token_id:  # last, because transformers takes 1.3 us to look it up
+        yield "double-bos", row.place
+    if ids[-1] == ids[-2] == tokenizer.eos_token_id:
+        yield "double-eos", row.place
 
 
-def examine_text(rows: Sequence[Row]) -> list[Finding]:
-    """Findings that need no tokens."""
-    talks = [row for row in rows if isinstance(row, Conversation)]
-    return [
-        *find("turn-order", (place for talk in talks for place in _repeated_roles(talk))),
-        *find("garbled", (place for row in rows for place in _garbled(row))),
-        *find("duplicate", _repeated(rows, lambda row: row.canonical)),
-    ]
+def _turn_signs(talk: Conversation, row: Marked, turns: Turns, loss_on: LossOn) -> Iterator[Sign]:
+    ids, trained = row.input_ids, row.trained
+    if loss_on == "all":  # what the template writes behind the last turn is trained on too
+        stops = all(turns.end in ids[start:stop] for start, stop in trained)
+    else:
+        stops = all(ids[stop - 1] == turns.end for _, stop in trained)
+        yield from _short_answers(talk, trained)
+    if not stops:
+        yield "no-stop", row.place
 
 
-def overlap(train: Iterable[Row], held_out: Iterable[Row]) -> list[Finding]:
-    """Held-out rows whose user messages a training row has too, apart from case and whitespace."""
-    asked: dict[tuple[str, ...], str] = {}
-    for talk in train:
-        asked.setdefault(_asked(talk), talk.place)
-    shared = [(talk.place, asked[_asked(talk)]) for talk in held_out if _asked(talk) in asked]
-    return find("overlap", (f"{place} (as {first})" for place, first in shared))
+def text_signs(row: Row) -> Iterator[Sign]:
+    """What is odd in what a row says."""
+    messages = row.messages if isinstance(row, Conversation) else ()
+    before, ascii_only = "", isinstance(row, Conversation) and not row.tools_json
+    for i, message in enumerate(messages):
+        if message.role == before != "tool":  # one answer may make several calls
+            yield "turn-order", f"{row.place}: messages[{i}]: {before} after {before}"
+        before = message.role
+        ascii_only = ascii_only and not message.more and message.content.isascii()
+    if ascii_only:  # to name the places of a million rows takes longer than to look at their text
+        return
+    for place, text in _texts(row):
+        hit = None if text.isascii() else _GARBLED.search(text)
+        if hit is not None:
+            yield "garbled", f"{place}: {hit[0]!r}"
 
 
-def examine_sizes(rows: Sequence[TokenRow], data: Data, place: str) -> list[Finding]:
-    """Rows that do not fit `data.max_length`."""
-    over = tuple(row.place for row in rows if len(row.input_ids) > data.max_length)
-    if not over:
+def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterator[Sign]:
+    """Trained answers of fewer than two tokens, the one that ends them not counted."""
+    if all(stop - start > 2 for start, stop in trained):
+        return
+    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
+    for i, (start, stop) in zip(answers[-len(trained) :], trained, strict=True):
+        if stop - start <= 2:
+            yield "short-answer", f"{talk.place}: messages[{i}]"
+
+
+def examine_sizes(lengths: NDArray[np.int32], over: Places, data: Data, place: str) -> list[Finding]:
+    """Rows that do not fit `data.max_length`, which are at `over`; an error where all are and none is cut.
+
+    Shape: `lengths` (rows,).
+    """
+    if not over.first:
         return []
     fix = "Raise data.max_length, or shorten them."
     limit = f"data.max_length {data.max_length}"
-    if len(over) == len(rows):
+    if data.overlong in ("drop", "error") and (lengths > data.max_length).all():
         return [Finding("error", "overlong", f"Every row is longer than {limit}.", (place,), fix)]
     grade: Grade = "error" if data.overlong == "error" else "note"
     what = f"Rows are longer than {limit}; data.overlong is {data.overlong}."
-    return [Finding(grade, "overlong", what, over, fix)]
+    return [Finding(grade, "overlong", what, tuple(over.first), fix, over.more)]
 
 
 def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Finding]:
@@ -206,37 +253,6 @@ def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Findi
     )
     fix = f"Set train.effective_batch to {num_rows} or less, or add rows."
     return [Finding("warning", "large-batch", what, (place,), fix)]
-
-
-def _spans(row: TokenRow) -> list[list[int]]:
-    """The runs of tokens that are trained on."""
-    runs = groupby(row.labels, key=lambda label: label != IGNORE)
-    return [list(run) for trained, run in runs if trained]
-
-
-def _short_answers(talk: Conversation, row: TokenRow) -> list[str]:
-    """Assistant messages of fewer than two tokens, the one that ends them not counted."""
-    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
-    spans = zip(answers, _spans(row), strict=False)
-    return [f"{talk.place}: messages[{i}]" for i, span in spans if len(span) - 1 < 2]
-
-
-def _repeated_roles(talk: Conversation) -> list[str]:
-    roles = [message.role for message in talk.messages]
-    twins = (i for i in range(1, len(roles)) if roles[i] == roles[i - 1] != "tool")
-    return [f"{talk.place}: messages[{i}]: {roles[i]} after {roles[i]}" for i in twins]
-
-
-def _repeated(talks: Iterable[Row], key: Callable[[Row], Any]) -> list[str]:
-    first: dict[Any, str] = {}
-    places = [(talk.place, first.setdefault(key(talk), talk.place)) for talk in talks]
-    return [f"{place} (as {earlier})" for place, earlier in places if place != earlier]
-
-
-def _asked(row: Row) -> tuple[str, ...]:
-    """What the user says, or the whole of a text."""
-    asked = [row.text] if isinstance(row, Text) else [m.content for m in row.messages if m.role == "user"]
-    return tuple(" ".join(text.casefold().split()) for text in asked)
 
 
 def _high_characters() -> str:
@@ -253,8 +269,3 @@ _HIGH: Final = re.escape("".join(c for c in _high_characters() if c not in _CLOS
 _GARBLED: Final = re.compile(
     f"\N{REPLACEMENT CHARACTER}|[ÂÃ][{_HIGH}]|(?<![A-ZÀ-Þ])[ÂÃ][{_CLOSING}]|â[{_HIGH}{_CLOSING}]{{2}}"
 )
-
-
-def _garbled(row: Row) -> list[str]:
-    hits = ((place, _GARBLED.search(text)) for place, text in _texts(row))
-    return [f"{place}: {hit[0]!r}" for place, hit in hits if hit is not None]

@@ -96,6 +96,8 @@ def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, s
 def _message(message: Any, place: str) -> Turn:
     keys = ("role", "content")
     role = _role(message, place, keys, _ITSELF)
+    if len(message) == 2 and "content" in message:  # nothing to look for, in a million rows
+        return Turn(Message(role, read_text(message, "content", place)), place)
     more = {key: message[key] for key in KEPT.get(role, ()) if says_something(message.get(key))}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], place)

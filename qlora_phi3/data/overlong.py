@@ -12,11 +12,11 @@ from typing import Any
 
 from ..errors import DataError
 from ..recipe import Data
-from .rows import Conversation, Message, Text
-from .tokens import TokenRow, Turns, assistant_spans, tokenize
+from .rows import Conversation, Message, Row
+from .tokens import Marked, Turns, assistant_spans, mark
 
-Talk = tuple[Conversation, TokenRow]
-Kept = tuple[Conversation | Text, TokenRow]
+Talk = tuple[Conversation, Marked]
+Kept = tuple[Row, Marked]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Fitted:
     num_dropped: int = 0
     num_truncated: int = 0
     num_split: int = 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether anything was dropped, cut or split."""
+        return bool(self.num_dropped or self.num_truncated or self.num_split)
+
+    @property
+    def counts(self) -> Fitted:
+        """The same without its rows."""
+        return replace(self, rows=())
 
     @classmethod
     def sum(cls, parts: Iterable[Fitted]) -> Fitted:
@@ -51,13 +61,12 @@ class Fitter:
     tokenizer: Any
     turns: Turns
 
-    def fit(self, conversation: Conversation) -> Fitted:
-        """The rows of one conversation.
+    def fit(self, conversation: Conversation, row: Marked) -> Fitted:
+        """The rows of one conversation, which `row` is in tokens.
 
         Raises:
-            DataError: it cannot be tokenized, or is too long for `overlong: error`.
+            DataError: it is too long for `overlong: error`, or a part of it cannot be tokenized.
         """
-        row = self._row(conversation)
         if self._fits(row):
             return Fitted(((conversation, row),))
         if self.data.overlong == "error":
@@ -72,7 +81,7 @@ class Fitter:
             else self._split(conversation)
         )
 
-    def _truncate(self, conversation: Conversation, row: TokenRow) -> Fitted:
+    def _truncate(self, conversation: Conversation, row: Marked) -> Fitted:
         """Cut inside the last answer that begins early enough, or behind it, and end it there.
 
         At least one token of the answer stays before its end: an empty answer would teach to say nothing.
@@ -83,8 +92,7 @@ class Fitter:
         if not begun or (self.data.loss_on == "last" and begun[-1] != len(spans) - 1):
             return Fitted(num_dropped=1)
         stop = min(spans[begun[-1]][1], limit)
-        end = [self.turns.end]
-        cut = TokenRow(row.input_ids[: stop - 1] + end, row.labels[: stop - 1] + end, row.place)
+        cut = Marked([*row.input_ids[: stop - 1], self.turns.end], _cut(row.trained, stop), row.place)
         return Fitted(((_through_answer(conversation, begun[-1]), cut),), num_truncated=1)
 
     def _split(self, conversation: Conversation) -> Fitted:
@@ -111,10 +119,10 @@ class Fitter:
         part = replace(conversation, messages=system + messages[start:stop])
         return part, self._row(part)
 
-    def _row(self, conversation: Conversation) -> TokenRow:
-        return tokenize(conversation, self.tokenizer, self.turns, self.data.loss_on)
+    def _row(self, conversation: Conversation) -> Marked:
+        return mark(conversation, self.tokenizer, self.turns, self.data.loss_on)
 
-    def _fits(self, row: TokenRow) -> bool:
+    def _fits(self, row: Marked) -> bool:
         return len(row.input_ids) <= self.data.max_length
 
 
@@ -133,3 +141,11 @@ def _through_answer(conversation: Conversation, number: int) -> Conversation:
     """Up to and including the assistant message of this number."""
     answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     return replace(conversation, messages=conversation.messages[: answers[number] + 1])
+
+
+def _cut(trained: list[tuple[int, int]], stop: int) -> list[tuple[int, int]]:
+    """The runs before `stop`, of which the last token, an end put there, is always trained on."""
+    kept = [(start, min(end, stop - 1)) for start, end in trained if start < stop - 1]
+    if kept and kept[-1][1] == stop - 1:
+        return [*kept[:-1], (kept[-1][0], stop)]
+    return [*kept, (stop - 1, stop)]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int] | NDArray[Any], capacity: int) -> list[list[int]]:
     """Bins of row numbers, each of at most `capacity` tokens: best-fit decreasing.
 
     The longest rows come first, each into the fullest bin that still has room for it: never more than 11/9

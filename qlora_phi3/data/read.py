@@ -30,10 +30,11 @@ __all__ = [
     "check_source",
     "name_of",
     "read",
-    "read_splits",
     "shortened",
     "stream",
+    "stream_held_out",
     "stream_splits",
+    "stream_training",
 ]
 
 MAX_PROBLEMS: Final = 20
@@ -100,15 +101,22 @@ def stream_splits(
     """Every row of the recipe with its split, "train" or "eval", in one pass over the sources.
 
     A row is taken as often as its source's weight says; of the rows that `data.eval.fraction` holds out,
-    each is taken once at most. A side that stays empty ends with a Problem.
+    each is taken once at most. A side that stays empty ends with a Problem. Copies follow their row, and are
+    the same object.
     """
-    yield from _stream_training(data, train, evaluate)
+    yield from stream_training(data, train, evaluate)
+    yield from stream_held_out(data, train, evaluate)
+
+
+def stream_held_out(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+    """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
         for row, copies in _weighted(source, data, train, evaluate, held_out=True):
             yield from [("eval", row)] * copies
 
 
-def _stream_training(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+def stream_training(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+    """The part of `stream_splits` that comes from `data.train`'s sources, held-out share included."""
     share = data.eval.fraction if isinstance(data.eval, Fraction) else 0.0
     found = {"train": 0, "eval": 0}
     broken = False
@@ -174,28 +182,6 @@ def _refusal(
     if isinstance(row, Text) and held_out and set(GENERATION_METRICS) & set(evaluate.metrics):
         return Problem(row.place, f"evaluate.metrics: {NO_ANSWERS}", "Set evaluate.metrics=[loss].")
     return None
-
-
-def read_splits(data: Data, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> dict[str, list[Example]]:
-    """All rows by split: "train", and "eval" where the recipe has it.
-
-    Raises:
-        DataError: every malformed row with its place (the first 20 of a split), or an empty side.
-    """
-    rows: dict[str, list[Example]] = {"train": [], "eval": []}
-    if data.eval is None:
-        del rows["eval"]
-    problems: dict[str, list[Problem]] = {"train": [], "eval": []}
-    for split, row in stream_splits(data, train, evaluate):
-        if isinstance(row, Problem):
-            problems[split].append(row)
-        else:
-            rows[split].append(row)
-    names = {"train": name_of(data.train), "eval": ", ".join(source.path for source in data.eval_sources)}
-    found = [one for split, name in names.items() for one in shortened(problems[split], name)]
-    if found:
-        raise DataError.of(found)
-    return rows
 
 
 def read(source: Source) -> list[Example]:

@@ -29,7 +29,8 @@ class Message:
 
     def to_template(self) -> dict[str, Any]:
         """The message as a chat template takes it."""
-        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
+        found = {"role": self.role, "content": self.content}
+        return {**found, **json.loads(self.more)} if self.more else found
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Conversation:
     def tools(self) -> list[dict[str, Any]] | None:
         """What `apply_chat_template` takes as `tools`."""
         return json.loads(self.tools_json) if self.tools_json else None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a template gets more of it than roles and contents."""
+        return bool(self.tools_json) or any([message.more for message in self.messages])
 
     @property
     def last_answer(self) -> int:
@@ -100,7 +106,10 @@ class Preference:
         return _canonical([one.canonical for one in both])
 
 
-Example = Conversation | Text | Preference
+Row = Conversation | Text
+"""A row that `train.task: sft` learns from."""
+
+Example = Row | Preference
 """A row of any format."""
 
 

@@ -11,10 +11,10 @@ from ..errors import DataError, ModelError
 from ..recipe import Data
 from .overlong import Fitted
 from .rows import Text
-from .tokens import IGNORE, TokenRow, Turns, check_plain
+from .tokens import Marked, Turns, check_plain
 
 
-def tokenize_text(text: Text, tokenizer: Any, turns: Turns) -> TokenRow:
+def mark_text(text: Text, tokenizer: Any, turns: Turns) -> Marked:
     """The document's ids and the end of text: all trained on but the first, which nothing predicts.
 
     Raises:
@@ -24,19 +24,23 @@ def tokenize_text(text: Text, tokenizer: Any, turns: Turns) -> TokenRow:
     if tokenizer.eos_token_id is None:
         reason = "the tokenizer has no end-of-text token: a model trained on plain text would never stop."
         raise ModelError("tokenizer", reason, "Use a base that has one.")
-    return _row([*check_plain(text.text, text.place, tokenizer, turns), tokenizer.eos_token_id], text)
+    return marked_text(text, check_plain(text.text, text.place, tokenizer, turns), tokenizer.eos_token_id)
 
 
-def fit_text(text: Text, data: Data, tokenizer: Any, turns: Turns) -> Fitted:
-    """The rows of one document, of at most `data.max_length` tokens, as `data.overlong` says.
+def marked_text(text: Text, ids: list[int], end: int) -> Marked:
+    """The row of a document whose ids are known; `end` is the end of text."""
+    return _row([*ids, end], text)
+
+
+def fit_text(text: Text, row: Marked, data: Data) -> Fitted:
+    """A document, which `row` is in tokens, as rows of at most `data.max_length`, as `data.overlong` says.
 
     `truncate` ends what is left with the end of text. `split` does not: only the last part has it, and each
     part begins with the last token of the one before, so that every token is predicted once.
 
     Raises:
-        DataError: it cannot be tokenized, or is too long for `overlong: error`.
+        DataError: it is too long for `overlong: error`.
     """
-    row = tokenize_text(text, tokenizer, turns)
     ids, limit = row.input_ids, data.max_length
     if len(ids) <= limit:
         return Fitted(((text, row),))
@@ -51,5 +55,5 @@ def fit_text(text: Text, data: Data, tokenizer: Any, turns: Turns) -> Fitted:
     return Fitted(tuple((text, _row(ids[start : start + limit], text)) for start in starts), num_split=1)
 
 
-def _row(ids: list[int], text: Text) -> TokenRow:
-    return TokenRow(ids, [IGNORE, *ids[1:]], text.place)
+def _row(ids: list[int], text: Text) -> Marked:
+    return Marked(ids, [(1, len(ids))] if len(ids) > 1 else [], text.place)

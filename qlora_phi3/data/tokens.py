@@ -51,6 +51,28 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """One conversation in tokens, as the runs of them that are trained on: a TokenRow in less time and space.
+
+    `trained`: [start, stop) of every run, ascending, with a gap between any two.
+    """
+
+    input_ids: list[int]
+    trained: list[tuple[int, int]]
+    place: str
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(stop - start for start, stop in self.trained)
+
+    def row(self) -> TokenRow:
+        labels = [IGNORE] * len(self.input_ids)
+        for start, stop in self.trained:
+            labels[start:stop] = self.input_ids[start:stop]
+        return TokenRow(self.input_ids, labels, self.place)
+
+
+@dataclass(frozen=True)
 class Turns:
     """How a template opens and closes the assistant's turn, in token ids.
 
@@ -133,9 +155,18 @@ def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: 
             out or changes an answer, or the turns found in the tokens are not those of the conversation: a
             header ran together with the answer.
     """
+    return mark(conversation, tokenizer, turns, loss_on).row()
+
+
+def mark(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Marked:
+    """What `tokenize` says, as runs; the reference for `batches`, one row at a time.
+
+    Raises:
+        DataError: as `tokenize`.
+    """
     from jinja2 import TemplateError
 
-    _check_text(conversation, tokenizer, turns)
+    check_text(conversation, tokenizer, turns)
     messages, last = conversation.to_template(), conversation.last_answer
     try:
         whole = _text(tokenizer, messages, conversation.tools, prompt=False)
@@ -144,15 +175,23 @@ def tokenize(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: 
         reason = f"the model's chat template refuses it: {error}."
         raise DataError(conversation.place, reason, "Change the row, or remove it.") from None
     ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return marked(conversation, whole, prompt, ids, turns, loss_on)
+
+
+def marked(
+    conversation: Conversation, whole: str, prompt: str, ids: list[int], turns: Turns, loss_on: LossOn
+) -> Marked:
+    """The runs to train on in `ids`, the tokens of `whole`; `prompt` asks for its last answer.
+
+    Raises:
+        DataError: the turns in tokens or text are not those of the conversation.
+    """
     spans = assistant_spans(ids, turns)
     _check_spans(conversation, len(spans))
     _check_prefix(conversation, prompt, whole)
     _check_answers(conversation, len(prompt), whole)
     trained = {"assistant": spans, "last": spans[-1:], "all": [(1, len(ids))]}[loss_on]
-    labels = [IGNORE] * len(ids)
-    for start, stop in trained:
-        labels[start:stop] = ids[start:stop]
-    return TokenRow(ids, labels, conversation.place)
+    return Marked(ids, trained, conversation.place)
 
 
 def _check_spans(conversation: Conversation, found: int) -> None:
@@ -193,11 +232,16 @@ def _check_answers(conversation: Conversation, prompt_width: int, whole: str) ->
         at += len(answer)
 
 
-def _check_text(conversation: Conversation, tokenizer: Any, turns: Turns) -> None:
-    """A special token in a message would open or close turns, and never be shown in an answer."""
+def check_text(conversation: Conversation, tokenizer: Any, turns: Turns) -> None:
+    """A special token in a message would open or close turns, and never be shown in an answer.
+
+    Raises:
+        DataError: the first message or part of function calling with one, or that the template leaves out.
+    """
     check_shown(conversation, turns.silent)
+    silent = left_out(conversation, turns)
     for i, message in enumerate(conversation.messages):
-        if _kind(conversation, i) in turns.silent:
+        if i == silent:
             reason = f"the model's chat template leaves out a {_kind(conversation, i)} message."
             remedy = "Put its text into the user's message, or remove it."
             raise DataError(f"{conversation.place}: messages[{i}]", reason, remedy)
@@ -220,6 +264,14 @@ def check_plain(text: str, place: str, tokenizer: Any, turns: Turns) -> list[int
     return ids
 
 
+def left_out(conversation: Conversation, turns: Turns) -> int | None:
+    """Index of the first message that the template leaves out, if any."""
+    for i, message in enumerate(conversation.messages):
+        if (_kind(conversation, i) if message.role == "system" else message.role) in turns.silent:
+            return i
+    return None
+
+
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> tuple[list[int], str]:
     """Tokens that ask for the last assistant turn, and the answer it has there: a call as it is rendered."""
     last, tools = conversation.last_answer, conversation.tools
@@ -235,21 +287,21 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> tuple[list[int], s
     return ids, str(tokenizer.decode(answer))
 
 
-def assistant_spans(ids: Sequence[int], turns: Turns) -> list[tuple[int, int]]:
+def assistant_spans(ids: list[int], turns: Turns) -> list[tuple[int, int]]:
     """[start, stop) of every assistant turn: after its header, up to and including its end token."""
     spans: list[tuple[int, int]] = []
-    at, width = 0, len(turns.header)
-    while at + width <= len(ids):
-        if tuple(ids[at : at + width]) != turns.header:
-            at += 1
-            continue
-        start = at + width
-        stop = next((i + 1 for i in range(start, len(ids)) if ids[i] == turns.end), None)
-        if stop is None:
-            return spans
-        spans.append((start, stop))
-        at = stop
-    return spans
+    header, width, at = list(turns.header), len(turns.header), 0
+    try:  # list.index runs in C: twenty times as fast as a loop over the tokens
+        while True:
+            at = ids.index(header[0], at)
+            if ids[at : at + width] != header:
+                at += 1
+                continue
+            stop = ids.index(turns.end, at + width) + 1
+            spans.append((at + width, stop))
+            at = stop
+    except ValueError:  # no header any more, or one that nothing ends
+        return spans
 
 
 def _ids(tokenizer: Any, messages: Messages, tools: Tools = None, *, prompt: bool) -> list[int]:

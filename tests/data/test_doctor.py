@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 from conftest import PHI3_TEMPLATE, phi3_tokenizer
 
-from qlora_phi3.data import figures
-from qlora_phi3.data.doctor import MEANINGS, examine, examine_all
+from qlora_phi3.data import Prepared, figures, parts
+from qlora_phi3.data.doctor import MEANINGS, row_signs
 from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
-from qlora_phi3.data.read import Conversation, Message
-from qlora_phi3.data.rows import Text
-from qlora_phi3.data.tokens import IGNORE, TokenRow, Turns, tokenize
+from qlora_phi3.data.parts import Part, Reading
+from qlora_phi3.data.read import EVALUATE, MAX_PROBLEMS, TRAIN
+from qlora_phi3.data.rows import Conversation, Message, Row, Text
+from qlora_phi3.data.tokens import IGNORE, LossOn, Marked, TokenRow, Turns, tokenize
+from qlora_phi3.errors import Problem
 from qlora_phi3.findings import Finding
-from qlora_phi3.recipe import Recipe
+from qlora_phi3.recipe import Data
 
 PHI3 = phi3_tokenizer()
 TURNS = Turns.of(PHI3)
@@ -47,17 +51,30 @@ def tokenizer_with(template: str, **special: str) -> Any:
 def diagnose(
     train: Sequence[Talk], held_out: Sequence[Talk] = (), tokenizer: Any = PHI3, **settings: Any
 ) -> list[Finding]:
+    return examined(talks(train), talks(held_out, "e"), tokenizer, **settings)
+
+
+def examined(
+    train: Sequence[Row], held_out: Sequence[Row] = (), tokenizer: Any = PHI3, **settings: Any
+) -> list[Finding]:
     batch = settings.pop("effective_batch", 1)
-    recipe = Recipe.model_validate(
-        {
-            "version": 1,
-            "name": "t",
-            "data": {"train": {"path": "t.jsonl"}, **settings},
-            "train": {"effective_batch": batch},
-        }
-    )
-    splits = {"train": talks(train)} | ({"eval": talks(held_out, "e")} if held_out else {})
-    return examine_all(splits, recipe, tokenizer)[1]
+    found = {"train": part_of(train, tokenizer, **settings)}
+    if held_out:
+        found["eval"] = part_of(held_out, tokenizer, "eval", **settings)
+    return Prepared(found, data_of(**settings), Turns.of(tokenizer)).findings(batch)
+
+
+def data_of(**settings: Any) -> Data:
+    return Data.model_validate({"train": {"path": "t.jsonl"}, **settings})
+
+
+def part_of(rows: Sequence[Row | Problem], tokenizer: Any, name: str = "train", **settings: Any) -> Part:
+    """Rows as they would come from a file."""
+    data = data_of(eval={"path": "e.jsonl"}, **settings)
+    reading = Reading(name, data, TRAIN, EVALUATE, tokenizer, Turns.of(tokenizer), num_kept=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reading, "stream", lambda self: ((name, row) for row in rows))
+        return parts.build(reading)[name]
 
 
 @dataclass(frozen=True)
@@ -178,20 +195,50 @@ def test_one_bos_and_one_eos_are_right(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "codes"),
+    ("trained", "codes"),
     [
-        ([IGNORE, 5, END, IGNORE], []),
-        ([IGNORE, IGNORE, IGNORE, IGNORE], ["all-masked"]),
-        ([IGNORE, 5, 6, IGNORE], ["no-stop"]),
-        ([IGNORE, 5, END, 6], ["no-stop"]),
-        ([5, 6, IGNORE, END], ["no-stop"]),
-        ([5, END, IGNORE, END], []),
+        ([0, 1, 1, 0], []),
+        ([0, 0, 0, 0], ["all-masked"]),
+        ([0, 1, 0, 0], ["no-stop"]),
+        ([0, 1, 1, 1], ["no-stop"]),
+        ([1, 1, 0, 1], ["no-stop"]),
+        ([0, 0, 1, 0], []),
     ],
 )
-def test_rows_that_teach_nothing_or_not_to_stop(labels: list[int], codes: list[str]) -> None:
-    row = TokenRow([USER, 5, END, EOS], labels, "t:1")
-    found = examine([(Conversation((), "t:1"), row)], PHI3, TURNS)
-    assert [(one.code, one.places) for one in found] == [(code, ("t:1",)) for code in codes]
+def test_rows_that_teach_nothing_or_not_to_stop(trained: list[int], codes: list[str]) -> None:
+    runs = [list(run) for one, run in groupby(range(4), key=lambda i: trained[i]) if one]
+    row = Marked([USER, 5, END, EOS], [(run[0], run[-1] + 1) for run in runs], "t:1")
+    (one,) = talks([("user: a", *["assistant: b"] * len(runs))])
+    signs = list(row_signs(one, row, PHI3, TURNS, "assistant"))
+    assert [code for code, _ in signs if code != "short-answer"] == codes
+
+
+@pytest.mark.parametrize("loss_on", get_args(LossOn))
+def test_every_loss_teaches_to_stop(loss_on: LossOn) -> None:
+    """`all` trains on the end of text behind the last turn too, which is no mistake."""
+    assert diagnose([GOOD, (*LONG, *GOOD)], loss_on=loss_on) == []
+
+
+def test_the_last_answer_is_the_short_one() -> None:
+    row = ("user: hello", "assistant: well", "user: hello", "assistant: 1")
+    (found,) = diagnose([row], loss_on="last")
+    assert (found.code, found.places) == ("short-answer", ("t:1: messages[3]",))
+    assert diagnose([(row[0], row[3], row[2], row[1])], loss_on="last") == []
+
+
+def test_rows_that_cannot_be_read_are_told_by_what_mends_them() -> None:
+    problems = [Problem("t:1", "not UTF-8 text.", "Convert."), Problem("t:2", "not JSON.", "Mend.")]
+    part = part_of([*problems, *talks([GOOD]), Problem("t:4", "a NUL byte.", "Convert.")], PHI3)
+    assert [(one.grade, one.code, one.places, one.fix) for one in part.findings] == [
+        ("error", "unreadable", ("t:1: not UTF-8 text.", "t:4: a NUL byte."), "Convert."),
+        ("error", "unreadable", ("t:2: not JSON.",), "Mend."),
+    ]
+
+
+def test_a_finding_lists_the_first_places_and_counts_the_others() -> None:
+    (found,) = diagnose([("user: hello", "assistant: 1"), *[LONG] * (MAX_PROBLEMS + 3)][1:])
+    assert (len(found.places), found.more, found.num_places) == (MAX_PROBLEMS, 2, MAX_PROBLEMS + 2)
+    assert str(found).startswith("warning: The row repeats") and "(t:2 (as t:1) and 21 more)" in str(found)
 
 
 @pytest.mark.parametrize(("overlong", "grade"), [("drop", "note"), ("error", "error")])
@@ -209,7 +256,7 @@ def test_rows_that_are_dropped_fill_no_batch() -> None:
 
 def test_errors_are_what_a_run_refuses_or_trains_wrong() -> None:
     errors = {code for code, (grade, _, _) in MEANINGS.items() if grade == "error"}
-    assert errors == {"special-token", "refused", "all-masked", "no-stop"}
+    assert errors == {"unreadable", "special-token", "refused", "all-masked", "no-stop"}
 
 
 def test_a_program_reads_the_first_places_and_their_number() -> None:
@@ -237,7 +284,7 @@ def test_a_program_reads_the_first_places_and_their_number() -> None:
     ],
 )
 def test_the_histogram_by_hand(lengths: list[int], bins: list[Bin]) -> None:
-    assert histogram(lengths) == tuple(bins)
+    assert histogram(np.array(lengths, np.int32)) == tuple(bins)
     assert len(bins) <= figures.MAX_BINS
 
 
@@ -246,26 +293,43 @@ def test_the_histogram_by_hand(lengths: list[int], bins: list[Bin]) -> None:
     [([], 2, 0.0), ([4, 4], 2, 0.0), ([3, 5, 2], 1, 0.0), ([3, 5, 2], 2, 2 / 12), ([3, 5, 2], 8, 5 / 15)],
 )
 def test_the_padding_by_hand(lengths: list[int], micro_batch: int, share: float) -> None:
-    assert padding_share(lengths, micro_batch) == pytest.approx(share)
+    assert padding_share(np.array(lengths), micro_batch) == pytest.approx(share)
 
 
-def row_of(length: int, supervised: int) -> TokenRow:
-    return TokenRow([5] * length, [5] * supervised + [IGNORE] * (length - supervised), "t:1")
+def sized(*lengths: int) -> list[Conversation]:
+    """Rows of as many tokens, 5 of them the template's and 3 supervised."""
+    return talks([("user: " + "q" * (length - 7), "assistant: aa") for length in lengths])
 
 
 def test_the_summary_by_hand() -> None:
-    rows = [row_of(4, 1), row_of(6, 3), row_of(10, 1)]
-    found = summarize(rows, max_length=6, micro_batch=2, seed=0)
-    assert (found.rows, found.tokens, found.supervised_tokens, found.longest_row_tokens) == (3, 20, 5, 10)
-    assert found.supervised_share == pytest.approx(0.25)
+    part = part_of(sized(8, 12, 20), PHI3, max_length=12)
+    found = summarize(part, max_length=12, micro_batch=2, seed=0)
+    assert (found.rows, found.tokens, found.supervised_tokens, found.longest_row_tokens) == (3, 40, 9, 20)
+    assert found.supervised_share == pytest.approx(9 / 40)
     assert found.over_max_length_share == pytest.approx(1 / 3)
-    assert found.padding_share == pytest.approx(2 / 12)  # the row of 10 is not trained on
+    assert (found.dropped_share, found.truncated_share) == (pytest.approx(1 / 3), 0)
+    assert found.padding_share == pytest.approx(4 / 24)  # the row of 20 is not trained on
+    assert (found.packed_rows, found.packed_padding_share) == (2, pytest.approx(4 / 24))
     assert sum(one.rows for one in found.histogram) == 3
 
 
+def test_the_padding_that_packing_saves() -> None:
+    """13 and 12 with 7 and 8 fill two rows of 20; alone, batches of two would be as wide as the longer."""
+    found = summarize(part_of(sized(13, 8, 12, 7), PHI3), max_length=20, micro_batch=4, seed=0)
+    assert (found.packed_rows, found.packed_padding_share) == (2, 0)
+    assert found.padding_share == pytest.approx(1 - 40 / 52)
+
+
+def test_the_share_that_is_cut() -> None:
+    part = part_of(sized(10, 10, 10, 14, 30), PHI3, max_length=13, overlong="truncate")
+    found = summarize(part, max_length=13, micro_batch=2, seed=0)
+    assert (found.dropped_share, found.truncated_share) == (pytest.approx(1 / 5), pytest.approx(1 / 5))
+
+
 def test_the_summary_of_nothing() -> None:
-    found = summarize([], max_length=6, micro_batch=2, seed=0)
+    found = summarize(part_of([], PHI3), max_length=6, micro_batch=2, seed=0)
     assert (found.rows, found.supervised_share, found.over_max_length_share, found.histogram) == (0, 0, 0, ())
+    assert (found.packed_rows, found.packed_padding_share, found.dropped_share) == (0, 0, 0)
 
 
 # Token by token
@@ -329,11 +393,7 @@ def test_a_leading_space_is_kept() -> None:
 def codes(
     train: Sequence[Conversation | Text], held_out: Sequence[Text] = ()
 ) -> list[tuple[str, tuple[str, ...]]]:
-    recipe = Recipe.model_validate({"version": 1, "name": "t", "data": {"train": {"path": "t.txt"}}})
-    splits = {"train": train} | ({"eval": held_out} if held_out else {})
-    return [
-        (one.code, one.places) for one in examine_all(splits, recipe, PHI3)[1] if one.code != "large-batch"
-    ]
+    return [(one.code, one.places) for one in examined(train, held_out)]
 
 
 def test_plain_text_has_no_turns_to_find_fault_with() -> None:
@@ -358,3 +418,36 @@ def test_findings_on_plain_text() -> None:
 def test_a_row_that_its_weight_repeats_is_no_duplicate() -> None:
     row, other = talks([("user: hello", "assistant: cafÃ©"), GOOD])
     assert codes([row, row, row, other]) == [("garbled", ("t:1: messages[1]: 'Ã©'",))]
+
+
+def test_a_source_that_is_named_twice_has_each_place_once() -> None:
+    row, other = talks([("user: hello", "assistant: cafÃ©"), GOOD])
+    assert codes([row, other, row, other]) == [("garbled", ("t:1: messages[1]: 'Ã©'",))]
+
+
+def test_copies_count_as_rows_and_are_told_once() -> None:
+    long, row = talks([LONG, GOOD])
+    part = part_of([long, long, row, row, row], PHI3, max_length=18)
+    assert (part.num_read, len(part.lengths), len(part.rows), part.fitted.num_dropped) == (5, 5, 3, 2)
+    assert [(one.code, one.places, one.more) for one in part.findings] == [("overlong", ("t:1",), 0)]
+
+
+def test_copies_of_a_row_that_is_too_long_are_one_problem() -> None:
+    (row,) = talks([LONG])
+    problems = part_of([row, row], PHI3, max_length=18, overlong="error").problems
+    assert ([one.place for one in problems.first], problems.more) == (["t:1"], 0)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "grade"), [("drop", "error"), ("error", "error"), ("truncate", "note"), ("split", "note")]
+)
+def test_that_all_rows_are_too_long_is_no_error_where_they_are_cut(overlong: str, grade: str) -> None:
+    """Books are, and `split` is there for them."""
+    book = Text("a long story " * 9, "t:1")
+    (found,) = [one for one in examined([book], max_length=18, overlong=overlong) if one.code == "overlong"]
+    assert found.grade == grade
+
+
+def test_what_tools_say_is_examined_too() -> None:
+    row = Conversation(talks([GOOD])[0].messages, "t:1", '[{"name": "cafÃ©"}]')
+    assert ("garbled", ("t:1: tools: 'Ã©'",)) in codes([row])

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import phi3_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_phi3.data import load, read_all
+from qlora_phi3.data import load
 from qlora_phi3.data.mix import is_held_out, num_copies
-from qlora_phi3.data.read import read_splits, stream_splits
-from qlora_phi3.data.rows import Conversation, Message, Text
+from qlora_phi3.data.read import EVALUATE, TRAIN, stream_splits
+from qlora_phi3.data.rows import Conversation, Example, Message, Text
 from qlora_phi3.errors import DataError, Problem
 from qlora_phi3.recipe import Data, Evaluate, Fraction, Source, Train
 
@@ -95,6 +96,20 @@ def write(folder: Path, name: str, *texts: str) -> Source:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return Source(path=str(path))
+
+
+def read_splits(data: Data, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> dict[str, list[Example]]:
+    """All rows by split, or all problems."""
+    found: dict[str, list[Example]] = {"train": [], "eval": []} if data.eval else {"train": []}
+    problems = []
+    for split, row in stream_splits(data, train, evaluate):
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            found[split].append(row)
+    if problems:
+        raise DataError.of(problems)
+    return found
 
 
 def texts_of(rows: list[object]) -> list[str]:
@@ -214,7 +229,7 @@ def test_bad_rows_of_both_splits_are_told_together(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("not JSON\n")
     a, b = (Source(path=str(tmp_path / f"{name}.jsonl")) for name in "ab")
     with pytest.raises(DataError) as caught:
-        read_all(Data(train=a, eval=b))
+        load(Data(train=a, eval=b), phi3_tokenizer())
     assert [p.place for p in caught.value.problems] == [f"{a.path}:1", f"{b.path}:1"]
 
 
@@ -252,8 +267,6 @@ def test_preferences_are_refused_once(tmp_path: Path) -> None:
 
 
 def test_a_share_is_loaded_as_a_file_would_be(tmp_path: Path) -> None:
-    from conftest import phi3_tokenizer
-
     source = write(tmp_path, "a", *(f"row {i}" for i in range(50)))
     splits = load(Data(train=source, eval=Fraction(fraction=0.2)), phi3_tokenizer())
     assert splits.eval is not None

@@ -24,7 +24,7 @@ from talks import (
 
 from qlora_phi3.data.overlong import Fitted, Fitter, exchanges
 from qlora_phi3.data.read import Conversation
-from qlora_phi3.data.tokens import IGNORE, LossOn, TokenRow, Turns
+from qlora_phi3.data.tokens import IGNORE, LossOn, Marked, Turns, mark
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe import Data, Source
 
@@ -33,7 +33,10 @@ def fit(
     conversation: Conversation, limit: int, overlong: str, loss_on: str = "assistant", tokenizer: Any = PHI3
 ) -> Fitted:
     data = Data(train=Source(path="x"), max_length=limit, overlong=overlong, loss_on=loss_on)
-    return Fitter(data, tokenizer, Turns.of(tokenizer)).fit(conversation)
+    turns = Turns.of(tokenizer)
+    return Fitter(data, tokenizer, turns).fit(
+        conversation, mark(conversation, tokenizer, turns, data.loss_on)
+    )
 
 
 def counts(found: Fitted) -> dict[str, int]:
@@ -41,12 +44,12 @@ def counts(found: Fitted) -> dict[str, int]:
     return {"rows": len(found.rows)} | {name: count for name, count in named.items() if count}
 
 
-def shown(row: TokenRow) -> list[int | str]:
+def shown(row: Marked) -> list[int | str]:
     """Token ids of a row, its supervised ones as text `+id`."""
-    assert all(label in (token, IGNORE) for token, label in zip(row.input_ids, row.labels, strict=True))
+    labels = row.row().labels
+    assert all(label in (token, IGNORE) for token, label in zip(row.input_ids, labels, strict=True))
     return [
-        token if label == IGNORE else f"+{label}"
-        for token, label in zip(row.input_ids, row.labels, strict=True)
+        token if label == IGNORE else f"+{label}" for token, label in zip(row.input_ids, labels, strict=True)
     ]
 
 
@@ -210,10 +213,11 @@ def test_split_where_the_template_opens_answers_by_itself() -> None:
 # --- random conversations
 
 
-def runs(row: TokenRow) -> list[int]:
+def runs(row: Marked) -> list[int]:
     """The last token of every run of supervised tokens."""
-    following = [*row.labels[1:], IGNORE]
-    return [label for label, after in zip(row.labels, following, strict=True) if label != IGNORE == after]
+    labels = row.row().labels
+    following = [*labels[1:], IGNORE]
+    return [label for label, after in zip(labels, following, strict=True) if label != IGNORE == after]
 
 
 @st.composite
@@ -234,14 +238,15 @@ def test_rows_fit_and_their_answers_end(
     found, end, num_cut = fit(conversation, limit, overlong, loss_on, tokenizer), Turns.of(tokenizer).end, 0
     for kept, row in found.rows:
         assert len(row.input_ids) <= limit
-        assert all(label in (token, IGNORE) for token, label in zip(row.input_ids, row.labels, strict=True))
+        starts = [start for start, _ in row.trained[1:]]
+        assert all(stop < start for (_, stop), start in zip(row.trained, starts, strict=False))
         whole = template_ids(tokenizer, kept.to_template())
         messages_lost = overlong == "truncate" and kept != conversation
         num_cut += messages_lost or row.input_ids != whole
         if row.input_ids != whole:
             assert overlong != "drop"
             assert row.input_ids[:-1] == whole[: len(row.input_ids) - 1]
-            assert row.input_ids[-1] == row.labels[-1] == end
+            assert row.input_ids[-1] == row.row().labels[-1] == end
         ends = runs(row)
         assert ends
         if loss_on != "all":

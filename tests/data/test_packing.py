@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -48,10 +48,10 @@ def test_every_row_has_one_place_and_no_bin_overflows(lengths: list[int], capaci
     seed=st.integers(0, 9),
 )
 def test_near_the_fewest_bins(cuts: list[list[int]], seed: int) -> None:
-    """Bins that are full to the last token, cut into rows and shuffled: the fewest possible number."""
+    """Bins full to the last token, cut into rows and shuffled: their number is the fewest possible."""
     lengths = []
     for cut in cuts:
         edges = sorted({0, 100, *cut})
-        lengths += [stop - start for start, stop in itertools.pairwise(edges)]
+        lengths += [stop - start for start, stop in pairwise(edges)]
     random.Random(seed).shuffle(lengths)
     assert len(best_fit(lengths, 100)) <= math.floor(11 / 9 * len(cuts) + 1)

@@ -14,7 +14,7 @@ from talks import EOS, PHI3, TEXT, ids
 from qlora_phi3.data import load
 from qlora_phi3.data.overlong import Fitted
 from qlora_phi3.data.rows import Text
-from qlora_phi3.data.text import fit_text, tokenize_text
+from qlora_phi3.data.text import fit_text, mark_text
 from qlora_phi3.data.tokens import IGNORE, Turns
 from qlora_phi3.errors import DataError, ModelError
 from qlora_phi3.recipe import Data, Source
@@ -24,18 +24,19 @@ TURNS = Turns.of(PHI3)
 
 def fit(text: str, overlong: str = "drop", limit: int = 8) -> Fitted:
     data = Data(train=Source(path="x"), max_length=limit, overlong=overlong)
-    return fit_text(Text(text, "f:1"), data, PHI3, TURNS)
+    document = Text(text, "f:1")
+    return fit_text(document, mark_text(document, PHI3, TURNS), data)
 
 
 def ids_of(found: Fitted) -> list[list[int]]:
     for _, row in found.rows:
-        assert row.labels == [IGNORE, *row.input_ids[1:]]
+        assert row.row().labels == [IGNORE, *row.input_ids[1:]]
         assert row.num_supervised >= 1
     return [row.input_ids for _, row in found.rows]
 
 
 def test_every_token_but_the_first_is_trained_on_and_the_end_of_text_too() -> None:
-    row = tokenize_text(Text("ab\n é", "f:1"), PHI3, TURNS)
+    row = mark_text(Text("ab\n é", "f:1"), PHI3, TURNS).row()
     assert row.input_ids == ids("ab\n é", EOS)
     assert row.labels == [IGNORE, *ids("b\n é", EOS)]
     assert row.place == "f:1"
@@ -44,7 +45,7 @@ def test_every_token_but_the_first_is_trained_on_and_the_end_of_text_too() -> No
 @pytest.mark.parametrize("token", ["<|end|>", "<|endoftext|>"])
 def test_special_tokens_are_refused(token: str) -> None:
     with pytest.raises(DataError, match=r"f:1: contains the special token"):
-        tokenize_text(Text(f"a{token}b", "f:1"), PHI3, TURNS)
+        mark_text(Text(f"a{token}b", "f:1"), PHI3, TURNS)
 
 
 def test_a_tokenizer_without_an_end_of_text() -> None:
@@ -53,7 +54,7 @@ def test_a_tokenizer_without_an_end_of_text() -> None:
     tokenizer = phi3_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-text token"):
-        tokenize_text(Text("a", "f:1"), tokenizer, TURNS)
+        mark_text(Text("a", "f:1"), tokenizer, TURNS)
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate", "split", "error"])

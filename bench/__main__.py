@@ -1,0 +1,23 @@
+"""`python -m bench CASE`: measure, print, and append to bench/results/<machine>/CASE.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import data
+
+CASES = {"data": data}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="case", required=True)
+    for name, case in CASES.items():
+        case.options(commands.add_parser(name, help=(case.__doc__ or "").splitlines()[0]))
+    chosen = parser.parse_args(arguments)
+    return CASES[chosen.case].run(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

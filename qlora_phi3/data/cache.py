@@ -1,0 +1,184 @@
+"""Tokenized files that are kept from run to run, in `rows/` of the package's cache folder.
+
+Owns when an entry is the same data, whether it is whole, and how much of the disk the entries take. A wrong
+or damaged entry never changes a result: it is removed and made again. The folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from .. import builtin
+from ..errors import DataError
+from ..recipe import Fraction
+from .parts import Part, Reading, build
+from .read import check_source
+
+MIN_BYTES: Final = 16 * 2**20
+"""Fewer bytes are tokenized anew, in seconds: less than a model takes to load, and nothing is left."""
+MAX_BYTES: Final = 8 * 2**30
+"""All entries together; those used least recently go first. A million chats of 150 tokens are 0.7 GB."""
+STALE_SECONDS: Final = 24 * 3600
+"""Age of an unfinished entry after which the run that was writing it is taken for dead."""
+
+_MANIFEST: Final = "manifest.json"
+_UNFINISHED: Final = "unfinished-"
+_LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "pyarrow")
+_BLOCK: Final = 2**20
+
+
+def root() -> Path:
+    """Where the entries are."""
+    return builtin.cache_root() / "rows"
+
+
+def key(reading: Reading) -> str | None:
+    """Name of the entry for what is read; None for data that is not cached.
+
+    The files' bytes are hashed, 1 s for a million chats: their times may lie after a copy or a checkout.
+    All settings of `data` count, also those that come later, and so does the code of this folder. Data sets
+    on the hub are not cached: nothing here tells whether they changed.
+    """
+    data, tokenizer = reading.data, reading.tokenizer
+    files = _files(reading)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    large = sum(path.stat().st_size for path in files) >= MIN_BYTES
+    if backend is None or not large or any(source.is_hub for source in reading.sources):
+        return None
+    parts = {
+        "sources": [source.model_dump(mode="json") for source in reading.sources],
+        "splits": reading.splits,
+        "lots": _lots(reading),
+        "files": [[str(path), sha256(path)] for path in files],
+        "data": data.model_dump(mode="json", exclude={"train", "eval", "packing"}),
+        "used for": [reading.train.task, *reading.evaluate.metrics],  # `read` refuses rows without use
+        "num_kept": reading.num_kept,
+        "tokenizer": [type(tokenizer).__name__, backend.to_str(), tokenizer.chat_template],
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "code": [sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fetch(key: str, reading: Reading) -> dict[str, Part]:
+    """The entry `key`, made where it is not there, or not whole.
+
+    Two runs may make the same at once; the first to finish keeps it.
+
+    Raises:
+        DataError: a source is missing.
+        ModelError: as `parts.build`.
+        OutputError: there is no room for the tokens.
+    """
+    entry = root() / key
+    found = _load(entry, reading.splits)
+    if found is not None:
+        return found
+    with _unfinished() as folder:
+        before = _stamps(reading)
+        made = build(reading, folder)
+        sound = not any(part.problems.first for part in made.values())
+        if sound and _stamps(reading) == before:
+            _publish(made, folder, entry)
+    return made
+
+
+def _lots(reading: Reading) -> list[float] | None:
+    """The held-out share and the seed; None where nothing is drawn, whatever the seed."""
+    held_out = reading.data.eval
+    share = held_out.fraction if isinstance(held_out, Fraction) and "eval" in reading.splits else 0.0
+    drawn = share or any(source.weight % 1 for source in reading.sources)
+    return [share, reading.train.seed] if drawn else None
+
+
+def _files(reading: Reading) -> list[Path]:
+    try:
+        return [path for source in reading.sources for path in check_source(source)]
+    except DataError:  # it is told when it is read
+        return []
+
+
+def _stamps(reading: Reading) -> list[tuple[int, int]]:
+    """Changed when a file was written to while it was read."""
+    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in _files(reading)]
+
+
+def _load(entry: Path, splits: tuple[str, ...]) -> dict[str, Part] | None:
+    """None where the entry is missing or damaged; a damaged one is removed."""
+    try:
+        if json.loads((entry / _MANIFEST).read_text(encoding="utf-8")) != _hashes(entry):
+            raise ValueError("a file is not what was written")
+        found = {name: Part.open(entry / name) for name in splits}
+        os.utime(entry)  # for `_prune`: used just now
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+
+
+@contextmanager
+def _unfinished() -> Iterator[Path]:
+    """A folder to make an entry in; where the cache cannot be written, among the temporary files.
+
+    What is still in it goes at the end; arrays that are mapped from it stay readable.
+    """
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root()))
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(made: Mapping[str, Part], folder: Path, entry: Path) -> None:
+    """Complete the folder and give it its name at once; another run's entry of that name is as good."""
+    with suppress(OSError):  # no room, or no permission: the next run tokenizes again
+        for name, part in made.items():
+            part.save(folder / name)
+        (folder / _MANIFEST).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
+        folder.rename(entry)
+        _prune(entry)
+
+
+def _hashes(entry: Path) -> dict[str, str]:
+    """By path inside the entry, of all files but the manifest."""
+    files = [path for path in sorted(entry.rglob("*")) if path.is_file() and path != entry / _MANIFEST]
+    return {path.relative_to(entry).as_posix(): sha256(path) for path in files}
+
+
+def _prune(newest: Path) -> None:
+    """Remove the entries used least recently beyond MAX_BYTES, and what dead runs left."""
+    found = {path: path.stat().st_mtime for path in root().iterdir()}
+    room = MAX_BYTES
+    for path in sorted(found, key=lambda path: (path == newest, found[path]), reverse=True):
+        if path.name.startswith(_UNFINISHED):
+            if time.time() - found[path] > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        room -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if room < 0 and path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

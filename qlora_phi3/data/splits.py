@@ -1,0 +1,177 @@
+"""The recipe's splits in tokens, checked: what a run trains on and is measured with.
+
+Owns what a split is, and which findings stop a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..errors import DataError, Problem
+from ..findings import Finding
+from ..recipe import Data, Evaluate, Recipe, Train
+from . import cache
+from .doctor import examine_batch, find
+from .parts import Part, Reading, build
+from .read import EVALUATE, TRAIN, check_files, name_of
+from .rows import Conversation
+from .store import Rows
+from .tokens import Turns, prompt_ids
+
+KEPT: Final = 1024
+"""Conversations of a split that are kept as text, for prompts; of the others only tokens are."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a held-out conversation asks for last, and the answer it has."""
+
+    input_ids: list[int]
+    expected: str
+    text: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split, the first conversations that they hold, and what became of longer ones.
+
+    `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
+    that were cut. `num_split`: rows of the source that became several.
+    Units: `num_tokens` and `num_supervised` in tokens of the kept rows.
+    """
+
+    rows: Rows
+    conversations: list[Conversation]
+    num_dropped: int
+    num_truncated: int = 0
+    num_split: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.num_tokens
+
+    @property
+    def num_supervised(self) -> int:
+        return self.rows.num_supervised
+
+    @property
+    def longest(self) -> int:
+        return int(self.rows.lengths.max())
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "rows": len(self.rows),
+            "tokens": self.num_tokens,
+            "supervised_tokens": self.num_supervised,
+            "longest_row_tokens": self.longest,
+            "dropped_overlong_rows": self.num_dropped,
+            "truncated_rows": self.num_truncated,
+            "split_rows": self.num_split,
+        }
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training rows, held-out rows if any, and how the template frames a turn."""
+
+    train: Split
+    eval: Split | None
+    turns: Turns
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All rows in tokens, by split: "train", and "eval" where the recipe has it."""
+
+    parts: Mapping[str, Part]
+    data: Data
+    turns: Turns
+
+    def splits(self) -> Splits:
+        """What a run uses.
+
+        Raises:
+            DataError: rows that cannot be used, or none that are left.
+        """
+        data = self.data
+        names = {"train": name_of(data.train), "eval": name_of(data.eval_sources or data.train_sources)}
+        problems = [one for name, part in self.parts.items() for one in part.problems.shortened(names[name])]
+        if problems:
+            raise DataError.of(problems)
+        found = {name: _split(part, names[name], data) for name, part in self.parts.items()}
+        return Splits(found["train"], found.get("eval"), self.turns)
+
+    def findings(self, effective_batch: int) -> list[Finding]:
+        """All that the doctor has to say."""
+        train, held_out = self.parts["train"], self.parts.get("eval")
+        found = [finding for part in self.parts.values() for finding in part.findings]
+        found += examine_batch(len(train.rows), effective_batch, "data.train")
+        if held_out is not None:
+            found += find("overlap", held_out.fingerprints.shared(train.fingerprints))
+        return found
+
+
+def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Prepared:
+    """Read, tokenize and examine what the recipe names; of large files, what did not change is cached.
+
+    Raises:
+        DataError: a source is missing. What is wrong with single rows is in the parts.
+        ModelError: the tokenizer or its template cannot be used.
+    """
+    check_files(data)
+    turns, num_kept = Turns.of(tokenizer), max(evaluate.samples, KEPT)
+    parts: dict[str, Part] = {}
+    for name in ("train", "eval") if data.eval_sources else ("train",):
+        reading = Reading(name, data, train, evaluate, tokenizer, turns, num_kept)
+        key = cache.key(reading)
+        parts |= build(reading) if key is None else cache.fetch(key, reading)
+    return Prepared(parts, data, turns)
+
+
+def load(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Splits:
+    """The splits of a recipe in tokens, with the text of the conversations that `evaluate` asks for.
+
+    Raises:
+        DataError: rows that cannot be read or tokenized, are too long for `overlong: error`, or all dropped.
+        ModelError: the tokenizer or its template cannot be used.
+    """
+    return prepare(data, tokenizer, train, evaluate).splits()
+
+
+def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
+    """The splits of a recipe, and the warnings and notes of the doctor on them.
+
+    Raises:
+        DataError: what `load` refuses, or what the doctor calls an error.
+    """
+    prepared = prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
+    splits, findings = prepared.splits(), prepared.findings(recipe.train.effective_batch)
+    errors = [finding for finding in findings if finding.grade == "error"]
+    if errors:
+        raise DataError.of(Problem(place, one.what, one.fix) for one in errors for place in one.places)
+    return splits, findings
+
+
+def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
+    """The first `limit` conversations as prompts for their last answer."""
+    # `read` refuses text where answers are asked for
+    assert len(split.conversations) >= min(limit, len(split.rows)), "too few conversations were kept"
+    found = []
+    for conversation in split.conversations[:limit]:
+        ids, expected = prompt_ids(conversation, tokenizer)
+        before = conversation.messages[: conversation.last_answer]
+        asked = next((m for m in reversed(before) if m.role == "user"), before[-1])
+        found.append(Prompt(ids, expected, asked.content, conversation.place))
+    return found
+
+
+def _split(part: Part, place: str, data: Data) -> Split:
+    if not len(part.rows):
+        reason = f"all {part.num_read} rows are longer than data.max_length {data.max_length}"
+        detail = "." if data.overlong == "drop" else ", and none has room for an answer to train on."
+        raise DataError(place, reason + detail, "Raise data.max_length.")
+    fitted = part.fitted
+    return Split(part.rows, part.conversations, fitted.num_dropped, fitted.num_truncated, fitted.num_split)
