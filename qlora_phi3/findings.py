@@ -39,6 +39,12 @@ class Finding:
         where = f" ({self.places[0]}{rest})" if self.places else ""
         return f"{self.grade}: {self.what}{where} {self.fix}"
 
+    @property
+    def note(self) -> str:
+        """One line for a report that others read: how many places, but not which files of this machine."""
+        count = f" ({self.num_places} place{'s' if self.num_places > 1 else ''})" if self.places else ""
+        return f"{self.grade}: {self.what}{count} {self.fix}"
+
     def to_json(self) -> dict[str, Any]:
         """As a program reads it: the first places, and how many there are."""
         return {

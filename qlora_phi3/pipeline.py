@@ -51,7 +51,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
     recipe, plan, notes = settle(recipe, checkpoint, splits, device)
-    notes += [str(finding) for finding in findings if finding.code != "overlong"]  # `_notes` counts them
+    notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):

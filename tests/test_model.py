@@ -403,7 +403,7 @@ def test_evaluating_first_changes_no_gradient(
 ) -> None:
     fresh = gradients(load_base(wide(), quantization, dtype), evaluate_first=False)
     evaluated = gradients(load_base(wide(), quantization, dtype), evaluate_first=True)
-    assert len(fresh) == 1 + 2 * 8
+    assert len(fresh) == 1 + 2 * 14
     assert all(gradient.abs().max() > 0 for gradient in fresh.values())
     assert differing(fresh, evaluated) == []
 
