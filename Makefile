@@ -21,7 +21,7 @@ quickstart: $(VENV)/.installed
 
 ## the fast tests: offline, on the CPU, under 10 minutes on two cores
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 ## the tests on the built-in model
 test-slow: $(VENV)/.installed

@@ -5,6 +5,7 @@ Owns the shape of a finding. Knows nothing of what is checked.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -13,6 +14,9 @@ GRADES: Final[tuple[Grade, ...]] = ("error", "warning", "note")
 """error: a run refuses it or would train something wrong; warning: the result is doubtful; note: to know."""
 
 SHOWN_PLACES: Final = 5
+
+_FOLDERS: Final = re.compile(r"(?:^|(?<=[\s(]))/(?:[^/\n]+/)*")
+"""Of an absolute path, all but its last part."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ class Finding:
 
     @property
     def note(self) -> str:
-        """One line for a report that others read: how many places, but not which files of this machine."""
-        count = f" ({self.num_places} place{'s' if self.num_places > 1 else ''})" if self.places else ""
-        return f"{self.grade}: {self.what}{count} {self.fix}"
+        """The same for a report that others read: files without the folders of this machine."""
+        return _FOLDERS.sub("", str(self))
 
     def to_json(self) -> dict[str, Any]:
         """As a program reads it: the first places, and how many there are."""

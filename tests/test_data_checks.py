@@ -78,7 +78,8 @@ def test_warnings_and_notes_stand_in_the_report(recipe: Recipe, chats: Path, tmp
     notes = [note for note in found.notes if note.startswith(("warning: ", "note: "))]
     expected = ["Two messages of the same role", "Text was decoded wrongly", "A held-out row asks"]
     assert [word for word in expected if not any(word in note for note in notes)] == []
-    assert any(f"{chats}:13: messages[1]: user after user" in note for note in notes)
+    assert any("(chats.jsonl:13: messages[1]: user after user" in note for note in notes)
+    assert not any(str(chats.parent) in note for note in notes)
     assert json.loads((folder / "report.json").read_text())["notes"] == found.notes
 
 
