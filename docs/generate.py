@@ -9,8 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-from qlora_phi3 import memory, phi3
+from qlora_phi3 import fit, memory, phi3
 from qlora_phi3.recipe_file import document_keys, list_recipes, load_recipe
+from qlora_phi3.units import format_bytes
 
 README = Path(__file__).parent.parent / "README.md"
 SHOWN = (
@@ -26,7 +27,7 @@ def recipes() -> str:
     rows = ["| recipe | what for | smallest card, predicted |", "|---|---|---|"]
     for path in list_recipes():
         recipe = load_recipe(path)
-        card = memory.smallest_card(recipe, phi3.VARIANTS[recipe.model.base])
+        card = fit.smallest_card(recipe, phi3.VARIANTS[recipe.model.base])
         rows.append(f"| `{recipe.name}` | {recipe.description} | {card} GB |")
     return "\n".join(rows) + "\n"
 
@@ -54,8 +55,8 @@ def _hardware_row(base: str, quantization: str, lengths: tuple[int, ...]) -> str
     peaks = [
         memory.predict(recipe, phi3.VARIANTS[base], micro_batch=1, row_tokens=n).peak_bytes for n in lengths
     ]
-    card = memory.smallest_card(recipe, phi3.VARIANTS[base])
-    cells = " | ".join(memory.format_bytes(peak) for peak in peaks)
+    card = fit.smallest_card(recipe, phi3.VARIANTS[base])
+    cells = " | ".join(format_bytes(peak) for peak in peaks)
     return f"| {base.split('/')[1]} | {'NF4' if quantization == 'nf4' else 'bf16'} | {cells} | {card} GB |"
 
 

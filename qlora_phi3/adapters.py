@@ -19,9 +19,9 @@ from torch import nn
 
 from . import phi3
 from .errors import ModelError, RunError
-from .memory import target_linears
 from .model import Base, logical_numel
 from .recipe import Recipe
+from .sizes import target_linears
 from .weights import first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from . import phi3
+from .units import HOW_TO_WRITE, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ def _auto_or_positive(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
+
+
+def _auto_or_size(value: Any) -> Any:
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if isinstance(text, str) and text != "auto":
+        try:
+            parse_bytes(text)
+        except ValueError:
+            raise PydanticCustomError("expected", f"needs `auto`, or {HOW_TO_WRITE}") from None
+    return text
 
 
 def _check_target(name: Any) -> Any:
@@ -268,8 +279,8 @@ class Train(_Part):
 class Memory(_Part):
     """The memory budget."""
 
-    budget: Annotated[str, Today(("auto",))] = Field(
-        default="auto", description="auto: what is free now; or 8GiB"
+    budget: Annotated[str, BeforeValidator(_auto_or_size)] = Field(
+        default="auto", description="auto: what is free now; or 8GiB, of the device, and no more is taken"
     )
     on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
         default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"
