@@ -78,6 +78,13 @@ def _auto_or_size(value: Any) -> Any:
     return text
 
 
+def _size_schema(schema: dict[str, Any]) -> None:
+    """What `_auto_or_size` accepts."""
+    size = r"^(auto|\s*\d+(\.\d+)?\s*([KMGTkmgt]([Ii]?[Bb])?)?\s*)$"
+    text = {"type": schema.pop("type"), "pattern": size}
+    schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
+
+
 def _check_target(name: Any) -> Any:
     """The linear that `name` stands for: `o` and `down` are o_proj and down_proj."""
     if not isinstance(name, str):
@@ -280,7 +287,9 @@ class Memory(_Part):
     """The memory budget."""
 
     budget: Annotated[str, BeforeValidator(_auto_or_size)] = Field(
-        default="auto", description="auto: what is free now; or 8GiB, of the device, and no more is taken"
+        default="auto",
+        description="auto: what is free now; or 8GiB, of the device, and no more is taken",
+        json_schema_extra=_size_schema,
     )
     on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
         default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"

@@ -28,7 +28,7 @@ def shipped(name: str, overrides: Sequence[str] = ()) -> Recipe:
         ({"model__quantization": "none"}, "microsoft/Phi-3-mini-4k-instruct", 10),
         ({}, "microsoft/phi-4", 12),
         ({"model__quantization": "none"}, "microsoft/phi-4", 32),
-        ({"model__quantization": "none", "train__activations": "keep"}, "microsoft/phi-4", 48),
+        ({"model__quantization": "none", "train__activations": "keep"}, "microsoft/phi-4", 80),
         ({"train__micro_batch": 16, "train__activations": "keep"}, "microsoft/phi-4", None),
     ],
 )
@@ -72,7 +72,7 @@ def test_no_change_where_it_fits() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gib", "first"),
     [
-        ([], 3.5, "data.max_length=1024"),
+        ([], 3.7, "data.max_length=1024"),
         (["train.micro_batch=4"], 5, "train.micro_batch=1"),
         (["train.activations=keep"], 5, "train.activations=recompute"),
         (["model.quantization=none"], 6, "model.quantization=nf4"),
