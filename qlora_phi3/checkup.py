@@ -20,6 +20,7 @@ from . import builtin, environment, memory, phi3, weights
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
+from .units import format_bytes
 
 if TYPE_CHECKING:
     from .data.figures import Piece, Summary
@@ -180,7 +181,7 @@ def _format_fact(name: str, value: Any) -> str:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return f"{value:.2g}"
-    return memory.format_bytes(value) if name.endswith("_bytes") else str(value)
+    return format_bytes(value) if name.endswith("_bytes") else str(value)
 
 
 def _splits_table(splits: Mapping[str, Summary]) -> Table:
