@@ -45,7 +45,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 BASES = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32"), ("none", "float32")]
-TARGETS = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
+TARGETS: list[Any] = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
+SPLIT: list[Any] = ["all-linear", ["q", "v"], ["gate_up_proj"]]
+"""With an A/B pair for each projection; the others with one for the fused linear."""
 LENGTHS = [[256], [64] * 6, [700], [550, 550], [1300]]
 OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
 
@@ -53,7 +55,10 @@ OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torc
 def grid() -> list[Any]:
     """Every activation policy, base, dropout and target; the other settings drawn once and for all."""
     draw, found = random.Random(7), []
-    for policy, base, targets, dropout in product(["recompute", "keep"], BASES, TARGETS, [0.0, 0.1]):
+    adapters = [*((targets, False) for targets in TARGETS), *((targets, True) for targets in SPLIT)]
+    for policy, base, (targets, split), dropout in product(
+        ["recompute", "keep"], BASES, adapters, [0.0, 0.1]
+    ):
         lengths, shape = draw.choice(LENGTHS), draw.choice(sorted(SHAPES))
         packing, passes = draw.random() < 0.3, draw.choice([1, 2])
         keys = {
@@ -62,6 +67,7 @@ def grid() -> list[Any]:
             "model__compute_dtype": base[1],
             "model__double_quant": draw.random() < 0.7,
             "adapter__targets": targets,
+            "adapter__split_fused": split,
             "adapter__dropout": dropout,
             "adapter__rank": draw.choice([4, 8, 32]),
             "train__optimizer": draw.choice(OPTIMIZERS),
@@ -70,6 +76,7 @@ def grid() -> list[Any]:
             "data__max_length": sum(lengths) if packing else max(lengths),
         }
         words = "-".join(targets) if isinstance(targets, list) else targets
+        words += "-split" if split else ""
         name = f"{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
         found.append(pytest.param(shape, lengths, passes, keys, id=name))
     return found
@@ -162,6 +169,8 @@ def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) ->
     [
         {},
         {"adapter__targets": ["qkv_proj", "down"]},
+        {"adapter__split_fused": True},
+        {"adapter__split_fused": True, "adapter__targets": ["q", "v", "up"]},
         {"adapter__dropout": 0.1},
         {"model__quantization": "none"},
         {"model__compute_dtype": "float32"},

@@ -76,12 +76,13 @@ def test_unquantized_weights_are_byte_exact(dtype: str) -> None:
     assert loaded(settings, geometry).peak_bytes == storage_bytes(model.parameters())
 
 
+@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("targets", ["all-linear", ["o_proj"], ["down", "qkv_proj"]])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_adapters_are_byte_exact(shape: str, targets: Any) -> None:
+def test_adapters_are_byte_exact(shape: str, targets: Any, split: bool) -> None:
     model, geometry = tiny(**SHAPES[shape])
     quantize(model)
-    settings = recipe(adapter__targets=targets, adapter__rank=8)
+    settings = recipe(adapter__targets=targets, adapter__rank=8, adapter__split_fused=split)
     assert storage_bytes(trained(adapt(model, settings))) == 4 * sum(sizes.adapter_sizes(settings, geometry))
 
 
