@@ -131,7 +131,7 @@ def _micro_batch(recipe: Recipe, checkpoint: weights.Checkpoint, row_tokens: int
     from . import model, pipeline
 
     device = model.device_for_run()
-    usable = memory.usable_bytes(pipeline.free_bytes(device))
+    usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
     return memory.choose_micro_batch(recipe, checkpoint.geometry, usable, row_tokens=row_tokens, device=kind)
 
