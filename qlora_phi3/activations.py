@@ -100,8 +100,10 @@ def scoring_peak(case: Case) -> Peak:
     The float32 logits of the chunk before are still there when the next are made.
     """
     layer = forward_peak(case, saving=False)
-    num, cast = min(case.supervised, LOGIT_TOKENS), case.compute if case.compute != 4 else 0
-    logits = num * case.geometry.vocab_size * max(cast + (8 if case.supervised > num else 4), 8)
+    cast = case.compute if case.compute != 4 else 0
+    first = min(case.supervised, LOGIT_TOKENS)
+    second = min(case.supervised - first, LOGIT_TOKENS)
+    logits = case.geometry.vocab_size * max(8 * first, (4 + cast) * first, 4 * first + (4 + cast) * second)
     head = Peak(2 * case.state + logits, "logits")
     return max(Peak(case.state + layer.num_bytes, layer.stage), head, key=lambda peak: peak.num_bytes)
 

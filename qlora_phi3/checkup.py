@@ -132,7 +132,7 @@ def _micro_batch(recipe: Recipe, folder: Path, row_tokens: int) -> int:
 
     geometry = phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
     device = model.device_for_run()
-    usable = memory.usable_bytes(pipeline.free_bytes(device))
+    usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
     return memory.choose_micro_batch(recipe, geometry, usable, row_tokens=row_tokens, device=kind)
 

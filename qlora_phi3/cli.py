@@ -290,19 +290,21 @@ def _print_plan(plan: memory.Plan, console: Console) -> None:
     """Parts down, phases across, and how each part is computed."""
     title = f"predicted memory: micro batch {plan.micro_batch}, rows of {plan.row_tokens} tokens"
     table = Table("part", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for phase in plan.phases:
+    # saving takes less than training, and a terminal is narrow
+    phases = [one for one in plan.phases if one.name != "save"]
+    for phase in phases:
         table.add_column(phase.name, justify="right", no_wrap=True)
     table.add_column("how")
     parts: dict[str, str] = {}
-    for part in (part for phase in plan.phases for part in phase.parts):
+    for part in (part for phase in phases for part in phase.parts):
         parts.setdefault(part.name, part.formula)
     for name, formula in parts.items():
-        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in plan.phases]
+        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in phases]
         table.add_row(name, *(format_bytes(size) if size is not None else "" for size in sizes), formula)
     table.add_section()
-    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in plan.phases), "of tensors")
+    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in phases), "of tensors")
     for beside in plan.outside:
-        empty = ["" for _ in plan.phases[1:]]
+        empty = ["" for _ in phases[1:]]
         table.add_row(beside.name, *empty, format_bytes(beside.num_bytes), beside.formula)
     console.print(table)
     console.print(f"the device needs {format_bytes(plan.needed_bytes)}", highlight=False)

@@ -127,9 +127,7 @@ class Layer:
             tape.new(out)
             tape.free(branch)
             branch = out
-        elif branch > out:
-            tape.passing(branch, out)  # the sum is float32 too, and then cast
-        tape.passing(out)
+        tape.passing(branch)  # the sum; without a quantized base float32 too, and then cast
         tape.free(branch, cast)
         self._drop(sum(self.saved_by_adapter(name)), True)
         self.gradient = self.saving

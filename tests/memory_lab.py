@@ -89,15 +89,18 @@ def trained(model: Any) -> list[torch.Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def documents(lengths: Sequence[int]) -> Documents:
+def rows(lengths: Sequence[int]) -> list[TokenRow]:
     ids = [[i % 300 + 3 for i in range(n)] for n in lengths]
-    rows: list[TokenRow] = [SimpleNamespace(input_ids=one, labels=one) for one in ids]  # type: ignore[misc]
-    return Documents.of(rows, torch.device("cpu"))
+    return [SimpleNamespace(input_ids=one, labels=one) for one in ids]  # type: ignore[misc]
 
 
-def loss_of(model: Any, settings: Recipe, rows: Documents) -> torch.Tensor:
+def documents(lengths: Sequence[int]) -> Documents:
+    return Documents.of(rows(lengths), torch.device("cpu"))
+
+
+def loss_of(model: Any, settings: Recipe, found: Documents) -> torch.Tensor:
     trainer: Any = SimpleNamespace(compute_dtype=getattr(torch, settings.model.compute_dtype))
-    return PhiTrainer.nll(trainer, model, rows)
+    return PhiTrainer.nll(trainer, model, found)
 
 
 def optimizer_of(name: str, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:

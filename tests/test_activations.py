@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from memory_lab import build, compare, documents, loss_of, recipe, trained
+from memory_lab import build, compare, documents, loss_of, recipe, rows, trained
 
 from qlora_phi3 import activations, memory, phi3
 from qlora_phi3.case import Case
 from qlora_phi3.engine.documents import hidden_states
+from qlora_phi3.evaluate import mean_loss
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.replay import saved_beside_input
+from qlora_phi3.tracked import TrackedBytes, model_tensors
 
 MINI = phi3.VARIANTS["microsoft/Phi-3-mini-4k-instruct"]
 
@@ -215,3 +217,18 @@ def test_the_lab_trains_every_adapter() -> None:
     model, _ = build(settings, 2, **SHAPES["mini"])
     loss_of(model, settings, documents([32])).backward()
     assert all(p.grad is not None for p in trained(model))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(("shape", "lengths"), [("mini", [300]), ("gqa", [700]), ("tied", [1300])])
+def test_peak_of_scoring(shape: str, lengths: list[int], quantization: str) -> None:
+    settings = recipe(adapter__rank=8, model__quantization=quantization, data__eval={"path": "eval.jsonl"})
+    model, geometry = build(settings, 3, **SHAPES[shape])
+    tracked = TrackedBytes()
+    tracked.claim("weights", model_tensors(model))
+    tracked.claim("weights", trained(model))
+    with tracked:
+        mean_loss(model, rows(lengths), len(lengths))
+    case = Case(settings, geometry, sum(lengths), max(lengths), "cpu", training=False)
+    expected = activations.scoring_peak(case).num_bytes + activations.row_bytes(case)
+    assert tracked.at_peak["activations"] == pytest.approx(expected, rel=0.05)

@@ -94,7 +94,8 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
         ("evaluate: {metrics: loss}", "evaluate.metrics: found 'loss', needs a list. Write [loss]."),
         (
             "memory: {budget: 8 cards}",
-            "memory.budget: found '8 cards', needs `auto`, or a size such as 8GiB, 8GB, 512MiB or 8, which is GiB.",
+            "memory.budget: found '8 cards', needs `auto`, "
+            "or a size such as 8GiB, 8GB, 512MiB or 8, which is GiB.",
         ),
         ("trian: {epochs: 3}", f"trian: unknown key. Did you mean 'train'? Allowed: {TOP_KEYS}."),
         ("epochs: 3", f"epochs: unknown key. It belongs to train. Allowed: {TOP_KEYS}."),
