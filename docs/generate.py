@@ -1,4 +1,4 @@
-"""Fill the README's generated parts from the code: `make docs`; `--check` only compares.
+"""Fill generated parts of README.md and docs/memory.md from the code: `make docs`; `--check` only compares.
 
 Between `<!-- generated: NAME -->` and `<!-- end -->` stands what NAME below gives.
 """
@@ -9,10 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-from qlora_phi3 import memory, phi3
+from qlora_phi3 import fit, memory, phi3
+from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import document_keys, list_recipes, load_recipe
+from qlora_phi3.units import format_bytes
 
-README = Path(__file__).parent.parent / "README.md"
+PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).with_name("memory.md"))
 SHOWN = (
     "microsoft/Phi-3-mini-4k-instruct",
     "microsoft/Phi-3.5-mini-instruct",
@@ -26,7 +28,7 @@ def recipes() -> str:
     rows = ["| recipe | what for | smallest card, predicted |", "|---|---|---|"]
     for path in list_recipes():
         recipe = load_recipe(path)
-        card = memory.smallest_card(recipe, phi3.VARIANTS[recipe.model.base])
+        card = fit.smallest_card(recipe, phi3.VARIANTS[recipe.model.base])
         rows.append(f"| `{recipe.name}` | {recipe.description} | {card} GB |")
     return "\n".join(rows) + "\n"
 
@@ -54,16 +56,78 @@ def _hardware_row(base: str, quantization: str, lengths: tuple[int, ...]) -> str
     peaks = [
         memory.predict(recipe, phi3.VARIANTS[base], micro_batch=1, row_tokens=n).peak_bytes for n in lengths
     ]
-    card = memory.smallest_card(recipe, phi3.VARIANTS[base])
-    cells = " | ".join(memory.format_bytes(peak) for peak in peaks)
+    card = fit.smallest_card(recipe, phi3.VARIANTS[base])
+    cells = " | ".join(format_bytes(peak) for peak in peaks)
     return f"| {base.split('/')[1]} | {'NF4' if quantization == 'nf4' else 'bf16'} | {cells} | {card} GB |"
 
 
-PARTS = {"recipes": recipes, "keys": document_keys, "hardware": hardware}
+LLAMA_3B = phi3.Geometry(
+    num_layers=28,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_heads=24,
+    num_kv_heads=8,
+    vocab_size=128256,
+    tied_embeddings=True,
+)
+"""Llama-3.2-3B's sizes: what the prediction says of a model of another family."""
+
+PHI_35 = phi3.VARIANTS["microsoft/Phi-3.5-mini-instruct"]
+PUBLISHED = (
+    ("torchtune, Llama-3.2-3B QLoRA", "4.6 GiB", LLAMA_3B, "nf4", 8, 1, 2048),
+    ("torchtune, Llama-3.2-3B LoRA", "8.5 GiB", LLAMA_3B, "none", 8, 1, 2048),
+    ("Unsloth, Phi-3.5-mini QLoRA", "3.342 GB reserved", PHI_35, "nf4", 16, 2, 2048),
+    ("litgpt, Phi-3-mini QLoRA", "19.13 GB", phi3.VARIANTS[SHOWN[0]], "nf4", 8, 1, 512),
+    ("litgpt, Phi-3-mini LoRA", "19.75 GB", phi3.VARIANTS[SHOWN[0]], "none", 8, 1, 512),
+)
+"""Run, its published figure, geometry, base, rank, rows in a pass and their tokens as we set them."""
+
+
+def published() -> str:
+    """Others' published figures beside what this engine is predicted to take."""
+    rows = [
+        "| run | published | ours, tensors | ours, with 5% slack | rank, rows x tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for name, figure, geometry, quantization, rank, micro_batch, tokens in PUBLISHED:
+        base = [f"model.quantization={quantization}", f"adapter.rank={rank}"]
+        recipe = _plain([*base, f"train.micro_batch={micro_batch}"])
+        plan = memory.predict(recipe, geometry, micro_batch=micro_batch, row_tokens=tokens)
+        reserved = plan.needed_bytes - memory.CONTEXT_BYTES
+        sizes = f"{format_bytes(plan.peak_bytes)} | {format_bytes(reserved)}"
+        rows.append(f"| {name} | {figure} | {sizes} | r{rank}, {micro_batch} x {tokens} |")
+    return "\n".join(rows) + "\n"
+
+
+def parts() -> str:
+    """Every part of phi3-mini-chat-8gb's plan in training, and how it comes about."""
+    path = next(p for p in list_recipes() if p.stem == "phi3-mini-chat-8gb")
+    plan = fit.planned(load_recipe(path), phi3.VARIANTS[SHOWN[0]])
+    rows = ["| part | bytes | sure | how |", "|---|---|---|---|"]
+    train = next(phase for phase in plan.phases if phase.name == "train")
+    for part in (*train.parts, *plan.outside):
+        rows.append(f"| {part.name} | {format_bytes(part.num_bytes)} | {part.kind} | {part.formula} |")
+    return "\n".join([*rows, f"| **the device needs** | **{format_bytes(plan.needed_bytes)}** | | |"]) + "\n"
+
+
+def _plain(overrides: list[str]) -> Recipe:
+    """phi3-mini-chat-8gb without packing and evaluation."""
+    path = next(p for p in list_recipes() if p.stem == "phi3-mini-chat-8gb")
+    keys = ["data.packing=false", "data.eval=", "evaluate.metrics=[loss]", "train.optimizer=paged_adamw_8bit"]
+    return load_recipe(path, [*keys, *overrides])
+
+
+PARTS = {
+    "recipes": recipes,
+    "keys": document_keys,
+    "hardware": hardware,
+    "parts": parts,
+    "published": published,
+}
 
 
 def fill(text: str) -> str:
-    """The README with every generated part made anew."""
+    """A page with every generated part made anew."""
 
     def replace(match: re.Match[str]) -> str:
         return f"{match[1]}\n{PARTS[match[2]]()}{match[3]}"
@@ -71,9 +135,15 @@ def fill(text: str) -> str:
     return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
+def main(check: bool) -> None:
+    for page in PAGES:
+        current = page.read_text(encoding="utf-8")
+        fresh = fill(current)
+        if check and fresh != current:
+            sys.exit(f"{page.name} is stale: run `make docs`.")
+        if not check:
+            page.write_text(fresh, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    current = README.read_text(encoding="utf-8")
-    fresh = fill(current)
-    if sys.argv[1:] == ["--check"]:
-        sys.exit("README.md is stale: run `make docs`." if fresh != current else 0)
-    README.write_text(fresh, encoding="utf-8")
+    main(sys.argv[1:] == ["--check"])

@@ -20,6 +20,7 @@ from . import builtin, environment, memory, phi3, weights
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
+from .units import format_bytes
 
 if TYPE_CHECKING:
     from .data.figures import Piece, Summary
@@ -131,7 +132,7 @@ def _micro_batch(recipe: Recipe, folder: Path, row_tokens: int) -> int:
 
     geometry = phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
     device = model.device_for_run()
-    usable = memory.usable_bytes(pipeline.free_bytes(device))
+    usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
     return memory.choose_micro_batch(recipe, geometry, usable, row_tokens=row_tokens, device=kind)
 
@@ -180,7 +181,7 @@ def _format_fact(name: str, value: Any) -> str:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return f"{value:.2g}"
-    return memory.format_bytes(value) if name.endswith("_bytes") else str(value)
+    return format_bytes(value) if name.endswith("_bytes") else str(value)
 
 
 def _splits_table(splits: Mapping[str, Summary]) -> Table:

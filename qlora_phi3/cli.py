@@ -17,11 +17,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, memory, phi3, weights
-from .errors import InputError, QloraError
+from . import __version__, fit, memory, phi3, weights
+from .errors import FitError, InputError, ModelError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 from .run_folder import check_folder
+from .units import format_bytes, parse_bytes
 
 app = typer.Typer(
     name="qlora-phi3",
@@ -90,6 +91,39 @@ def recipe(
         _dry_run(found, out, as_json)
     else:
         _run(found, out, as_json)
+
+
+@app.command()
+def plan(
+    name: Annotated[
+        str, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it.", metavar="KEY=VALUE")] = None,
+    vram: Annotated[
+        str | None, typer.Option(help="A card's memory, 8GiB: does it fit, and if not, what to change.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict a recipe's memory, card by card. Exit code 4 when it does not fit --vram."""
+    found = load_recipe(find_recipe(name), overrides or ())
+    geometry = weights.known_geometry(found.model)
+    if geometry is None:
+        reason = "its sizes are known once it is downloaded."
+        raise ModelError(found.model.base, reason, "Run the recipe, or name a checkpoint that is here.")
+    room = _room(vram) if vram is not None else None
+    changes = fit.advise(found, geometry, room) if room is not None else ()
+    cards = [fit.card(found, geometry, gib) for gib in fit.SHOWN_GIB]
+    predicted = fit.planned(found, geometry)
+    if as_json:
+        answer = _answer_json(predicted, room, changes) if room is not None else None
+        figures = {"plan": predicted.to_json(), "cards": [one.to_json() for one in cards], "vram": answer}
+        _print_json({"recipe": found.model_dump(mode="json"), **figures})
+    else:
+        _show_plan(found, predicted, cards)
+        if vram is not None:
+            _show_answer(vram, predicted, room or 0, changes)
+    if changes != ():
+        raise typer.Exit(FitError.exit_code)
 
 
 @app.command()
@@ -173,7 +207,7 @@ def _list_recipes(as_json: bool) -> None:
 
 def _card(found: Recipe) -> int | None:
     geometry = weights.known_geometry(found.model)
-    return memory.smallest_card(found, geometry) if geometry is not None else None
+    return fit.smallest_card(found, geometry) if geometry is not None else None
 
 
 def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
@@ -188,8 +222,7 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
     geometry = _check(found, out)
-    micro_batch = found.train.micro_batch if isinstance(found.train.micro_batch, int) else 1
-    plan = memory.predict(found, geometry, micro_batch=micro_batch) if geometry is not None else None
+    plan = fit.planned(found, geometry) if geometry is not None else None
     if as_json:
         _print_json(
             {
@@ -210,22 +243,74 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
     console.print(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
 
 
+def _room(vram: str) -> int:
+    try:
+        return parse_bytes(vram)
+    except ValueError as error:
+        raise InputError("--vram", f"{vram!r} {error}.") from None
+
+
+def _answer_json(predicted: memory.Plan, room: int, changes: tuple[fit.Change, ...] | None) -> dict[str, Any]:
+    return {
+        "bytes": room,
+        "fits": changes == (),
+        "headroom_bytes": room - predicted.needed_bytes,
+        "changes": [change.to_json() for change in changes] if changes is not None else None,
+    }
+
+
+def _show_answer(
+    vram: str, predicted: memory.Plan, room: int, changes: tuple[fit.Change, ...] | None
+) -> None:
+    needed = f"needs {format_bytes(predicted.needed_bytes)} of {format_bytes(room)}"
+    typer.echo(f"{vram} fits: {'yes' if changes == () else 'no'} ({needed}, predicted)")
+    if changes is None:
+        typer.echo("no change of the recipe's keys makes it fit: choose a smaller model.base")
+    elif changes:
+        typer.echo("change these keys:")
+        for change in changes:
+            typer.echo(f"  {change.override}  -> needs {format_bytes(change.needed_bytes)}")
+
+
+def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> None:
+    console = Console()
+    _print_plan(predicted, console)
+    table = Table(title=f"{found.name} on cards", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("card", "fits", "headroom", "largest max_length*", "largest micro batch*"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in cards:
+        largest = [str(number) if number is not None else "-" for number in (one.max_length, one.micro_batch)]
+        fits = "yes" if one.fits else "no"
+        table.add_row(f"{one.gib} GB", fits, format_bytes(one.headroom_bytes), *largest)
+    console.print(table)
+    console.print("* with everything else as in the recipe", highlight=False)
+
+
 def _print_plan(plan: memory.Plan, console: Console) -> None:
     """Parts down, phases across, and how each part is computed."""
     title = f"predicted memory: micro batch {plan.micro_batch}, rows of {plan.row_tokens} tokens"
     table = Table("part", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for phase in plan.phases:
+    # saving takes less than training, and a terminal is narrow
+    phases = [one for one in plan.phases if one.name != "save"]
+    for phase in phases:
         table.add_column(phase.name, justify="right", no_wrap=True)
     table.add_column("how")
-    parts = {part.name: part.formula for phase in plan.phases for part in phase.parts}
+    parts: dict[str, str] = {}
+    for part in (part for phase in phases for part in phase.parts):
+        parts.setdefault(part.name, part.formula)
     for name, formula in parts.items():
-        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in plan.phases]
-        table.add_row(
-            name, *(memory.format_bytes(size) if size is not None else "" for size in sizes), formula
-        )
+        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in phases]
+        table.add_row(name, *(format_bytes(size) if size is not None else "" for size in sizes), formula)
     table.add_section()
-    table.add_row("peak", *(memory.format_bytes(phase.peak_bytes) for phase in plan.phases), "")
+    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in phases), "of tensors")
+    for beside in plan.outside:
+        empty = ["" for _ in phases[1:]]
+        table.add_row(beside.name, *empty, format_bytes(beside.num_bytes), beside.formula)
     console.print(table)
+    console.print(f"the device needs {format_bytes(plan.needed_bytes)}", highlight=False)
+    host = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in plan.host)
+    if host:
+        console.print(f"the computer's own memory beside it: {host}, and the data", highlight=False)
 
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:

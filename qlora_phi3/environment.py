@@ -22,7 +22,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from .findings import Finding
-from .memory import format_bytes
+from .units import format_bytes
 
 MIN_DISK_BYTES: Final = 10 * 1024**3
 """Phi-3-mini is a download of 7.6 GB."""

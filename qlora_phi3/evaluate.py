@@ -18,10 +18,10 @@ import torch
 from torch.nn import functional
 
 from . import generate
+from .case import LOGIT_TOKENS
 from .data import Prompt, Split, TokenRow, prompts
 from .engine.documents import Documents, hidden_states, original_context, passes
 from .engine.loss import IGNORE
-from .memory import LOGIT_TOKENS
 from .recipe import GENERATION_METRICS, Evaluate
 
 

@@ -1,26 +1,43 @@
 """Predicted bytes per part and phase of a run, by arithmetic alone.
 
-Owns what the reference engine (TRL's SFTTrainer, PEFT, transformers' Phi-3, bitsandbytes) allocates for a
-recipe, and which micro batch or card that fits. Weights, adapters, gradients and optimizer states are exact.
-Activations are an estimate: the tensors that each step of plain autograd holds, as read in the libraries'
-source and counted on CPU, until GPUs refine it. Refuses to guess what only the machine knows. No torch.
+Owns what is in memory together in each phase of a run with the reference engine (TRL's trainer, PEFT,
+transformers' Phi-3, bitsandbytes, our attention and loss), and the micro batch that fits. Weights, adapters,
+gradients and optimizer states are exact; activations are a replay of the operations; what no tensor holds is
+an estimate. Each part says which. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any, Final, Literal
 
-from . import phi3
-from .phi3 import Geometry
+from .activations import (
+    Peak,
+    all_saved_bytes,
+    answering_peak,
+    autocast_bytes,
+    backward_peak,
+    forward_peak,
+    loss_peak,
+    row_bytes,
+    saved_bytes,
+    scoring_peak,
+)
+from .case import Case, Device
+from .phi3 import LINEARS, Geometry
 from .recipe import GENERATION_METRICS, Recipe
+from .sizes import (
+    ADAPTER_BYTES,
+    compute_dtype_bytes,
+    dequantized_bytes,
+    linear_bytes,
+    optimizer_bytes,
+    target_linears,
+)
+from .units import format_bytes
 
-Device = Literal["cuda", "cpu"]
-
-CARDS_GIB: Final = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
-"""Memory of consumer and common data-centre cards, smallest first."""
+Kind = Literal["exact", "replayed", "estimate"]
 
 CONTEXT_BYTES: Final = 600 * 1024**2
 """Of a card and not ours: CUDA context with loaded kernels (300-500 MiB), cuBLAS workspaces, a desktop."""
@@ -28,8 +45,11 @@ CONTEXT_BYTES: Final = 600 * 1024**2
 ALLOCATOR_SLACK: Final = 0.05
 """Share of the rest lost to rounding and fragmentation; a cautious guess until measured."""
 
-LOGIT_TOKENS: Final = 1024
-"""Supervised tokens whose logits exist at once in evaluate.py: 131 MB of float32 for Phi-3-mini."""
+IMPORTS_BYTES: Final = 500 * 1024**2
+"""Resident bytes of a process that has imported all a run needs, before any weight: 496 MiB measured.
+
+With the CPU build of torch; CUDA's libraries take more, by how much is not measured.
+"""
 
 ANSWER_CACHE: Final = 3 * 1024**3 // 2
 """Bytes of KV cache that answers generated at once may take: 4096 tokens on Phi-3-mini."""
@@ -37,29 +57,31 @@ ANSWER_CACHE: Final = 3 * 1024**3 // 2
 ANSWER_TOKENS: Final = 16384
 """Tokens of prompts and answers generated at once, pads too, however small their cache is."""
 
-LOSS_CHUNK: Final = (4096, 32768)
-"""(tokens, vocabulary columns) of TRL 1.16's logits tile; it is this wide for a smaller vocabulary too."""
-
-_DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 _COVERS: Final = (
     "Bytes of all tensors on the device at the fullest moment of each phase, with paged optimizer states. "
-    "Weights, adapters, gradients and optimizer states are exact; activations are an estimate for full rows "
-    "trained on every token. Not counted: the CUDA context, allocator fragmentation, other programs."
+    "exact: weights, adapters, gradients, optimizer states. replayed: activations, operation by operation, "
+    "for passes as full as they can be with rows of row_tokens, trained on every token. estimate: answers, "
+    "and what is outside of tensors (the CUDA context or the libraries, the allocator's slack). Other "
+    "programs are not counted."
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one thing in memory, with the arithmetic in words."""
+    """Bytes of one thing in memory, with the arithmetic in words and how sure they are."""
 
     name: str
     num_bytes: int
     formula: str
+    kind: Kind = "exact"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.num_bytes, "kind": self.kind, "formula": self.formula}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is in memory together at the fullest moment of "load", "train" or "evaluate"."""
+    """What is in memory together at the fullest moment of "load", "train", "evaluate" or "save"."""
 
     name: str
     parts: tuple[Part, ...]
@@ -69,27 +91,49 @@ class Phase:
         return sum(part.num_bytes for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        parts = [{"name": p.name, "bytes": p.num_bytes, "formula": p.formula} for p in self.parts]
+        parts = [part.to_json() for part in self.parts]
         return {"name": self.name, "peak_bytes": self.peak_bytes, "parts": parts}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction for one recipe, model and micro batch, with every row `row_tokens` long."""
+    """The prediction for one recipe, model and micro batch, with every row `row_tokens` long.
+
+    `outside` is what the device holds beside tensors; `host` what is in the computer's memory when the device
+    is another.
+    """
 
     phases: tuple[Phase, ...]
     micro_batch: int
     row_tokens: int
+    pass_tokens: int
+    outside: tuple[Part, ...]
+    host: tuple[Part, ...]
 
     @property
     def peak_bytes(self) -> int:
+        """Of tensors, in the fullest phase."""
         return max(phase.peak_bytes for phase in self.phases)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device: tensors and what is beside them."""
+        return self.peak_bytes + sum(part.num_bytes for part in self.outside)
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
-        numbers = {"micro_batch": self.micro_batch, "row_tokens": self.row_tokens}
-        phases = [phase.to_json() for phase in self.phases]
-        return {"version": 1, **numbers, "peak_bytes": self.peak_bytes, "phases": phases, "covers": _COVERS}
+        return {
+            "version": 1,
+            "micro_batch": self.micro_batch,
+            "row_tokens": self.row_tokens,
+            "pass_tokens": self.pass_tokens,
+            "peak_bytes": self.peak_bytes,
+            "needed_bytes": self.needed_bytes,
+            "phases": [phase.to_json() for phase in self.phases],
+            "outside": [part.to_json() for part in self.outside],
+            "host": [part.to_json() for part in self.host],
+            "covers": _COVERS,
+        }
 
 
 def predict(
@@ -101,10 +145,24 @@ def predict(
     device: Device = "cuda",
 ) -> Plan:
     """Predict a run's memory; `row_tokens` is the longest row, `data.max_length` while it is not known."""
-    case = _Case(recipe, geometry, micro_batch, _pass_row(recipe, row_tokens, micro_batch), device)
-    phases = (_load_phase(case), _train_phase(case))
-    evaluate = (_evaluate_phase(case),) if recipe.data.eval is not None else ()
-    return Plan(phases + evaluate, micro_batch, case.row_tokens)
+    longest = row_tokens or recipe.data.max_length
+    case = training_case(recipe, geometry, micro_batch, longest, device)
+    phases = [_load_phase(case), _train_phase(case)]
+    if recipe.data.eval is not None:
+        phases.append(_evaluate_phase(case, micro_batch))
+    phases.append(_save_phase(case))
+    peak = max(phase.peak_bytes for phase in phases)
+    outside, host = _outside(case, peak)
+    return Plan(tuple(phases), micro_batch, longest, case.tokens, outside, host)
+
+
+def training_case(recipe: Recipe, geometry: Geometry, micro_batch: int, longest: int, device: Device) -> Case:
+    """The largest pass that `engine.documents.passes` can make of rows no longer than `longest`."""
+    tokens = micro_batch * longest
+    if recipe.data.packing:
+        room, step = micro_batch * recipe.data.max_length, recipe.train.effective_batch * longest
+        tokens = max(longest, min(room, step))
+    return Case(recipe, geometry, tokens, longest, device)
 
 
 def choose_micro_batch(
@@ -123,28 +181,12 @@ def choose_micro_batch(
     """
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
-    whole = recipe.train.effective_batch
+    longest, whole = row_tokens or recipe.data.max_length, recipe.train.effective_batch
     for size in (n for n in range(whole, 1, -1) if whole % n == 0):
-        tokens = _pass_row(recipe, row_tokens, size)
-        if _train_phase(_Case(recipe, geometry, size, tokens, device)).peak_bytes <= free_bytes:
+        case = training_case(recipe, geometry, size, longest, device)
+        if _train_phase(case).peak_bytes <= free_bytes:
             return size
     return 1
-
-
-def _pass_row(recipe: Recipe, longest: int | None, micro_batch: int) -> int:
-    """Tokens of one of `micro_batch` rows: the longest, or with packing what fits."""
-    if longest is None or not recipe.data.packing:
-        return longest or recipe.data.max_length
-    whole_step = ceil(longest * recipe.train.effective_batch / micro_batch)
-    return max(longest, min(recipe.data.max_length, whole_step))
-
-
-def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
-    """GiB of the smallest card in CARDS_GIB that the run fits, at micro batch 1 or the explicit one."""
-    explicit = recipe.train.micro_batch
-    plan = predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
-    usable = {card: usable_bytes(card * 1024**3 - CONTEXT_BYTES) for card in CARDS_GIB}
-    return next((card for card in CARDS_GIB if plan.peak_bytes <= usable[card]), None)
 
 
 def usable_bytes(free_bytes: int) -> int:
@@ -152,227 +194,9 @@ def usable_bytes(free_bytes: int) -> int:
     return int(free_bytes * (1 - ALLOCATOR_SLACK))
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Bytes for people, in powers of 1024: "3.21 GiB"."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(num_bytes) >= 1024**power:
-            return f"{num_bytes / 1024**power:.2f} {unit}"
-    return f"{num_bytes} B"
-
-
-# Weights, adapters, gradients, optimizer: exact
-
-
-def compute_dtype_bytes(recipe: Recipe) -> int:
-    """Bytes of an element of activations, norms, embeddings and unquantized linears."""
-    return _DTYPE_BYTES[recipe.model.compute_dtype]
-
-
-def adapter_dtype_bytes(recipe: Recipe) -> int:
-    """Bytes of an element of adapters and their gradients: float32, always.
-
-    The trainer's autocast computes with them in the compute dtype; outside of it, as while evaluating, PEFT
-    casts what goes in and out of them to float32.
-    """
-    return 4
-
-
-def nf4_bytes(num_weights: int, double_quant: bool) -> int:
-    """Bytes of one NF4 matrix: 4 bits a weight, a scale per 64 of them, code books.
-
-    Source: bitsandbytes 0.50 functional.py, quantize_4bit. Scales are float32, or with double quantization
-    uint8 with a float32 per 256 of them, their float32 mean and a code book of 256 float32 of its own.
-    """
-    num_scales = ceil(num_weights / 64)
-    scales = num_scales + 4 * ceil(num_scales / 256) + 4 + 4 * 256 if double_quant else 4 * num_scales
-    return ceil(num_weights / 2) + scales + 4 * 16
-
-
-def linear_bytes(recipe: Recipe, geometry: Geometry) -> int:
-    """Bytes of all decoder linears, as NF4 or in the compute dtype."""
-    if recipe.model.quantization == "none":
-        return geometry.num_linear_parameters * compute_dtype_bytes(recipe)
-    sizes = [rows * columns for rows, columns in map(geometry.linear_shape, phi3.LINEARS)]
-    return geometry.num_layers * sum(nf4_bytes(size, recipe.model.double_quant) for size in sizes)
-
-
-def target_linears(recipe: Recipe) -> tuple[str, ...]:
-    """The linears that get adapters, in the order of the forward pass."""
-    return tuple(recipe.adapter.trained)
-
-
-def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
-    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out), layer by layer."""
-    for _ in range(geometry.num_layers):
-        for _, part in recipe.adapter.pairs:
-            num_out, num_in = geometry.pair_shape(part)
-            yield recipe.adapter.rank * num_in
-            yield num_out * recipe.adapter.rank
-        for linear in recipe.adapter.trained if recipe.adapter.method == "dora" else ():
-            yield geometry.linear_shape(linear)[0]
-
-
-def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:
-    """Bytes of both Adam states, paged ones counted as on the device.
-
-    Source: bitsandbytes 0.50 optim/optimizer.py, Optimizer2State.init_state: 8-bit states have a float32
-    scale per 256 elements and share two code books of 256 float32; tensors below 4096 elements stay float32.
-    torch's AdamW keeps states in the parameter's dtype (its step counters live on the host).
-    """
-    sizes = list(adapter_sizes(recipe, geometry))
-    if recipe.train.optimizer in ("adamw_torch", "paged_adamw_32bit"):
-        element = adapter_dtype_bytes(recipe) if recipe.train.optimizer == "adamw_torch" else 4
-        return 2 * element * sum(sizes)
-    states = sum(2 * 4 * n if n < 4096 else 2 * (n + 4 * ceil(n / 256)) for n in sizes)
-    return states + (2 * 4 * 256 if any(n >= 4096 for n in sizes) else 0)
-
-
-# Activations: an estimate
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One forward pass: `rows` rows of `row_tokens` tokens each."""
-
-    recipe: Recipe
-    geometry: Geometry
-    rows: int
-    row_tokens: int
-    device: Device
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.row_tokens
-
-    @property
-    def states(self) -> int:
-        """Elements of one hidden state per token."""
-        return self.tokens * self.geometry.hidden_size
-
-    @property
-    def compute(self) -> int:
-        return compute_dtype_bytes(self.recipe)
-
-
-def mask_bytes(case: _Case) -> int:
-    """Bytes of the boolean mask [rows, 1, S, S], built from the sliding window on and for padded rows.
-
-    Rows of one batch are taken to differ in length.
-    Source: transformers 5.23 masking_utils.py, _ignore_causal_mask_sdpa.
-    """
-    window = case.geometry.sliding_window
-    dense = case.rows > 1 or (window is not None and case.row_tokens >= window)
-    return case.rows * case.row_tokens**2 if dense else 0
-
-
-def attention_saved_bytes(case: _Case) -> int:
-    """Bytes that autograd keeps in one layer for its norms and attention, adapters aside.
-
-    Both norms save their input as float32 and 4 bytes of scale; SDPA saves q and k after RoPE, the fused qkv
-    that v is a view of, its output, a float32 per head, and its own copy of the mask in the compute dtype. A
-    masked GQA layer repeats k and v to all heads instead.
-    Source: transformers 5.23 modeling_phi3.py, integrations/sdpa_attention.py.
-    """
-    g = case.geometry
-    query, key = g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim
-    keys_values = 2 * query if mask_bytes(case) and key != query else query + 3 * key
-    per_token = 2 * (4 * g.hidden_size + 4) + case.compute * (2 * query + keys_values) + 4 * g.num_heads
-    return case.tokens * per_token + case.compute * mask_bytes(case)
-
-
-def adapter_saved_bytes(case: _Case, linears: tuple[str, ...] = phi3.LINEARS) -> int:
-    """Bytes that autograd keeps in one layer for the adapters on `linears`.
-
-    Their input, A's output, with dropout a mask per input element (bool, on CPU float32), and autocast's
-    copies of A and B; the frozen linear keeps nothing. Source: PEFT 0.21 tuners/lora/bnb.py.
-    """
-    used = [case.geometry.linear_shape(name) for name in linears if name in target_linears(case.recipe)]
-    rank, num_inputs = case.recipe.adapter.rank, sum(num_in for _, num_in in used)
-    copies = rank * sum(map(sum, used)) if case.compute != adapter_dtype_bytes(case.recipe) else 0
-    dropped = num_inputs * (4 if case.device == "cpu" else 1) if case.recipe.adapter.dropout > 0 else 0
-    return case.tokens * (case.compute * (num_inputs + len(used) * rank) + dropped) + case.compute * copies
-
-
-def layer_saved_bytes(case: _Case) -> int:
-    """Bytes that the backward of one layer needs: the above, gate_up_proj's output and silu(gate)."""
-    swiglu = case.tokens * case.compute * 3 * case.geometry.intermediate_size
-    return attention_saved_bytes(case) + adapter_saved_bytes(case) + swiglu
-
-
-def dequantized_bytes(case: _Case, linear: str) -> int:
-    """Scratch of one NF4 product: the whole weight in the compute dtype, and its scales as float32.
-
-    CUDA has kernels without it for few tokens; they are not counted on.
-    Source: bitsandbytes 0.50 backends/default/ops.py, _gemm_4bit_default_impl.
-    """
-    rows, columns = case.geometry.linear_shape(linear)
-    scales = 4 * ceil(rows * columns / 64) if case.recipe.model.double_quant else 0
-    return rows * columns * case.compute + scales if case.recipe.model.quantization == "nf4" else 0
-
-
-def expansion_bytes(case: _Case, lora_element: int) -> int:
-    """Outputs alive at the fullest moment of gate_up_proj's forward.
-
-    One with the dequantized weight, or three: PEFT's clone of the base's, B's and that scaled, the last two
-    of `lora_element` bytes an element.
-    """
-    wide = case.tokens * 2 * case.geometry.intermediate_size
-    lora = 2 * lora_element if "gate_up_proj" in target_linears(case.recipe) else 0
-    return max(wide * (case.compute + lora), wide * case.compute + dequantized_bytes(case, "gate_up_proj"))
-
-
-def layer_peak_bytes(case: _Case) -> int:
-    """Fullest moment while one layer is recomputed and differentiated, its input not counted.
-
-    It is in the recomputed gate_up_proj, with the residual and the norm's output; or in down_proj's backward,
-    with the dequantized weight and two gradients of its input, whose saved copy is gone by then; or in
-    SwiGLU's backward, with three; or in the recomputed down_proj, where PEFT's unquantized linear, and any on
-    CPU, casts the input to float32 first. In float32 norms save layer input and residual, not copies.
-    """
-    b, states = case.compute, case.states
-    targets, unquantized = target_linears(case.recipe), case.recipe.model.quantization == "none"
-    held = (b if b != 4 else 0) + (0 if "gate_up_proj" in targets else b)
-    wide = b * case.tokens * case.geometry.intermediate_size
-    backward = 3 * wide + max(2 * wide + dequantized_bytes(case, "down_proj"), 3 * wide)
-    casts = b != 4 and "down_proj" in targets and (unquantized or case.device == "cpu")
-    contraction = 7 * wide + 3 * b * states if casts else 0  # float32 counts as two
-    before = attention_saved_bytes(case) + adapter_saved_bytes(case, phi3.LINEARS[:3])
-    return 2 * b * states + before + max(held * states + expansion_bytes(case, b), backward, contraction)
-
-
-def loss_bytes(case: _Case) -> int:
-    """Fullest moment between the last layer and its backward; all tokens are taken as trained on.
-
-    The last norm's float32 input, then TRL's fused head (hidden states twice, their gradient as float32 and
-    cast, one tile of logits) or the norm's backward (four float32 temporaries, two gradients). On CPU, which
-    has no Triton, a tile takes 29 bytes a logit more, or itself and the head's slice as float32.
-    Source: TRL 1.16 kernels/chunked_logprob.py.
-    """
-    b, states = case.compute, case.states
-    num, width = min(case.tokens, LOSS_CHUNK[0]), min(case.geometry.vocab_size, LOSS_CHUNK[1])
-    head = states * (2 * b + 4 + b) + num * LOSS_CHUNK[1] * b
-    if case.device == "cpu":
-        head += max(29 * num * width, 4 * width * (num + case.geometry.hidden_size))
-    return 4 * states + max(head, states * (4 * 4 + 2 * b))
-
-
-def answering_bytes(case: _Case) -> int:
-    """Fullest moment in a layer without gradients: residual, gate_up_proj with float32 LoRA, SDPA's mask."""
-    lora = adapter_dtype_bytes(case.recipe)
-    layer = case.states * (2 * case.compute + lora) + expansion_bytes(case, lora)
-    return layer + case.compute * mask_bytes(case)
-
-
-def scoring_bytes(case: _Case) -> int:
-    """evaluate.py's loss: hidden states, and a chunk's logits, as float32 too, and their log-softmax."""
-    logits = min(case.tokens, LOGIT_TOKENS) * case.geometry.vocab_size * (case.compute + 4 + 4)
-    return max(answering_bytes(case), 2 * case.states * case.compute + logits)
-
-
-def kv_cache_bytes(case: _Case) -> int:
-    """Keys and values of every layer while `rows` prompts of `row_tokens` get the longest answer."""
-    new = case.recipe.evaluate.max_new_tokens
-    return case.rows * (case.row_tokens + new) * _kv_bytes(case.recipe, case.geometry)
+def answer_tokens(recipe: Recipe, geometry: Geometry) -> int:
+    """Tokens of prompts and answers that are generated at once, pads too."""
+    return min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
 
 
 def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
@@ -381,15 +205,10 @@ def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
     return geometry.num_layers * 2 * width * compute_dtype_bytes(recipe)
 
 
-def answer_tokens(recipe: Recipe, geometry: Geometry) -> int:
-    """Tokens of prompts and answers that are generated at once, pads too."""
-    return min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
+# Parts
 
 
-# Phases
-
-
-def _weight_parts(case: _Case) -> list[Part]:
+def _weight_parts(case: Case) -> list[Part]:
     g, bits = case.geometry, 8 * case.compute
     num, matrix = g.num_linear_parameters, g.vocab_size * g.hidden_size
     linears = linear_bytes(case.recipe, g)
@@ -400,66 +219,128 @@ def _weight_parts(case: _Case) -> list[Part]:
     return [*parts, Part("norms", num * case.compute, f"{_count(num)} weights x {bits} bit")]
 
 
-def _adapter_part(case: _Case, name: str) -> Part:
-    """The adapters, or their gradients: same shapes, same dtype."""
-    num, element = sum(adapter_sizes(case.recipe, case.geometry)), adapter_dtype_bytes(case.recipe)
-    return Part(name, num * element, f"{_count(num)} parameters x {8 * element} bit")
+def _adapter_part(case: Case, name: str) -> Part:
+    """The adapters, or what has their shapes and dtype."""
+    num = case.geometry.lora_parameters(target_linears(case.recipe), case.recipe.adapter.rank)
+    return Part(name, num * ADAPTER_BYTES, f"{_count(num)} parameters x {8 * ADAPTER_BYTES} bit")
 
 
-def _optimizer_part(case: _Case) -> Part:
+def _gradient_part(case: Case, replaced: int) -> Part:
+    """Gradients; with a step in one pass what those of all layers but one weigh more than the replaced."""
+    whole = _adapter_part(case, "gradients")
+    if not replaced:
+        return whole
+    others = whole.num_bytes * (case.geometry.num_layers - 1) // case.geometry.num_layers
+    return replace(whole, num_bytes=max(0, others - replaced), formula=f"{whole.formula}, as activations go")
+
+
+def _optimizer_part(case: Case) -> Part:
     name = case.recipe.train.optimizer
     where = "; on the device unless evicted" if name.startswith("paged") else ""
     return Part("optimizer states", optimizer_bytes(case.recipe, case.geometry), f"two of {name}{where}")
 
 
-def _mask_part(case: _Case) -> Part:
-    words = f"{case.rows} x {case.row_tokens}^2 x 1 byte" if mask_bytes(case) else "causal, without a tensor"
-    return Part("attention mask", mask_bytes(case), words)
+def _count(number: int) -> str:
+    """A count of parameters for people: "3.62 B"."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def _load_phase(case: _Case) -> Phase:
+# Phases
+
+
+def _load_phase(case: Case) -> Phase:
     """All weights, and the largest before it is quantized: transformers 5.23 then loads one by one."""
-    scratch = max(dequantized_bytes(case, name) for name in phi3.LINEARS)
+    scratch = max(dequantized_bytes(case.recipe, case.geometry, name) for name in LINEARS)
     quantizing = [Part("quantizing", scratch, "largest linear before, and its scales")] if scratch else []
     return Phase("load", (*_weight_parts(case), *quantizing))
 
 
-def _train_phase(case: _Case) -> Phase:
-    """Everything; `activations: auto` means recompute in the reference engine."""
-    layer, loss, keep = layer_peak_bytes(case), loss_bytes(case), case.recipe.train.activations == "keep"
-    saved = layer_saved_bytes(case) if keep else case.states * case.compute
-    # the working set holds what the last layer saved; in float32 that includes its input
-    num = case.geometry.num_layers - (1 if keep or case.compute == 4 else 0)
-    name = "kept activations" if keep else "layer inputs"
-    held = Part(name, num * saved, f"{num} layers x {format_bytes(saved)}")
-    loss += saved if keep else 0
-    words = f"larger of: one layer {format_bytes(layer)}, loss {format_bytes(loss)}"
-    working = Part("working set", max(layer, loss), words)
-    states = (_adapter_part(case, "adapters"), _adapter_part(case, "gradients"), _optimizer_part(case))
-    return Phase("train", (*_weight_parts(case), *states, _mask_part(case), held, working))
+def _train_phase(case: Case) -> Phase:
+    """Everything; `activations: auto` means recompute in the reference engine.
+
+    With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
+    are all there from the second on.
+    """
+    keep, layers = case.recipe.train.activations == "keep", case.geometry.num_layers
+    held = saved_bytes(case) if keep else case.state
+    words, name = f"{layers} layers x {format_bytes(held)}", "kept activations" if keep else "layer inputs"
+    one_pass = case.tokens >= case.recipe.train.effective_batch * case.length
+    gradients = _gradient_part(case, (layers - 1) * held if one_pass else 0)
+    fullest = max(_moments(case, keep, held), key=lambda peak: peak.num_bytes)
+    activations = (
+        Part("rows", row_bytes(case), f"{case.tokens} tokens: ids, labels, positions, RoPE", "replayed"),
+        Part(name, all_saved_bytes(case) if keep else layers * held, words, "replayed"),
+        Part("working set", fullest.num_bytes, f"fullest in: {fullest.stage}", "replayed"),
+    )
+    states = (_adapter_part(case, "adapters"), gradients, _optimizer_part(case))
+    return Phase("train", (*_weight_parts(case), *states, *activations))
 
 
-def _evaluate_phase(case: _Case) -> Phase:
+def _moments(case: Case, keep: bool, held: int) -> Iterable[Peak]:
+    """What is there beside `held` of every layer, where it can be most."""
+    cached = 0 if keep else autocast_bytes(case)
+    forward = forward_peak(case, saving=keep)
+    # the last layer has not saved yet what it will; its input is there, and the embedding's output
+    own = 2 * case.state - held if keep else 0
+    yield Peak(forward.num_bytes + own + cached, forward.stage)
+    yield loss_peak(case, cached)
+    yield backward_peak(case, recomputes=not keep)
+
+
+def _evaluate_phase(case: Case, micro_batch: int) -> Phase:
     """Weights, adapters, the optimizer of a trainer still alive; then the loss, or answers with their cache.
 
     The loss takes the micro batch at once; answers as many prompts as answer_tokens holds. Every row is
     taken to be as long as the longest.
     """
-    settings = case.recipe.evaluate
-    words = f"{case.rows} x {case.row_tokens} tokens"
-    ways = [(case, [Part("working set", scoring_bytes(case), f"loss of {words}")])]
-    if set(settings.metrics) & set(GENERATION_METRICS):
-        tokens = answer_tokens(case.recipe, case.geometry)
-        at_once = tokens // (case.row_tokens + settings.max_new_tokens)
-        batch = replace(case, rows=max(1, min(at_once, settings.samples)))
-        words = f"{batch.rows} x {batch.row_tokens} tokens"
-        cache = Part("KV cache", kv_cache_bytes(batch), f"{words}, each + {settings.max_new_tokens}")
-        ways.append((batch, [Part("working set", answering_bytes(batch), f"one layer of {words}"), cache]))
-    batch, fullest = max(ways, key=lambda way: sum(part.num_bytes for part in way[1]))
-    states = (_adapter_part(case, "adapters"), _optimizer_part(case), _mask_part(batch))
+    scored = Case(
+        case.recipe, case.geometry, micro_batch * case.length, case.length, case.device, training=False
+    )
+    words = f"loss of {micro_batch} x {case.length} tokens"
+    peak = scoring_peak(scored)
+    ways = [[Part("working set", row_bytes(scored) + peak.num_bytes, words, "replayed")]]
+    if set(case.recipe.evaluate.metrics) & set(GENERATION_METRICS):
+        ways.append(_answering_parts(case))
+    fullest = max(ways, key=lambda parts: sum(part.num_bytes for part in parts))
+    states = (_adapter_part(case, "adapters"), _optimizer_part(case))
     return Phase("evaluate", (*_weight_parts(case), *states, *fullest))
 
 
-def _count(number: int) -> str:
-    """A count of parameters for people: "3.62 B"."""
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+def _answering_parts(case: Case) -> list[Part]:
+    settings, per_token = case.recipe.evaluate, _kv_bytes(case.recipe, case.geometry)
+    width = case.length + settings.max_new_tokens
+    rows = max(1, min(answer_tokens(case.recipe, case.geometry) // width, settings.samples))
+    batch = Case(
+        case.recipe,
+        case.geometry,
+        rows * case.length,
+        case.length,
+        case.device,
+        training=False,
+        padded=True,
+    )
+    words = f"{rows} x {case.length} tokens"
+    cache = Part(
+        "KV cache", rows * width * per_token, f"{words}, each + {settings.max_new_tokens}", "estimate"
+    )
+    peak = answering_peak(batch).num_bytes
+    return [Part("working set", peak, f"one layer of {words}", "estimate"), cache]
+
+
+def _save_phase(case: Case) -> Phase:
+    """What training left, and on a CPU the adapter's bytes being written, then read back."""
+    parts = [*_weight_parts(case), _adapter_part(case, "adapters"), _optimizer_part(case)]
+    written = [_adapter_part(case, "written")] if case.device == "cpu" else []
+    return Phase("save", (*parts, *written))
+
+
+def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """What the device holds beside tensors, and what a host holds that is not the device."""
+    slack = int(peak * ALLOCATOR_SLACK / (1 - ALLOCATOR_SLACK))
+    share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
+    imports = Part("imports", IMPORTS_BYTES, "Python and its libraries", "estimate")
+    if case.device == "cpu":
+        return (imports, share), ()
+    context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
+    rows = Part("written", _adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
+    return (context, share), (imports, rows)

@@ -13,11 +13,12 @@ import torch
 
 from . import __version__, adapters, data, evaluate, memory, model, report, run_folder, trainer, weights
 from .engine import attention
-from .errors import FitError, InputError
+from .errors import FitError, InputError, RecipeError
 from .meter import Meter
 from .progress import Display
 from .recipe import Recipe
 from .recipe_file import dump_recipe
+from .units import format_bytes, parse_bytes
 
 
 def run(
@@ -114,7 +115,7 @@ def settle(
 ) -> tuple[Recipe, memory.Plan, list[str]]:
     """Replace `auto` by what fits, predict its memory, and note what a user should know."""
     longest = max(split.longest for split in (splits.train, splits.eval) if split is not None)
-    usable = memory.usable_bytes(free_bytes(device))
+    usable = memory.usable_bytes(allowed_bytes(recipe, device))
     micro_batch = memory.choose_micro_batch(
         recipe, checkpoint.geometry, usable, row_tokens=longest, device=device_kind(device)
     )
@@ -122,6 +123,7 @@ def settle(
     plan = memory.predict(
         recipe, checkpoint.geometry, micro_batch=micro_batch, row_tokens=longest, device=device_kind(device)
     )
+    _hold_to_budget(recipe, plan, device)
     return recipe, plan, _notes(recipe, splits, device)
 
 
@@ -136,6 +138,49 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def allowed_bytes(recipe: Recipe, device: torch.device) -> int:
+    """Memory that a run may use: what is free, and no more than the budget leaves beside context or imports.
+
+    Raises:
+        RecipeError: the budget is more than the device has.
+    """
+    free = free_bytes(device)
+    if recipe.memory.budget == "auto":
+        return free
+    budget, total = parse_bytes(recipe.memory.budget), total_bytes(device)
+    if budget > total:
+        reason = f"{recipe.memory.budget} is more than the {format_bytes(total)} of this {device.type}."
+        raise RecipeError("memory.budget", reason, "Lower it, or write auto.")
+    beside = memory.CONTEXT_BYTES if device.type == "cuda" else memory.IMPORTS_BYTES
+    return min(free, budget - beside)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the computer."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _hold_to_budget(recipe: Recipe, plan: memory.Plan, device: torch.device) -> None:
+    """Refuse a plan above the budget, and let CUDA's allocator refuse what the plan did not foresee.
+
+    Raises:
+        FitError: the plan needs more than the budget.
+    """
+    if recipe.memory.budget == "auto":
+        return
+    budget = parse_bytes(recipe.memory.budget)
+    if plan.needed_bytes > budget:
+        reason = f"the run needs {format_bytes(plan.needed_bytes)}, the budget is {recipe.memory.budget}."
+        raise FitError("memory.budget", reason, "The plan command's --vram says which keys to change.")
+    if device.type == "cuda":
+        share = (budget - memory.CONTEXT_BYTES) / total_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def write_inputs(recipe: Recipe, plan: memory.Plan, folder: Path) -> None:

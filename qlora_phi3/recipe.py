@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from . import phi3
+from .units import HOW_TO_WRITE, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,23 @@ def _auto_or_positive(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
+
+
+def _auto_or_size(value: Any) -> Any:
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if isinstance(text, str) and text != "auto":
+        try:
+            parse_bytes(text)
+        except ValueError:
+            raise PydanticCustomError("expected", f"needs `auto`, or {HOW_TO_WRITE}") from None
+    return text
+
+
+def _size_schema(schema: dict[str, Any]) -> None:
+    """What `_auto_or_size` accepts."""
+    size = r"^(auto|\s*\d+(\.\d+)?\s*([KMGTkmgt]([Ii]?[Bb])?)?\s*)$"
+    text = {"type": schema.pop("type"), "pattern": size}
+    schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
 
 
 def _check_target(name: Any) -> Any:
@@ -391,8 +409,10 @@ class Train(_Part):
 class Memory(_Part):
     """The memory budget."""
 
-    budget: Annotated[str, Today(("auto",))] = Field(
-        default="auto", description="auto: what is free now; or 8GiB"
+    budget: Annotated[str, BeforeValidator(_auto_or_size)] = Field(
+        default="auto",
+        description="auto: what is free now; or 8GiB, of the device, and no more is taken",
+        json_schema_extra=_size_schema,
     )
     on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
         default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError, OutputError
-from .memory import format_bytes
 from .recipe import GENERATION_METRICS
+from .units import format_bytes
 
 VERSIONED: Final = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose version decides what a run computes."""

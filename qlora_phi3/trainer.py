@@ -25,11 +25,11 @@ from .data import Split, TokenRow
 from .engine.documents import Documents, hidden_states, original_context, passes
 from .engine.loss import IGNORE, supervised_nll
 from .errors import RunError
-from .memory import format_bytes
 from .meter import Meter
 from .model import Base, check_dtypes
 from .progress import Display, Steps
 from .recipe import Recipe
+from .units import format_bytes
 
 OPTIMIZERS: Final = {
     "paged_adamw_8bit": "paged_adamw_8bit",

@@ -28,6 +28,8 @@ FAST: dict[str, tuple[str, ...]] = {
     "version": ("--version",),
     "list": ("recipe",),
     "list as JSON": ("recipe", "--json"),
+    "plan": ("plan", "phi3-mini-chat-8gb"),
+    "plan for a card as JSON": ("plan", "phi3-mini-chat-8gb", "--vram", "8GiB", "--json"),
     "dry run": ("recipe", "quickstart", "--dry-run"),
     "dry run as JSON": ("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json"),
     "dry run of an unknown base": ("recipe", "quickstart", "--dry-run", "model.base=someone/phi3"),

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_phi3 import memory, pipeline
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import load_recipe
 
 RUN_FOLDER = {
@@ -266,3 +269,31 @@ def test_several_processes_are_refused(write_recipe: Callable[..., Path], tmp_pa
     assert done.returncode == 2
     assert "WORLD_SIZE: several processes are not available yet." in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(pipeline, "total_bytes", lambda device: 16 * 1024**3)
+    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 12 * 1024**3)
+
+    def budget(text: str) -> Recipe:
+        data = {"train": {"path": "rows.jsonl"}}
+        return Recipe.model_validate({"version": 1, "name": "b", "data": data, "memory": {"budget": text}})
+
+    assert pipeline.allowed_bytes(budget("auto"), cpu) == 12 * 1024**3
+    assert pipeline.allowed_bytes(budget("8GiB"), cpu) == 8 * 1024**3 - memory.IMPORTS_BYTES
+    assert pipeline.allowed_bytes(budget("14GiB"), cpu) == 12 * 1024**3
+    with pytest.raises(RecipeError, match=r"memory\.budget: 32GiB is more than the 16\.00 GiB of this cpu"):
+        pipeline.allowed_bytes(budget("32GiB"), cpu)
+
+
+def test_a_run_above_its_budget_is_refused_before_it_begins(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = command("recipe", finished[1], "memory.budget=300MiB", "--out", tmp_path / "out")
+    assert done.returncode == 4
+    assert "memory.budget: the run needs" in done.stderr and "the budget is 300MiB" in done.stderr
+    done = command(
+        "recipe", finished[1], "memory.budget=1GiB", "train.max_steps=1", "--out", tmp_path / "fits"
+    )
+    assert done.returncode == 0, done.stderr

@@ -114,7 +114,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "train.eval_every": {"null": None, "10": 10},
     "train.save_every": {"null": None},
     "train.keep_checkpoints": {"2": 2},
-    "memory.budget": {"auto": "auto"},
+    "memory.budget": {"auto": "auto", "8GiB": "8GiB", "8": "8", "7.5GB": "7.5GB"},
     "memory.on_oom": {"fail": "fail"},
     "evaluate.metrics": {
         "[loss]": ("loss",),
@@ -173,6 +173,7 @@ NOT_BOOL = {
 NOT_TEXT_OR_NULL = {"3": TEXT, "1e5": TEXT, "true": TEXT, "[a]": TEXT, "{a: 1}": TEXT}
 NOT_TEXT = {**NOT_TEXT_OR_NULL, "null": TEXT}
 NO_PATH = {**NOT_TEXT, "''": "must not be empty"}
+SIZE = "needs `auto`, or a size such as 8GiB, 8GB, 512MiB or 8, which is GiB"
 NO_CHOICE = {
     "'': ''": "",
     "nonsense": "'nonsense' is not allowed",
@@ -291,7 +292,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "train.save_every": NOT_WHOLE,
     "train.keep_checkpoints": COUNT,
     "memory": {"8GiB": KEYS, "null": KEYS},
-    "memory.budget": NOT_TEXT,
+    "memory.budget": {"nonsense": SIZE, "0": SIZE, "true": TEXT, "null": TEXT, "[8GiB]": TEXT, "-1GiB": SIZE},
     "memory.on_oom": NO_CHOICE,
     "evaluate": {"[loss]": KEYS, "null": KEYS},
     "evaluate.metrics": {"loss": "needs a list. Write [loss].", "null": LIST, "3": LIST, "{loss: 1}": LIST},
@@ -330,7 +331,6 @@ LATER: dict[str, list[str]] = {
     "train.activations": ["offload"],
     "train.save_every": ["1", "100"],
     "train.keep_checkpoints": ["1", "3"],
-    "memory.budget": ["8GiB"],
     "memory.on_oom": ["adapt"],
     "export": ["[merged]", "[adapter, gguf:q8_0]", "[adapter, adapter]"],
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],

@@ -92,7 +92,11 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
         ("export: adapter", "export: found 'adapter', needs a list. Write [adapter]."),
         ("export: [gguf]", "export: [gguf] is not available yet. Today: [adapter], []."),
         ("evaluate: {metrics: loss}", "evaluate.metrics: found 'loss', needs a list. Write [loss]."),
-        ("memory: {budget: 8GiB}", "memory.budget: '8GiB' is not available yet. Today: 'auto'."),
+        (
+            "memory: {budget: 8 cards}",
+            "memory.budget: found '8 cards', needs `auto`, "
+            "or a size such as 8GiB, 8GB, 512MiB or 8, which is GiB.",
+        ),
         ("trian: {epochs: 3}", f"trian: unknown key. Did you mean 'train'? Allowed: {TOP_KEYS}."),
         ("epochs: 3", f"epochs: unknown key. It belongs to train. Allowed: {TOP_KEYS}."),
         ("path: a.jsonl", f"path: unknown key. It belongs to data.train. Allowed: {TOP_KEYS}."),

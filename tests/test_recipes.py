@@ -22,6 +22,7 @@ from qlora_phi3 import adapters, data, memory, model, trainer, weights
 from qlora_phi3.engine import attention
 from qlora_phi3.recipe import Recipe, Source
 from qlora_phi3.recipe_file import dump_recipe, list_recipes, load_recipe
+from qlora_phi3.sizes import target_linears
 
 RECIPES = list_recipes()
 CPU = torch.device("cpu")
@@ -249,7 +250,7 @@ def test_the_dtypes_and_what_is_trained(path: Path, built: Callable[..., Any]) -
         assert linear.weight.quant_state.nested == recipe.model.double_quant
         assert (linear.weight.quant_type, linear.compute_dtype) == ("nf4", compute)
     table = adapters.trained_table(tuning.model)
-    assert {row.target for row in table} == set(memory.target_linears(recipe))
+    assert {row.target for row in table} == set(target_linears(recipe))
     assert {(row.rank, row.num_modules) for row in table} == {(recipe.adapter.rank, 2)}
     settings = tuning.model.peft_config["default"]
     assert (settings.lora_alpha, settings.lora_dropout) == (recipe.adapter.alpha, recipe.adapter.dropout)

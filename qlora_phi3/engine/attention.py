@@ -16,14 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..case import EAGER_TOKENS, QUERY_BLOCK
+
 NAME: Final = "qlora_phi3"
 """What transformers calls `attend` by."""
-
-EAGER_TOKENS: Final = 512
-"""Longest document for which plain matrix products beat torch's CPU attention, which in bfloat16 is slow."""
-
-QUERY_BLOCK: Final = 1024
-"""Queries that share one mask where a window is narrower than the document."""
 
 
 def register() -> str:

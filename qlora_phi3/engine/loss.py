@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..memory import LOGIT_TOKENS
+from ..case import LOGIT_TOKENS
 
 IGNORE: Final = -100
 
@@ -51,6 +51,8 @@ class _ChunkedNll(torch.autograd.Function):
                 softmax = logits.sub_(log_sum).exp_()
                 softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
                 grad[part] = softmax.to(x.dtype) @ head.to(x.dtype)
+                del softmax
+            del logits  # both are one tensor, which would stay until the next chunk has its own
         ctx.save_for_backward(grad)
         return total
 

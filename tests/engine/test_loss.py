@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from qlora_phi3.case import LOGIT_TOKENS
 from qlora_phi3.engine.loss import IGNORE, supervised_nll
-from qlora_phi3.memory import LOGIT_TOKENS
 
 
 def case(rows: int, length: int, hidden: int, vocabulary: int, dtype: torch.dtype, share: float = 0.5):

@@ -1,0 +1,142 @@
+"""One pass of tokens through the model, and the sizes that its memory is made of. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from .phi3 import Geometry
+from .recipe import Recipe
+from .sizes import compute_dtype_bytes, target_linears
+
+Device = Literal["cuda", "cpu"]
+
+LOGIT_TOKENS: Final = 1024
+"""Supervised tokens whose logits exist at once: 131 MB of float32 for Phi-3-mini."""
+
+EAGER_TOKENS: Final = 512
+"""Longest document for which plain matrix products beat torch's CPU attention, which in bfloat16 is slow."""
+
+QUERY_BLOCK: Final = 1024
+"""Queries that share one mask where a window is narrower than the document, off CUDA's flash attention."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass: `tokens` in documents of `length`. Without `training` there are no gradients, no autocast."""
+
+    recipe: Recipe
+    geometry: Geometry
+    tokens: int
+    length: int
+    device: Device
+    training: bool = True
+    padded: bool = False
+    """Answers: rows padded to `length`, with transformers' own attention and mask."""
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted: all but the first of each document."""
+        return self.tokens - self.tokens // self.length
+
+    @property
+    def compute(self) -> int:
+        return compute_dtype_bytes(self.recipe)
+
+    @property
+    def state(self) -> int:
+        """Bytes of one hidden state per token."""
+        return self.tokens * self.geometry.hidden_size * self.compute
+
+    @property
+    def query(self) -> int:
+        """Bytes of all heads' queries."""
+        return self.tokens * self.geometry.num_heads * self.geometry.head_dim * self.compute
+
+    @property
+    def key(self) -> int:
+        return self.tokens * self.geometry.num_kv_heads * self.geometry.head_dim * self.compute
+
+    @property
+    def wide(self) -> int:
+        """Bytes of one intermediate state, half of gate_up_proj's output."""
+        return self.tokens * self.geometry.intermediate_size * self.compute
+
+    @property
+    def autocast(self) -> bool:
+        return self.training and self.compute != 4
+
+    @property
+    def casts_inputs(self) -> bool:
+        """Whether PEFT casts an adapter's input to float32 first.
+
+        Its Linear4bit asks for CUDA's autocast; its Linear always casts.
+        Source: PEFT 0.21 tuners/lora/bnb.py and layer.py.
+        """
+        under_cuda = self.autocast and self.device == "cuda" and self.recipe.model.quantization == "nf4"
+        return self.compute != 4 and not under_cuda
+
+    @property
+    def dropout(self) -> bool:
+        return self.training and self.recipe.adapter.dropout > 0
+
+    @property
+    def grouped(self) -> bool:
+        return self.geometry.num_heads != self.geometry.num_kv_heads
+
+    @property
+    def attention(self) -> Literal["flash", "eager", "sdpa"]:
+        """Which way engine/attention.py goes. A card before Ampere goes sdpa's; that is not known here."""
+        if self.padded:
+            return "sdpa"
+        if self.device == "cuda" and self.compute == 2:
+            return "flash"
+        return "eager" if self.device == "cpu" and self.length <= EAGER_TOKENS else "sdpa"
+
+    def adapted(self, linear: str) -> bool:
+        return linear in target_linears(self.recipe)
+
+    def parts(self, linear: str) -> list[str]:
+        """What of a linear has an A/B pair of its own: projections, or the linear itself."""
+        return [part for owner, part in self.recipe.adapter.pairs if owner == linear]
+
+    def hidden_width(self, linear: str) -> int:
+        """Width of the output of all A of a linear together."""
+        return self.recipe.adapter.rank * len(self.parts(linear))
+
+    def pair_elements(self, linear: str) -> int:
+        """Elements of all A and B of a linear in one layer."""
+        shapes = map(self.geometry.pair_shape, self.parts(linear))
+        return self.recipe.adapter.rank * sum(map(sum, shapes))
+
+    def shares_input(self, linear: str) -> bool:
+        """Whether autograd keeps an adapter's input itself, not a copy of it."""
+        return self.adapted(linear) and not self.casts_inputs and not self.dropout
+
+
+def eager_sizes(case: Case) -> tuple[int, int, int, int]:
+    """Of one document: bytes of its output, of a float32 per pair of tokens and head, of the weights in the
+    compute dtype where that is another, and of the mask."""
+    pairs = min(case.length, case.tokens) ** 2
+    wide = 4 * case.geometry.num_heads * pairs
+    one = case.query * min(case.length, case.tokens) // case.tokens
+    return one, wide, wide // 2 if case.compute != 4 else 0, pairs
+
+
+def window_blocks(case: Case) -> list[tuple[int, int]]:
+    """(queries, keys) of each block of one document that has a mask; empty where none needs one."""
+    window = case.geometry.sliding_window
+    if case.attention != "sdpa" or case.padded or window is None or case.length <= window:
+        return []
+    stops = [(at, min(at + QUERY_BLOCK, case.length)) for at in range(0, case.length, QUERY_BLOCK)]
+    return [(stop - at, stop - max(0, at - window + 1)) for at, stop in stops]
+
+
+def norm_saved_bytes(case: Case) -> int:
+    """A norm's input as float32 and a scale per token."""
+    return 4 * case.tokens * (case.geometry.hidden_size + 1)
+
+
+def norm_backward_bytes(case: Case) -> int:
+    """Four float32 temporaries, and in another dtype the gradient as it came."""
+    return case.tokens * case.geometry.hidden_size * (4 * 4 + (case.compute if case.compute != 4 else 0))

@@ -1,0 +1,206 @@
+"""Which cards a recipe fits, how far it can grow on one, and what to change where it does not fit.
+
+Every answer comes from `memory.predict`: nothing here adds bytes of its own. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import memory
+from .phi3 import LINEARS, Geometry
+from .recipe import Recipe
+from .sizes import target_linears
+
+CARDS_GIB: Final = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
+"""Memory of consumer and common data-centre cards, smallest first."""
+
+SHOWN_GIB: Final = (4, 6, 8, 10, 12, 16, 24)
+"""Cards of the plan's table."""
+
+SHORTEST: Final = 128
+"""Tokens below which halving `data.max_length` is no advice."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A recipe on one card. `max_length` and `micro_batch` are the largest that fit, each by itself.
+
+    Units: `headroom_bytes` is below zero where it does not fit; `max_length` in tokens, None where none fits.
+    """
+
+    gib: int
+    fits: bool
+    headroom_bytes: int
+    max_length: int | None
+    micro_batch: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gib": self.gib,
+            "fits": self.fits,
+            "headroom_bytes": self.headroom_bytes,
+            "largest_max_length": self.max_length,
+            "largest_micro_batch": self.micro_batch,
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """One override, `key=value`, and what the whole then needs. Units: bytes of the card."""
+
+    override: str
+    needed_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"override": self.override, "needed_bytes": self.needed_bytes}
+
+
+def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
+    """The plan of a recipe on a card, at micro batch 1 where that is `auto`."""
+    explicit = recipe.train.micro_batch
+    return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
+
+
+def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
+    """GiB of the smallest card in CARDS_GIB that the run fits, at micro batch 1 or the explicit one."""
+    needed = planned(recipe, geometry).needed_bytes
+    return next((card for card in CARDS_GIB if needed <= card * 1024**3), None)
+
+
+def card(recipe: Recipe, geometry: Geometry, gib: int) -> Card:
+    """How a recipe does on a card of so many GiB."""
+    room = gib * 1024**3
+    headroom = room - planned(recipe, geometry).needed_bytes
+    longest = largest_length(recipe, geometry, room)
+    return Card(gib, headroom >= 0, headroom, longest, largest_micro_batch(recipe, geometry, room))
+
+
+def largest_length(recipe: Recipe, geometry: Geometry, room: int) -> int | None:
+    """Longest `data.max_length` that fits into `room` bytes, in steps of 64 tokens up to the model's."""
+
+    def fits(steps: int) -> bool:
+        return planned(_with(recipe, "data", max_length=steps * 64), geometry).needed_bytes <= room
+
+    steps = _largest(fits, geometry.max_positions // 64)
+    return steps * 64 if steps else None
+
+
+def largest_micro_batch(recipe: Recipe, geometry: Geometry, room: int) -> int | None:
+    """Largest divisor of `train.effective_batch` that fits into `room` bytes."""
+    whole = recipe.train.effective_batch
+    sizes = [n for n in range(1, whole + 1) if whole % n == 0]
+
+    def fits(count: int) -> bool:
+        return _needed(_with(recipe, "train", micro_batch=sizes[count - 1]), geometry) <= room
+
+    count = _largest(fits, len(sizes))
+    return sizes[count - 1] if count else None
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """Largest of 1..most that fits, 0 where none does; what is larger takes more."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def advise(recipe: Recipe, geometry: Geometry, room: int) -> tuple[Change, ...] | None:
+    """The fewest of the changes, in the order of `_ladder`, with which the recipe needs at most `room` bytes.
+
+    () where it fits as it is, None where nothing helps. A change that saves nothing is left out; what a later
+    one makes needless is taken back.
+    """
+    if _needed(recipe, geometry) <= room:
+        return ()
+    chosen: list[_Override] = []
+    current = recipe
+    for change in _ladder(recipe, geometry):
+        found = change.on(current)
+        if _needed(found, geometry) >= _needed(current, geometry):
+            continue
+        current, chosen = found, [*(c for c in chosen if c.key != change.key), change]
+        if _needed(current, geometry) <= room:
+            return _told(recipe, geometry, _fewest(recipe, geometry, room, chosen))
+    return None
+
+
+@dataclass(frozen=True)
+class _Override:
+    part: str
+    name: str
+    value: Any
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}.{self.name}"
+
+    def on(self, recipe: Recipe) -> Recipe:
+        return _with(recipe, self.part, **{self.name: self.value})
+
+    def __str__(self) -> str:
+        value = f"[{','.join(self.value)}]" if isinstance(self.value, tuple) else self.value
+        return f"{self.key}={value}"
+
+
+def _ladder(recipe: Recipe, geometry: Geometry) -> Iterator[_Override]:
+    """What can be changed, what costs the run least first: time, then precision, rows, the adapter."""
+    if recipe.train.micro_batch != "auto":
+        yield _Override("train", "micro_batch", 1)
+    if recipe.train.activations == "keep":
+        yield _Override("train", "activations", "recompute")
+    if recipe.train.optimizer != "paged_adamw_8bit":
+        yield _Override("train", "optimizer", "paged_adamw_8bit")
+    if recipe.model.quantization == "none":
+        yield _Override("model", "quantization", "nf4")
+    if recipe.model.quantization == "nf4" and not recipe.model.double_quant:
+        yield _Override("model", "double_quant", True)
+    yield from _halved("data", "max_length", recipe.data.max_length, SHORTEST)
+    yield from _halved("adapter", "rank", recipe.adapter.rank, 4)
+    targets = target_linears(recipe)
+    by_size = sorted(targets, key=lambda name: sum(geometry.linear_shape(name)), reverse=True)
+    for dropped in range(1, len(by_size)):
+        yield _Override("adapter", "targets", tuple(n for n in LINEARS if n in by_size[dropped:]))
+
+
+def _halved(part: str, name: str, value: int, least: int) -> Iterator[_Override]:
+    while value // 2 >= least:
+        value //= 2
+        yield _Override(part, name, value)
+
+
+def _fewest(
+    recipe: Recipe, geometry: Geometry, room: int, chosen: Sequence[_Override]
+) -> Sequence[_Override]:
+    """Without the changes that the others make needless, the costliest tried first."""
+    kept = list(chosen)
+    for change in reversed(chosen):
+        others = [c for c in kept if c is not change]
+        if others and _needed(_apply(recipe, others), geometry) <= room:
+            kept = others
+    return kept
+
+
+def _told(recipe: Recipe, geometry: Geometry, changes: Sequence[_Override]) -> tuple[Change, ...]:
+    steps = [_apply(recipe, changes[: n + 1]) for n in range(len(changes))]
+    return tuple(
+        Change(str(change), _needed(found, geometry)) for change, found in zip(changes, steps, strict=True)
+    )
+
+
+def _apply(recipe: Recipe, changes: Sequence[_Override]) -> Recipe:
+    for change in changes:
+        recipe = change.on(recipe)
+    return recipe
+
+
+def _needed(recipe: Recipe, geometry: Geometry) -> int:
+    return planned(recipe, geometry).needed_bytes
+
+
+def _with(recipe: Recipe, part: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})

@@ -1,0 +1,363 @@
+"""A decoder layer's operations replayed on a tape that only adds and subtracts bytes.
+
+Owns what transformers' Phi-3 layer, PEFT's linears, bitsandbytes' products and our attention allocate while
+they run, in their order, with gradients and without. A replay follows the source it names line by line: what
+is made, what autograd keeps, what dies when a function returns. No torch.
+"""
+
+from __future__ import annotations
+
+from .case import Case, eager_sizes, norm_backward_bytes, norm_saved_bytes, window_blocks
+from .sizes import dequantized_bytes
+
+
+class Tape:
+    """Bytes alive while operations run one after another, and where they were most."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.stage = self.fullest = ""
+
+    def new(self, *sizes: int) -> int:
+        self.now += sum(sizes)
+        if self.now > self.peak:
+            self.peak, self.fullest = self.now, self.stage
+        return sum(sizes)
+
+    def free(self, *sizes: int) -> None:
+        self.now -= sum(sizes)
+
+    def passing(self, *sizes: int) -> None:
+        """What is gone when the operation is done."""
+        self.free(self.new(*sizes))
+
+
+class Layer:
+    """One decoder layer on a tape. `saving`: autograd keeps what its backward needs.
+
+    In the `first` layer that begins at the first adapter: embeddings need no gradient. The layer's input and
+    the gradient of its output are the caller's.
+    Source: transformers 5.23 modeling_phi3.py.
+    """
+
+    def __init__(self, case: Case, tape: Tape, *, saving: bool, first: bool = False) -> None:
+        self.case, self.tape, self.saving = case, tape, saving
+        self.gradient = saving and not first
+        """Whether what is made now depends on anything that is trained."""
+
+    def forward(self) -> None:
+        """Leaves the output, and what is saved."""
+        self.until_swiglu()
+        self._product()
+        self.linear("down_proj")
+        self._end_of_mlp()
+        self.tape.free(self.case.state)  # down_proj's output, in the sum with the residual
+
+    def until_swiglu(self) -> None:
+        """Up to silu(gate); leaves residual, norm's output, gate_up_proj's output and silu(gate)."""
+        case, tape = self.case, self.tape
+        self.norm()
+        self._attention_block()
+        self._drop(case.state, case.shares_input("qkv_proj"))
+        tape.new(case.state)  # the sum with the residual
+        tape.free(case.state)  # o_proj's output
+        self.keeps_residual = self.gradient and case.compute == 4  # else norm keeps a float32 copy
+        self.norm()
+        self.linear("gate_up_proj")
+        tape.stage = "SwiGLU"
+        tape.new(case.wide)
+        self.keeps_swiglu = self.gradient
+
+    def _product(self) -> None:
+        self.tape.new(self.case.wide)
+        self._drop(self.case.wide, self.keeps_swiglu)  # silu(gate)
+
+    def _end_of_mlp(self) -> None:
+        case = self.case
+        self._drop(case.wide, case.shares_input("down_proj"))
+        self._drop(2 * case.wide, self.keeps_swiglu)
+        self._drop(case.state, case.shares_input("gate_up_proj"))
+        self.tape.new(case.state)
+        self._drop(case.state, self.keeps_residual)
+
+    def _drop(self, size: int, kept: bool) -> None:
+        """A local that dies, unless autograd keeps it."""
+        if not (self.saving and kept):
+            self.tape.free(size)
+
+    def norm(self) -> None:
+        """Leaves the output; saved are the input as float32 and a scale per token."""
+        case, tape = self.case, self.tape
+        tape.stage = "norm"
+        scale, wide = 4 * case.tokens, 4 * case.tokens * case.geometry.hidden_size
+        half = case.compute != 4
+        copy = tape.new(wide if half else 0)
+        tape.passing(wide, scale)  # the squares and their mean
+        tape.new(scale, scale, wide)
+        tape.passing(case.state if half else 0, case.state)
+        tape.free(scale, wide)
+        self._drop(copy + scale, self.gradient)
+        tape.new(case.state)
+
+    def linear(self, name: str, *, stops: bool = False) -> None:
+        """Leaves the output, and what is saved; with `stops` breaks off once all of that is there.
+
+        A quantized base's output is cloned; then come B's output, it scaled, and the sum.
+        """
+        case, tape = self.case, self.tape
+        tape.stage = name
+        num_out = case.geometry.linear_shape(name)[0]
+        scratch, out = (
+            dequantized_bytes(case.recipe, case.geometry, name),
+            case.tokens * num_out * case.compute,
+        )
+        tape.new(scratch, out)
+        tape.free(scratch)
+        if not case.adapted(name):
+            return
+        if scratch:
+            tape.passing(out)
+        cast = self._adapter_inputs(name)
+        if stops:
+            return
+        branch = out if case.autocast or case.compute == 4 else 2 * out  # of A and B in float32
+        tape.new(branch)
+        tape.passing(branch)
+        if branch > out and scratch:
+            tape.new(out)
+            tape.free(branch)
+            branch = out
+        tape.passing(branch)  # the sum; without a quantized base float32 too, and then cast
+        tape.free(branch, cast)
+        self._drop(sum(self.saved_by_adapter(name)), True)
+        self.gradient = self.saving
+
+    def saved_by_adapter(self, name: str) -> tuple[int, int, int]:
+        """Bytes that autograd keeps of its input, of A's output, and of autocast's copies of A and B.
+
+        Dropout keeps its mask, bool on CUDA and of the input's float32 on a CPU. Without gradients the copies
+        are none of a layer's: the autocast that is around the whole pass keeps them until it ends.
+        """
+        case, width = self.case, self.case.hidden_width(name)
+        num_in = case.geometry.linear_shape(name)[1]
+        inputs = 0 if case.shares_input(name) or not (case.autocast or case.dropout) else case.compute
+        mask = self._mask_element()
+        element = case.compute if case.autocast or case.compute == 4 else 4
+        copies = case.pair_elements(name) * case.compute if case.autocast and self.saving else 0
+        return case.tokens * num_in * (inputs + mask), case.tokens * width * element, copies
+
+    def _mask_element(self) -> int:
+        """Dropout's mask is kept for the input's gradient only."""
+        wanted = self.case.dropout and (self.gradient or not self.saving)
+        return (4 if self.case.device == "cpu" else 1) if wanted else 0
+
+    def _adapter_inputs(self, name: str) -> int:
+        """Up to A's output; returns the bytes of the input's float32 copy, a local of the linear."""
+        case, tape = self.case, self.tape
+        num_in = case.tokens * case.geometry.linear_shape(name)[1]
+        cast = tape.new(4 * num_in if case.casts_inputs else 0)
+        tape.new(*self.saved_by_adapter(name))
+        if case.dropout and case.casts_inputs:
+            tape.passing(4 * num_in)  # what dropout left of it, until A has its cast
+        return cast
+
+    def _attention_block(self) -> None:
+        """qkv_proj to o_proj; leaves o_proj's output."""
+        case = self.case
+        self.linear("qkv_proj")
+        self._rope()
+        self._attend()
+        kept = self.gradient
+        self.linear("o_proj")
+        # flash keeps its output itself, the others' was copied into another layout
+        self._drop(case.query, case.shares_input("o_proj") or (kept and case.attention == "flash"))
+        repeated = case.attention == "sdpa" and case.grouped
+        self._drop(case.query, kept and not self._copies_query())
+        self._drop(2 * case.key + case.query + case.key, kept and not repeated)  # values are a view of qkv
+
+    def _rope(self) -> None:
+        """Leaves queries and keys with their positions; autograd keeps only the shared sines."""
+        for part in (self.case.query, self.case.key):
+            turned = int(part * self.case.geometry.rotary_fraction)
+            self.tape.passing(3 * turned)
+            self.tape.new(part)
+
+    def _attend(self) -> None:
+        """Leaves the output in o_proj's layout. Source: engine/attention.py."""
+        case, tape = self.case, self.tape
+        tape.stage = "attention"
+        scores = 4 * case.geometry.num_heads * case.tokens
+        if case.attention == "flash":
+            tape.new(case.query, scores)
+            self._drop(scores, self.gradient)
+            return
+        self._eager() if case.attention == "eager" else self._sdpa(scores)
+        tape.new(case.query)  # all documents' outputs as one
+        tape.passing(case.query)
+        self._drop(case.query, self.gradient and case.attention == "sdpa")  # each one's
+
+    def _copies_query(self) -> bool:
+        """Several documents' queries are strided: grouping their heads copies them."""
+        return self.case.attention == "eager" and self.case.grouped and self.case.tokens > self.case.length
+
+    def _eager(self) -> None:
+        """Leaves each document's output. Scores and softmax are float32, a document's at once."""
+        case, tape = self.case, self.tape
+        one, wide, weights, hidden = eager_sizes(case)
+        copy = case.query * case.length // case.tokens if self._copies_query() else 0
+        saved = wide + weights + hidden + copy
+        tape.new((case.tokens // case.length - 1) * saved) if self.gradient else 0
+        tape.new(case.query - one, copy)
+        half = case.compute != 4
+        tape.passing(case.compute * wide // 4, wide if half else 0, wide)
+        tape.new(wide, hidden)
+        tape.passing(2 * wide)
+        tape.new(wide, weights, one)
+        tape.free(wide)
+        if not self.gradient:
+            tape.free(saved)
+
+    def _sdpa(self, scores: int) -> None:
+        """Leaves each document's output. Grouped keys and values are repeated to all heads.
+
+        `scores`: bytes of a float32 per query and head.
+        """
+        case, tape = self.case, self.tape
+        documents, blocks = max(1, case.tokens // case.length), window_blocks(case)
+        pairs, keys = sum(q * k for q, k in blocks), sum(k for _, k in blocks) or case.length
+        repeated = 2 * case.query * keys // case.tokens if case.grouped else 0
+        mask = case.compute * (case.length**2 if case.padded else pairs)
+        tape.new(case.query, scores)
+        if self.gradient or case.padded:
+            tape.new(documents * (repeated + mask))
+        else:
+            tape.passing(repeated, mask)
+        if not self.gradient:
+            tape.free(scores, documents * (repeated + mask) if case.padded else 0)
+        if blocks:
+            tape.passing(case.query)  # each document's blocks as one
+
+
+def saved_beside_input(case: Case, *, first: bool = False) -> int:
+    tape = Tape()
+    Layer(case, tape, saving=True, first=first).forward()
+    return tape.now - case.state
+
+
+class Backward(Layer):
+    """The backward of one layer down to its attention; what comes behind that takes less."""
+
+    def __init__(self, case: Case, tape: Tape) -> None:
+        super().__init__(case, tape, saving=True)
+
+    def backward(self, *, recomputes: bool) -> None:
+        """From the gradient of the output, which stays as the residual's.
+
+        `recomputes`: the forward runs once more when its first saved tensor is asked for, and breaks off at
+        the last. Otherwise what it saved is taken to be there, and not counted.
+        """
+        case, tape = self.case, self.tape
+        tape.stage = "down_proj's backward"
+        tape.new(case.state)
+        early = case.recipe.model.quantization == "nf4" and not case.adapted("down_proj")
+        if early:  # bitsandbytes keeps its weight by itself: nothing that was saved is asked for
+            self._through_base("down_proj")
+        elif case.adapted("down_proj"):
+            tape.new(case.state)  # scaled for B, before B's input is asked for
+        if recomputes:
+            self._recompute(early)
+        tape.stage = "down_proj's backward"
+        if not early:
+            self._through_linear("down_proj")
+        self._swiglu()
+        self._gate_up()
+        self._attention()
+
+    def _recompute(self, early: bool) -> None:
+        before = self.tape.now
+        self.until_swiglu()
+        if not early:
+            self._product()
+        if self.case.adapted("down_proj"):
+            self.linear("down_proj", stops=True)
+        self.tape.now = before + saved_beside_input(self.case)
+
+    def _through_linear(self, name: str) -> None:
+        """Leaves the gradient of the input; that of the output, scaled for B, is given and gone."""
+        if self.case.adapted(name):
+            self._through_adapter(name)
+        self._through_base(name)
+        if self.case.adapted(name):
+            self.tape.passing(self._input(name))
+            self.tape.free(self._input(name))
+
+    def _input(self, name: str) -> int:
+        return self.case.tokens * self.case.geometry.linear_shape(name)[1] * self.case.compute
+
+    def _through_base(self, name: str) -> None:
+        scratch = dequantized_bytes(self.case.recipe, self.case.geometry, name)
+        self.tape.new(scratch, self._input(name))
+        self.tape.free(scratch)
+
+    def _through_adapter(self, name: str) -> None:
+        """B, A, the casts of both and of the input; gradients of A and B, which are added to, pass by."""
+        case, tape = self.case, self.tape
+        num_out, num_in = case.geometry.linear_shape(name)
+        kept, hidden, copies = self.saved_by_adapter(name)
+        tape.new(hidden)
+        tape.free(case.tokens * num_out * case.compute)
+        largest = max(case.hidden_width(name) * num_in, case.recipe.adapter.rank * num_out)
+        tape.passing(largest * (4 + case.compute))
+        tape.new(self._input(name))
+        mask = case.tokens * num_in * self._mask_element()
+        tape.free(2 * hidden, copies, kept - mask, self._input(name) if case.shares_input(name) else 0)
+        steps = [4 * case.tokens * num_in] * (1 + case.dropout) if case.casts_inputs else []
+        steps += [self._input(name)] if case.casts_inputs or case.dropout else []
+        for size, old in zip(steps, [self._input(name), *steps], strict=False):
+            tape.new(size)
+            tape.free(old)
+        tape.free(mask)
+
+    def _swiglu(self) -> None:
+        wide, tape = self.case.wide, self.tape
+        tape.stage = "SwiGLU's backward"
+        tape.new(wide, wide)
+        tape.free(wide, wide)  # the product's gradient, silu(gate)
+        tape.passing(wide)
+        tape.free(2 * wide)  # gate_up_proj's output; both halves' gradients become one
+        tape.passing(2 * wide)
+
+    def _gate_up(self) -> None:
+        """gate_up_proj and the norm before it; leaves nothing but the residual's gradient."""
+        case, tape = self.case, self.tape
+        tape.stage = "gate_up_proj's backward"
+        tape.new(2 * case.wide if case.adapted("gate_up_proj") else 0)
+        self._through_linear("gate_up_proj")
+        tape.free(2 * case.wide)
+        tape.stage = "norm's backward"
+        self.tape.passing(norm_backward_bytes(case))
+        tape.free(case.state, norm_saved_bytes(case))
+
+    def _attention(self) -> None:
+        case, tape = self.case, self.tape
+        tape.stage = "attention's backward"
+        tape.new(case.state if case.adapted("o_proj") else 0)
+        self._through_linear("o_proj")
+        if case.attention == "eager":
+            self._through_eager()
+        else:  # gradients, and as float32 the sums of the queries' or as one the documents'
+            tape.passing(2 * (case.query + 2 * (case.query if case.grouped else case.key)))
+
+    def _through_eager(self) -> None:
+        """The document that is gone through first, to where its softmax's gradient is there."""
+        case, tape = self.case, self.tape
+        one, wide, weights, _ = eager_sizes(case)
+        copy = one if case.grouped else 0
+        tape.new(one * case.key // case.query, copy, weights or wide)
+        tape.free(weights, copy)
+        if case.tokens == case.length:  # values, a view of qkv, and the output's gradient are not needed more
+            tape.free(2 * case.query + 2 * case.key)
+        if weights:
+            tape.new(wide)
+            tape.free(weights)
+        tape.new(wide)

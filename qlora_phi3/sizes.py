@@ -1,0 +1,88 @@
+"""Bytes of weights, adapters, gradients and optimizer states: exact, by arithmetic alone. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Final
+
+from . import phi3
+from .phi3 import Geometry
+from .recipe import Recipe
+
+ADAPTER_BYTES: Final = 4
+"""Of an element of adapters and their gradients: float32, always.
+
+The trainer's autocast computes with them in the compute dtype; outside of it, as while evaluating, PEFT casts
+what goes in and out of them to float32.
+"""
+
+_DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def compute_dtype_bytes(recipe: Recipe) -> int:
+    """Bytes of an element of activations, norms, embeddings and unquantized linears."""
+    return _DTYPE_BYTES[recipe.model.compute_dtype]
+
+
+def nf4_bytes(num_weights: int, double_quant: bool) -> int:
+    """Bytes of one NF4 matrix: 4 bits a weight, a scale per 64 of them, code books.
+
+    Source: bitsandbytes 0.50 functional.py, quantize_4bit. Scales are float32, or with double quantization
+    uint8 with a float32 per 256 of them, their float32 mean and a code book of 256 float32 of its own.
+    """
+    num_scales = ceil(num_weights / 64)
+    scales = num_scales + 4 * ceil(num_scales / 256) + 4 + 4 * 256 if double_quant else 4 * num_scales
+    return ceil(num_weights / 2) + scales + 4 * 16
+
+
+def linear_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of all decoder linears, as NF4 or in the compute dtype."""
+    if recipe.model.quantization == "none":
+        return geometry.num_linear_parameters * compute_dtype_bytes(recipe)
+    sizes = [rows * columns for rows, columns in map(geometry.linear_shape, phi3.LINEARS)]
+    return geometry.num_layers * sum(nf4_bytes(size, recipe.model.double_quant) for size in sizes)
+
+
+def dequantized_bytes(recipe: Recipe, geometry: Geometry, linear: str) -> int:
+    """Scratch of one NF4 product: the whole weight in the compute dtype, and its scales as float32.
+
+    CUDA has kernels without it for few tokens; they are not counted on.
+    Source: bitsandbytes 0.50 backends/default/ops.py, _gemm_4bit_default_impl.
+    """
+    if recipe.model.quantization == "none":
+        return 0
+    rows, columns = geometry.linear_shape(linear)
+    scales = 4 * ceil(rows * columns / 64) if recipe.model.double_quant else 0
+    return rows * columns * compute_dtype_bytes(recipe) + scales
+
+
+def target_linears(recipe: Recipe) -> tuple[str, ...]:
+    """The linears that get adapters, in the order of the forward pass."""
+    return tuple(recipe.adapter.trained)
+
+
+def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
+    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out), layer by layer."""
+    for _ in range(geometry.num_layers):
+        for _, part in recipe.adapter.pairs:
+            num_out, num_in = geometry.pair_shape(part)
+            yield recipe.adapter.rank * num_in
+            yield num_out * recipe.adapter.rank
+        for linear in recipe.adapter.trained if recipe.adapter.method == "dora" else ():
+            yield geometry.linear_shape(linear)[0]
+
+
+def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of both Adam states, paged ones counted as on the device.
+
+    Source: bitsandbytes 0.50 optim/optimizer.py, Optimizer2State.init_state: 8-bit states have a float32
+    scale per 256 elements and share two code books of 256 float32; tensors below 4096 elements stay float32.
+    torch's AdamW keeps states in the parameter's dtype (its step counters live on the host).
+    """
+    sizes = list(adapter_sizes(recipe, geometry))
+    if recipe.train.optimizer in ("adamw_torch", "paged_adamw_32bit"):
+        element = ADAPTER_BYTES if recipe.train.optimizer == "adamw_torch" else 4
+        return 2 * element * sum(sizes)
+    states = sum(2 * 4 * n if n < 4096 else 2 * (n + 4 * ceil(n / 256)) for n in sizes)
+    return states + (2 * 4 * 256 if any(n >= 4096 for n in sizes) else 0)

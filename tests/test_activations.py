@@ -1,0 +1,234 @@
+"""activations.py and replay.py against what operations really allocate, tracked tensor by tensor, on CPU."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from memory_lab import build, compare, documents, loss_of, recipe, rows, trained
+
+from qlora_phi3 import activations, memory, phi3
+from qlora_phi3.case import Case
+from qlora_phi3.engine.documents import hidden_states
+from qlora_phi3.evaluate import mean_loss
+from qlora_phi3.recipe import Recipe
+from qlora_phi3.replay import saved_beside_input
+from qlora_phi3.tracked import TrackedBytes, model_tensors
+
+MINI = phi3.VARIANTS["microsoft/Phi-3-mini-4k-instruct"]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mini": dict(
+        hidden_size=192,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        sliding_window=None,
+    ),
+    "gqa": dict(
+        hidden_size=256,
+        intermediate_size=704,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        sliding_window=None,
+    ),
+    "tied": dict(
+        hidden_size=192,
+        intermediate_size=672,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        vocab_size=2048,
+        sliding_window=None,
+    ),
+}
+BASES = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32"), ("none", "float32")]
+TARGETS: list[Any] = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
+SPLIT: list[Any] = ["all-linear", ["q", "v"], ["gate_up_proj"]]
+"""With an A/B pair for each projection; the others with one for the fused linear."""
+LENGTHS = [[256], [64] * 6, [700], [550, 550], [1300]]
+OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
+
+
+def grid() -> list[Any]:
+    """Every activation policy, base, dropout and target; the other settings drawn once and for all."""
+    draw, found = random.Random(7), []
+    adapters = [*((targets, False) for targets in TARGETS), *((targets, True) for targets in SPLIT)]
+    for policy, base, (targets, split), dropout in product(
+        ["recompute", "keep"], BASES, adapters, [0.0, 0.1]
+    ):
+        lengths, shape = draw.choice(LENGTHS), draw.choice(sorted(SHAPES))
+        packing, passes = draw.random() < 0.3, draw.choice([1, 2])
+        keys = {
+            "train__activations": policy,
+            "model__quantization": base[0],
+            "model__compute_dtype": base[1],
+            "model__double_quant": draw.random() < 0.7,
+            "adapter__targets": targets,
+            "adapter__split_fused": split,
+            "adapter__dropout": dropout,
+            "adapter__rank": draw.choice([4, 8, 32]),
+            "train__optimizer": draw.choice(OPTIMIZERS),
+            "train__effective_batch": len(lengths) * passes,
+            "data__packing": packing,
+            "data__max_length": sum(lengths) if packing else max(lengths),
+        }
+        words = "-".join(targets) if isinstance(targets, list) else targets
+        words += "-split" if split else ""
+        name = f"{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
+        found.append(pytest.param(shape, lengths, passes, keys, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), grid())
+def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
+    found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
+    assert found.ratio == pytest.approx(1, rel=0.02)
+
+
+def test_the_grid_is_large_enough() -> None:
+    assert len(grid()) >= 60
+
+
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+@pytest.mark.parametrize("shape", ["mini", "gqa"])
+@pytest.mark.parametrize(("window", "lengths"), [(48, [256]), (300, [700]), (400, [1300])])
+def test_peak_with_a_window(shape: str, window: int, lengths: list[int], policy: str) -> None:
+    settings = recipe(adapter__rank=8, train__activations=policy, train__effective_batch=2)
+    found = compare(settings, 3, lengths, 2, **{**SHAPES[shape], "sliding_window": window})
+    assert found.ratio == pytest.approx(1, rel=0.02)
+
+
+def test_peak_with_partial_rotary_positions() -> None:
+    settings = recipe(adapter__rank=8, train__effective_batch=2)
+    found = compare(settings, 3, [256], 2, **SHAPES["gqa"], partial_rotary_factor=0.75)
+    assert found.ratio == pytest.approx(1, rel=0.02)
+
+
+def test_ragged_documents_need_no_more_than_planned() -> None:
+    packed = {"data__packing": True, "data__max_length": 600}
+    settings = recipe(adapter__rank=8, train__effective_batch=6, **packed)
+    found = compare(settings, 3, [300, 200, 60, 40], 2, **SHAPES["mini"])
+    assert 1 <= found.ratio < 1.5
+
+
+def test_categories_of_a_step_are_those_of_the_plan() -> None:
+    found = compare(recipe(adapter__rank=8, train__effective_batch=2), 3, [256], 2, **SHAPES["gqa"])
+    planned = {part.name: part.num_bytes for part in found.plan.parts}
+    for name in ("adapters", "gradients", "optimizer states"):
+        assert found.tracked.at_peak[name] == planned[name]
+    weights = sum(planned[name] for name in ("linears", "embedding", "head", "norms"))
+    assert found.tracked.at_peak["weights"] == pytest.approx(weights, abs=2048)  # RoPE's frequencies
+
+
+@dataclass(frozen=True)
+class OnCuda(Case):
+    """CUDA's casts, with the attention that this computer has."""
+
+    @property
+    def attention(self) -> Any:
+        return "eager" if self.length <= 512 else "sdpa"
+
+
+@pytest.mark.parametrize("lengths", [[256], [600]])
+@pytest.mark.parametrize("base", [("nf4", "bfloat16"), ("none", "bfloat16")])
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_peak_as_on_cuda(
+    lengths: list[int], base: tuple[str, str], policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PEFT's Linear4bit asks for CUDA's autocast only; answer as it would be there
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*kind) if kind else True)
+    keys = {"model__quantization": base[0], "model__compute_dtype": base[1], "train__activations": policy}
+    settings = recipe(adapter__rank=8, train__effective_batch=2, **keys)
+    found = compare(settings, 3, lengths, 2, **SHAPES["gqa"])
+    case = OnCuda(settings, found.geometry, sum(lengths), max(lengths), "cuda")
+    assert memory._train_phase(case).peak_bytes == pytest.approx(found.tracked.peak_bytes, rel=0.02)
+
+
+def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) -> tuple[int, Case]:
+    """Bytes that autograd really saves in a forward pass without checkpointing, weights aside."""
+    model, geometry = build(settings, num_layers, **SHAPES[shape])
+    weights = {t.untyped_storage()._cdata for t in model.parameters()}
+    saved: list[torch.Tensor] = []
+    dtype = getattr(torch, settings.model.compute_dtype)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        hidden_states(model.get_base_model(), documents([tokens]))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+    size = sum(size for key, size in storages.items() if key not in weights)
+    return size, Case(settings, geometry, tokens, tokens, "cpu")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"adapter__targets": ["qkv_proj", "down"]},
+        {"adapter__split_fused": True},
+        {"adapter__split_fused": True, "adapter__targets": ["q", "v", "up"]},
+        {"adapter__dropout": 0.1},
+        {"model__quantization": "none"},
+        {"model__compute_dtype": "float32"},
+    ],
+)
+@pytest.mark.parametrize("tokens", [64, 600])
+@pytest.mark.parametrize("shape", ["mini", "gqa"])
+def test_what_autograd_saves_in_a_layer(shape: str, tokens: int, keys: dict[str, Any]) -> None:
+    settings = recipe(adapter__rank=4, train__activations="keep", **keys)
+    fewer, _ = saved_in_pass(2, settings, tokens, shape)
+    more, case = saved_in_pass(3, settings, tokens, shape)
+    assert more - fewer == activations.saved_bytes(case)
+
+
+def test_flash_attention_saves_its_output_once() -> None:
+    """In units of a state of 6 KiB a token: norms, flash attention, adapters' inputs, SwiGLU."""
+    case = Case(recipe(), MINI, 2048, 2048, "cuda")
+    norms, attention, mlp = 2 * 2, 2 + 3 + 1, (2 * 8192 + 8192 + 8192) / 3072
+    inputs = 1 + 0 + 1  # o_proj's is flash attention's output, down_proj's a third of what SwiGLU is
+    assert saved_beside_input(case) == pytest.approx(
+        case.state * (norms + attention + mlp + inputs), rel=0.02
+    )
+
+
+def test_logits_do_not_grow_with_tokens_beyond_a_chunk() -> None:
+    one, two, three = (
+        activations.loss_peak(Case(recipe(), MINI, n, n, "cuda")).num_bytes for n in (8192, 16384, 24576)
+    )
+    assert three - two == pytest.approx(two - one, rel=1e-3)
+    assert two - one < 8192 * 40 * 3072
+
+
+def test_a_layer_without_gradients_takes_less() -> None:
+    trains = Case(recipe(), MINI, 2048, 2048, "cuda")
+    scores = Case(recipe(), MINI, 2048, 2048, "cuda", training=False)
+    layer = activations.backward_peak(trains, recomputes=True).num_bytes
+    assert activations.forward_peak(scores, saving=False).num_bytes < layer
+
+
+def test_the_lab_trains_every_adapter() -> None:
+    settings = recipe(adapter__rank=4)
+    model, _ = build(settings, 2, **SHAPES["mini"])
+    loss_of(model, settings, documents([32])).backward()
+    assert all(p.grad is not None for p in trained(model))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(("shape", "lengths"), [("mini", [300]), ("gqa", [700]), ("tied", [1300])])
+def test_peak_of_scoring(shape: str, lengths: list[int], quantization: str) -> None:
+    settings = recipe(adapter__rank=8, model__quantization=quantization, data__eval={"path": "eval.jsonl"})
+    model, geometry = build(settings, 3, **SHAPES[shape])
+    tracked = TrackedBytes()
+    tracked.claim("weights", model_tensors(model))
+    tracked.claim("weights", trained(model))
+    with tracked:
+        mean_loss(model, rows(lengths), len(lengths))
+    case = Case(settings, geometry, sum(lengths), max(lengths), "cpu", training=False)
+    expected = activations.scoring_peak(case).num_bytes + activations.row_bytes(case)
+    assert tracked.at_peak["activations"] == pytest.approx(expected, rel=0.05)
