@@ -29,11 +29,11 @@ from .phi3 import LINEARS, Geometry
 from .recipe import GENERATION_METRICS, Recipe
 from .sizes import (
     ADAPTER_BYTES,
+    adapter_elements,
     compute_dtype_bytes,
     dequantized_bytes,
     linear_bytes,
     optimizer_bytes,
-    target_linears,
 )
 from .units import format_bytes
 
@@ -221,7 +221,7 @@ def _weight_parts(case: Case) -> list[Part]:
 
 def _adapter_part(case: Case, name: str) -> Part:
     """The adapters, or what has their shapes and dtype."""
-    num = case.geometry.lora_parameters(target_linears(case.recipe), case.recipe.adapter.rank)
+    num = adapter_elements(case.recipe, case.geometry)
     return Part(name, num * ADAPTER_BYTES, f"{_count(num)} parameters x {8 * ADAPTER_BYTES} bit")
 
 

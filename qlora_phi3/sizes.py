@@ -73,6 +73,14 @@ def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
             yield geometry.linear_shape(linear)[0]
 
 
+def adapter_elements(recipe: Recipe, geometry: Geometry) -> int:
+    """The sum of `adapter_sizes`, at once: plans search over many recipes."""
+    settings = recipe.adapter
+    lengths = sum(geometry.linear_shape(linear)[0] for linear in settings.trained)
+    pairs = geometry.lora_parameters(tuple(part for _, part in settings.pairs), settings.rank)
+    return pairs + (geometry.num_layers * lengths if settings.method == "dora" else 0)
+
+
 def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:
     """Bytes of both Adam states, paged ones counted as on the device.
 

@@ -14,7 +14,7 @@ from conftest import make_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_phi3 import adapters, memory, phi3
+from qlora_phi3 import adapters, phi3, sizes
 from qlora_phi3.errors import ModelError
 from qlora_phi3.model import Base, load
 from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
@@ -201,12 +201,14 @@ def test_the_table_names_exactly_the_projections(
     base = load_base(checkpoints(geometry))
     model = adapters.attach(base, recipe(targets=targets))
     table = adapters.trained_table(model)
-    sizes = base.checkpoint.geometry
+    geometry_of_base = base.checkpoint.geometry
     assert [row.part for row in table] == rows
-    assert all((row.out_features, row.in_features) == sizes.pair_shape(row.part) for row in table)
+    assert all((row.out_features, row.in_features) == geometry_of_base.pair_shape(row.part) for row in table)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(row.num_parameters for row in table) == sum(p.numel() for p in trainable)
-    assert sum(memory.adapter_sizes(recipe(targets=targets), sizes)) == sum(p.numel() for p in trainable)
+    assert sum(sizes.adapter_sizes(recipe(targets=targets), geometry_of_base)) == sum(
+        p.numel() for p in trainable
+    )
 
 
 def test_projections_that_are_not_trained_stay_as_they_are(checkpoints: Callable[[str], Path]) -> None:
@@ -226,7 +228,7 @@ def test_dora_trains_lengths_too(checkpoints: Callable[[str], Path]) -> None:
     lengths = [row for row in adapters.trained_table(model) if row.part == "lengths"]
     assert [row.target for row in lengths] == list(phi3.LINEARS)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert sum(memory.adapter_sizes(settings, base.checkpoint.geometry)) == trainable
+    assert sum(sizes.adapter_sizes(settings, base.checkpoint.geometry)) == trainable
 
 
 def test_a_state_dict_is_that_of_the_fused_pair_and_back(checkpoints: Callable[[str], Path]) -> None:
