@@ -64,13 +64,14 @@ def target_linears(recipe: Recipe) -> tuple[str, ...]:
 
 def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
     """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out), layer by layer."""
+    layer: list[int] = []
+    for _, part in recipe.adapter.pairs:
+        num_out, num_in = geometry.pair_shape(part)
+        layer += [recipe.adapter.rank * num_in, num_out * recipe.adapter.rank]
+    if recipe.adapter.method == "dora":
+        layer += [geometry.linear_shape(linear)[0] for linear in recipe.adapter.trained]
     for _ in range(geometry.num_layers):
-        for _, part in recipe.adapter.pairs:
-            num_out, num_in = geometry.pair_shape(part)
-            yield recipe.adapter.rank * num_in
-            yield num_out * recipe.adapter.rank
-        for linear in recipe.adapter.trained if recipe.adapter.method == "dora" else ():
-            yield geometry.linear_shape(linear)[0]
+        yield from layer
 
 
 def adapter_elements(recipe: Recipe, geometry: Geometry) -> int:

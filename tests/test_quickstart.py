@@ -86,7 +86,9 @@ def test_a_stock_bfloat16_base_answers_alike(folder: Path) -> None:
 
     def num_right_shapes() -> int:
         ids = [prompt.input_ids for prompt in asked]
-        given = generate.answer(tuned, tokenizer, ids, stops=[splits.turns.end], max_new_tokens=48)
+        given = generate.answer(
+            tuned, tokenizer, ids, stops=[splits.turns.end], max_new_tokens=48, batch_tokens=4096
+        )
         return sum(
             evaluate.json_shape(answer.text) == evaluate.json_shape(prompt.expected)
             for answer, prompt in zip(given, asked, strict=True)
