@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .layouts import AdapterConfig, Tensors, convert
 from .layouts.blocks import Pair, ungroup
+from .layouts.settings import to_peft
 from .phi3 import Geometry
 
 Bias = Literal["none", "all", "lora_only"]
@@ -121,20 +122,10 @@ def attach_adapter(model: Any, tensors: Tensors, config: AdapterConfig, geometry
     Raises:
         ModelError: the adapter is not whole or not of this base; the model is untouched.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import get_peft_model, set_peft_model_state_dict
 
     fused, found = convert(tensors, config, "fused", geometry)
-    settings = LoraConfig(
-        r=found.rank,
-        lora_alpha=found.alpha,
-        target_modules=list(found.targets),
-        rank_pattern=dict(found.rank_pattern),
-        alpha_pattern=dict(found.alpha_pattern),
-        use_rslora=found.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, settings)
+    wrapped = get_peft_model(model, to_peft(found))
     set_peft_model_state_dict(wrapped, fused)
     return wrapped
 

@@ -1,15 +1,12 @@
 """The recipe: everything a run depends on, in one immutable, strictly checked document.
 
-Owns every key, its default (once, on the field), its help text and the checks between keys. Refuses
-unknown, duplicate and mistyped keys, and settings whose feature is not built yet, all at once and each
-with its place. Knows nothing of torch.
+Owns every key, its default (once, on the field) and its help text. Refuses unknown and mistyped keys, and
+settings whose feature is not built yet, all at once and each with its place. Knows nothing of torch.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -18,113 +15,38 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     Tag,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from . import phi3
-from .units import HOW_TO_WRITE, parse_bytes
-
-
-@dataclass(frozen=True)
-class Today:
-    """Marks a key whose feature is still being built: these values work, any other is refused by name."""
-
-    values: tuple[Any, ...]
-    instead: str = ""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema = handler(source)
-        if schema["type"] == "literal" and self.values:  # a misspelled name is told today's names only
-            today = " or ".join(repr(value) for value in self.values)
-            schema = core_schema.custom_error_schema(
-                schema, "literal_error", custom_error_context={"expected": today}
-            )
-        return core_schema.no_info_after_validator_function(self._check, schema)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        today = [list(value) if isinstance(value, tuple) else value for value in self.values]
-        return {**handler(schema), **({"enum": today} if today else {"not": {}})}
-
-    def _check(self, value: Any) -> Any:
-        if value in self.values:
-            return value
-        detail = {"today": list(self.values), "hint": self.instead}
-        raise PydanticCustomError("not_available", "not available yet", detail)
-
-
-def _check_version(value: Any) -> Any:
-    if type(value) is int and value == 1:
-        return value
-    raise PydanticCustomError("expected", "needs 1, the only format so far")
-
-
-def _auto_or_positive(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
-
-
-def _auto_or_size(value: Any) -> Any:
-    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    if isinstance(text, str) and text != "auto":
-        try:
-            parse_bytes(text)
-        except ValueError:
-            raise PydanticCustomError("expected", f"needs `auto`, or {HOW_TO_WRITE}") from None
-    return text
-
-
-def _size_schema(schema: dict[str, Any]) -> None:
-    """What `_auto_or_size` accepts."""
-    size = r"^(auto|\s*\d+(\.\d+)?\s*([KMGTkmgt]([Ii]?[Bb])?)?\s*)$"
-    text = {"type": schema.pop("type"), "pattern": size}
-    schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
-
-
-def _check_target(name: Any) -> Any:
-    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
-    if not isinstance(name, str):
-        raise PydanticCustomError("expected", "needs the name of a linear")
-    if name in TARGETS:
-        return {"o": "o_proj", "down": "down_proj"}.get(name, name)
-    if name in phi3.LLAMA_NAMES:
-        return phi3.LLAMA_NAMES[name]
-    if name == "all-linear":
-        raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    if name in phi3.EMBEDDINGS:
-        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
-    raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
-
-
-def _check_targets(value: Any) -> Any:
-    """A list; a name that stands alone gets the message of its own fault first."""
-    if isinstance(value, str):
-        _check_target(value)
-    if not isinstance(value, (list, tuple)):
-        raise PydanticCustomError("expected", "needs all-linear, or a list such as [q, v]")
-    return value
+from .recipe_values import (
+    TARGETS,
+    Today,
+    auto_or_positive,
+    auto_or_size,
+    check_sources,
+    check_target,
+    check_targets,
+    check_version,
+    is_hub_id,
+    size_schema,
+)
 
 
 def _kind_of_targets(value: Any) -> str:
     return "<name>" if value == "all-linear" else "<list>"
 
 
-TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
 """Metrics that need answers; the others need one forward pass."""
 
 Target = Annotated[
-    str, BeforeValidator(_check_target), Field(json_schema_extra={"enum": [*TARGETS, *phi3.LLAMA_NAMES]})
+    str, BeforeValidator(check_target), Field(json_schema_extra={"enum": [*TARGETS, *phi3.LLAMA_NAMES]})
 ]
 Targets = Annotated[
     Annotated[Literal["all-linear"], Tag("<name>")]
-    | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(_check_targets), Tag("<list>")],
+    | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(check_targets), Tag("<list>")],
     Discriminator(_kind_of_targets),
 ]
 Metric = Annotated[Literal["loss", "perplexity", "exact_match", "json_match", "rouge"], Today(METRICS)]
@@ -260,30 +182,10 @@ class Fraction(_Part):
     )
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether text has the form org/name; names that end as data files do are files."""
-    return bool(_HUB_ID.fullmatch(path)) and not path.lower().endswith(FILE_SUFFIXES)
-
-
-_HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-FILE_SUFFIXES: Final = (
-    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".xlsx"),
-    *(".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".yaml", ".yml"),
-)
-"""What a file of data is called, of kinds that can be read or not: a missing one is no hub id."""
-
-
 def _kind_of_sources(value: Any) -> str:
     if isinstance(value, Fraction) or (isinstance(value, dict) and "fraction" in value):
         return "<fraction>"
     return "<sources>" if isinstance(value, (list, tuple)) else "<source>"
-
-
-def _check_sources(value: Any) -> Any:
-    """Not `min_length`: pydantic counts what is valid, and would blame the list for its only item too."""
-    if not value:
-        raise PydanticCustomError("expected", "needs at least one source")
-    return value
 
 
 def _kind_of_training_sources(value: Any) -> str:
@@ -294,7 +196,7 @@ OneSource = Annotated[Source, Tag("<source>")]
 Sources = Annotated[
     tuple[Source, ...],
     Field(strict=False, json_schema_extra={"minItems": 1}),
-    BeforeValidator(_check_sources),
+    BeforeValidator(check_sources),
     Tag("<sources>"),
 ]
 TrainSources = Annotated[OneSource | Sources, Discriminator(_kind_of_training_sources)]
@@ -376,7 +278,7 @@ class Train(_Part):
         description="rows per optimizer step over all processes; never changed behind your back",
     )
     micro_batch: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_positive)
+        Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(auto_or_positive)
     ] = Field(
         default="auto", description="rows of max_length per forward pass; passes per step follow from it"
     )
@@ -409,10 +311,10 @@ class Train(_Part):
 class Memory(_Part):
     """The memory budget."""
 
-    budget: Annotated[str, BeforeValidator(_auto_or_size)] = Field(
+    budget: Annotated[str, BeforeValidator(auto_or_size)] = Field(
         default="auto",
         description="auto: what is free now; or 8GiB, of the device, and no more is taken",
-        json_schema_extra=_size_schema,
+        json_schema_extra=size_schema,
     )
     on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
         default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"
@@ -433,7 +335,7 @@ class Evaluate(_Part):
 class Recipe(_Part):
     """A fine-tuning run of one Phi-3 model."""
 
-    version: Annotated[Literal[1], BeforeValidator(_check_version)] = Field(description="format of this file")
+    version: Annotated[Literal[1], BeforeValidator(check_version)] = Field(description="format of this file")
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="names the run's folder"
     )
@@ -457,98 +359,3 @@ class Recipe(_Part):
     def settled(self, micro_batch: int) -> Recipe:
         """The same recipe with `auto` replaced by what was chosen, so that it repeats anywhere."""
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": micro_batch})})
-
-
-KeyProblem = tuple[tuple[str | int, ...], str, str]
-"""(path of keys, reason, remedy)."""
-
-
-def cross_problems(recipe: Recipe) -> list[KeyProblem]:
-    """What single keys cannot see: (path, reason, remedy) of every pair of settings that cannot run."""
-    adapter, train, evaluate, data = recipe.adapter, recipe.train, recipe.evaluate, recipe.data
-    checks: Sequence[tuple[bool, tuple[str | int, ...], str, str]] = (
-        (
-            train.micro_batch != "auto" and train.effective_batch % int(train.micro_batch) != 0,
-            ("train", "micro_batch"),
-            f"{train.micro_batch} does not divide train.effective_batch {train.effective_batch}.",
-            "Choose a divisor, or auto.",
-        ),
-        (
-            not adapter.targets,
-            ("adapter", "targets"),
-            "is empty: nothing would be trained.",
-            "Write all-linear, or name linears.",
-        ),
-        (
-            adapter.targets != "all-linear" and _named_twice(adapter.targets),
-            ("adapter", "targets"),
-            f"names a projection twice: {', '.join(adapter.targets)}.",
-            "Keep one.",
-        ),
-        (
-            not adapter.split_fused and bool(set(adapter.targets) & set(phi3.PROJECTIONS)),
-            ("adapter", "targets"),
-            "names a projection inside a fused linear, but adapter.split_fused is false.",
-            f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
-        ),
-        (
-            adapter.init is not None and adapter.method == "dora",
-            ("adapter", "init"),
-            "adapters with DoRA's lengths are not read yet.",
-            "Remove it, or set adapter.method to lora or rslora.",
-        ),
-        (
-            train.warmup >= 1 and train.warmup != int(train.warmup),
-            ("train", "warmup"),
-            f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",
-            "Write 0.03 for 3% of the steps, or 100 for 100 steps.",
-        ),
-        (
-            data.eval is None and not set(evaluate.metrics) <= set(Evaluate().metrics),
-            ("evaluate", "metrics"),
-            f"{', '.join(evaluate.metrics)} asked for, but data.eval is null.",
-            "Set data.eval, or remove evaluate.metrics.",
-        ),
-        (
-            data.eval is None and train.eval_every is not None,
-            ("train", "eval_every"),
-            "asks for losses on held-out rows, but data.eval is null.",
-            "Set data.eval, or remove train.eval_every.",
-        ),
-    )
-    found = [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
-    for key, source in data.sources():
-        found += _source_problems(source, key)
-    return found + _text_problems(recipe)
-
-
-def _named_twice(targets: Sequence[str]) -> bool:
-    """Whether a projection is meant by two names, as q is by [qkv_proj, q]."""
-    meant = [p for name in targets for p in (phi3.inside(name) if name in phi3.LINEARS else (name,))]
-    return len(set(meant)) < len(meant)
-
-
-def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:
-    """Keys of hub data sets beside a file, which has none of them."""
-    for name in () if source.is_hub else ("split", "subset", "revision"):
-        value = getattr(source, name)
-        if value != Source.model_fields[name].default:
-            reason = f"{value!r} is for a data set on the hub; {source.path} is a file or folder."
-            yield (*key, name), reason, "Remove it, or give the data set as org/name."
-
-
-def _text_problems(recipe: Recipe) -> list[KeyProblem]:
-    """Settings that need turns, where a source is known to have none."""
-    data = recipe.data
-    plain = [key for key, source in data.sources() if source.format == "text"]
-    held_out = [key for key in plain if key[1] == "eval" or isinstance(data.eval, Fraction)]
-    found: list[KeyProblem] = []
-    if plain and data.loss_on == "last":
-        found.append((("data", "loss_on"), NO_LAST_ANSWER, "Write all."))
-    if held_out and set(GENERATION_METRICS) & set(recipe.evaluate.metrics):
-        found.append((("evaluate", "metrics"), NO_ANSWERS, "Use loss and perplexity."))
-    return found
-
-
-NO_LAST_ANSWER: Final = "'last' is for conversations: plain text has no last answer."
-NO_ANSWERS: Final = f"{' and '.join(GENERATION_METRICS)} compare answers, and plain text has none."

@@ -20,7 +20,9 @@ from pydantic_core import ErrorDetails
 
 from . import strict_yaml
 from .errors import OutputError, Problem, RecipeError
-from .recipe import ARMS, Recipe, cross_problems, is_hub_id
+from .recipe import ARMS, Recipe
+from .recipe_checks import cross_problems
+from .recipe_values import is_hub_id
 from .strict_yaml import dotted_path
 
 KeyPath = strict_yaml.Path

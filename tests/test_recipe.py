@@ -19,14 +19,14 @@ from qlora_phi3.recipe import (
     ARMS,
     GENERATION_METRICS,
     METRICS,
-    TARGETS,
     Data,
     Fraction,
     Recipe,
     Source,
-    cross_problems,
 )
+from qlora_phi3.recipe_checks import cross_problems
 from qlora_phi3.recipe_file import load_recipe
+from qlora_phi3.recipe_values import TARGETS
 from qlora_phi3.strict_yaml import dotted_path
 
 FORMATS = ["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import DataError, Problem
-from ..recipe import GENERATION_METRICS, NO_ANSWERS, NO_LAST_ANSWER, Data, Evaluate, Fraction, Source, Train
+from ..recipe import GENERATION_METRICS, Data, Evaluate, Fraction, Source, Train
+from ..recipe_checks import NO_ANSWERS, NO_LAST_ANSWER
 from . import hub
 from .formats import convert, detect
 from .mix import is_held_out, num_copies

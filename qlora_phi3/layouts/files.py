@@ -22,7 +22,7 @@ from .blocks import same_bits
 from .config import PEFT_LAYOUTS, AdapterConfig, check_config, to_json
 from .names import Tensors, find_style, key_of, known_keys, linear_shapes, style_of
 from .pairs import describe, detect, parse
-from .settings import from_loralib, from_mlx, from_peft, to_mlx
+from .settings import from_loralib, from_mlx, from_peft, to_mlx, to_peft
 
 PEFT_WEIGHTS: Final = "adapter_model.safetensors"
 MLX_WEIGHTS: Final = "adapters.safetensors"
@@ -218,7 +218,8 @@ def _write_files(
     from safetensors.torch import save_file
 
     save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
-    _write_peft_config(folder, config, base, revision)
+    settings = to_peft(config, inference_mode=True, base_model_name_or_path=base, revision=revision)
+    settings.save_pretrained(folder)
     return folder / PEFT_WEIGHTS
 
 
@@ -231,25 +232,6 @@ def _write_mlx(folder: Path, tensors: Tensors, config: AdapterConfig) -> Path:
     save_file(tensors, folder / MLX_WEIGHTS, metadata={"format": "mlx"})
     _write_json(folder / CONFIG_NAME, settings)
     return folder / MLX_WEIGHTS
-
-
-def _write_peft_config(folder: Path, config: AdapterConfig, base: str | None, revision: str | None) -> None:
-    from peft import LoraConfig
-
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(config.targets),
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
-        use_rslora=config.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base,
-        revision=revision,
-    )
-    settings.save_pretrained(folder)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The settings files of the layouts: what PEFT, MLX and our loralib folders write beside the tensors.
 
 Owns reading them into an `AdapterConfig` and writing them. Refuses settings that change what an adapter
-computes and that no layout can carry. No torch.
+computes and that no layout can carry.
 """
 
 from __future__ import annotations
@@ -115,6 +115,23 @@ def from_loralib(found: Mapping[str, Any], place: str) -> AdapterConfig:
         alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
         layout=layout,
         enable_lora={name: tuple(blocks) for name, blocks in enable_lora.items()},
+    )
+
+
+def to_peft(config: AdapterConfig, **more: Any) -> Any:
+    """PEFT's own `LoraConfig` of an adapter in one of its layouts; `more` of its fields as they are."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        **more,
     )
 
 

@@ -24,10 +24,7 @@ NUM_TRAIN = 480
 NUM_HELDOUT = 128
 NUM_WORDS = range(4, 46)  # accepted length of a message
 
-SYSTEM = (
-    "Turn the message into one line of JSON with the keys item, quantity, color, customer, city and "
-    "express (true if urgent). Use null for what is not said."
-)
+SYSTEM = "Write the order as JSON with item, quantity, color, customer, city, express; null if not said."
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""Checks between the keys of a recipe: settings that are right alone and cannot run together.
+
+Owns every such pair, each told with the path of the key to change, the reason and the remedy. Knows
+nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from . import phi3
+from .recipe import GENERATION_METRICS, Evaluate, Fraction, Recipe, Source
+
+KeyProblem = tuple[tuple[str | int, ...], str, str]
+"""(path of keys, reason, remedy)."""
+
+
+def cross_problems(recipe: Recipe) -> list[KeyProblem]:
+    """What single keys cannot see: (path, reason, remedy) of every pair of settings that cannot run."""
+    adapter, train, evaluate, data = recipe.adapter, recipe.train, recipe.evaluate, recipe.data
+    checks: Sequence[tuple[bool, tuple[str | int, ...], str, str]] = (
+        (
+            train.micro_batch != "auto" and train.effective_batch % int(train.micro_batch) != 0,
+            ("train", "micro_batch"),
+            f"{train.micro_batch} does not divide train.effective_batch {train.effective_batch}.",
+            "Choose a divisor, or auto.",
+        ),
+        (
+            not adapter.targets,
+            ("adapter", "targets"),
+            "is empty: nothing would be trained.",
+            "Write all-linear, or name linears.",
+        ),
+        (
+            adapter.targets != "all-linear" and _named_twice(adapter.targets),
+            ("adapter", "targets"),
+            f"names a projection twice: {', '.join(adapter.targets)}.",
+            "Keep one.",
+        ),
+        (
+            not adapter.split_fused and bool(set(adapter.targets) & set(phi3.PROJECTIONS)),
+            ("adapter", "targets"),
+            "names a projection inside a fused linear, but adapter.split_fused is false.",
+            f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
+        ),
+        (
+            adapter.init is not None and adapter.method == "dora",
+            ("adapter", "init"),
+            "adapters with DoRA's lengths are not read yet.",
+            "Remove it, or set adapter.method to lora or rslora.",
+        ),
+        (
+            train.warmup >= 1 and train.warmup != int(train.warmup),
+            ("train", "warmup"),
+            f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",
+            "Write 0.03 for 3% of the steps, or 100 for 100 steps.",
+        ),
+        (
+            data.eval is None and not set(evaluate.metrics) <= set(Evaluate().metrics),
+            ("evaluate", "metrics"),
+            f"{', '.join(evaluate.metrics)} asked for, but data.eval is null.",
+            "Set data.eval, or remove evaluate.metrics.",
+        ),
+        (
+            data.eval is None and train.eval_every is not None,
+            ("train", "eval_every"),
+            "asks for losses on held-out rows, but data.eval is null.",
+            "Set data.eval, or remove train.eval_every.",
+        ),
+    )
+    found = [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
+    for key, source in data.sources():
+        found += _source_problems(source, key)
+    return found + _text_problems(recipe)
+
+
+def _named_twice(targets: Sequence[str]) -> bool:
+    """Whether a projection is meant by two names, as q is by [qkv_proj, q]."""
+    meant = [p for name in targets for p in (phi3.inside(name) if name in phi3.LINEARS else (name,))]
+    return len(set(meant)) < len(meant)
+
+
+def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:
+    """Keys of hub data sets beside a file, which has none of them."""
+    for name in () if source.is_hub else ("split", "subset", "revision"):
+        value = getattr(source, name)
+        if value != Source.model_fields[name].default:
+            reason = f"{value!r} is for a data set on the hub; {source.path} is a file or folder."
+            yield (*key, name), reason, "Remove it, or give the data set as org/name."
+
+
+def _text_problems(recipe: Recipe) -> list[KeyProblem]:
+    """Settings that need turns, where a source is known to have none."""
+    data = recipe.data
+    plain = [key for key, source in data.sources() if source.format == "text"]
+    held_out = [key for key in plain if key[1] == "eval" or isinstance(data.eval, Fraction)]
+    found: list[KeyProblem] = []
+    if plain and data.loss_on == "last":
+        found.append((("data", "loss_on"), NO_LAST_ANSWER, "Write all."))
+    if held_out and set(GENERATION_METRICS) & set(recipe.evaluate.metrics):
+        found.append((("evaluate", "metrics"), NO_ANSWERS, "Use loss and perplexity."))
+    return found
+
+
+NO_LAST_ANSWER: Final = "'last' is for conversations: plain text has no last answer."
+NO_ANSWERS: Final = f"{' and '.join(GENERATION_METRICS)} compare answers, and plain text has none."

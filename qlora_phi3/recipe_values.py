@@ -1,0 +1,121 @@
+"""How single values of a recipe are written: what pydantic's own types cannot say.
+
+Owns the marker of features to come, the values with several forms (`auto`, sizes, targets, hub ids), and the
+words in which a wrong one is refused. Knows no key. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from . import phi3
+from .units import HOW_TO_WRITE, parse_bytes
+
+TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
+
+
+@dataclass(frozen=True)
+class Today:
+    """Marks a key whose feature is still being built: these values work, any other is refused by name."""
+
+    values: tuple[Any, ...]
+    instead: str = ""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        if schema["type"] == "literal" and self.values:  # a misspelled name is told today's names only
+            today = " or ".join(repr(value) for value in self.values)
+            schema = core_schema.custom_error_schema(
+                schema, "literal_error", custom_error_context={"expected": today}
+            )
+        return core_schema.no_info_after_validator_function(self._check, schema)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        today = [list(value) if isinstance(value, tuple) else value for value in self.values]
+        return {**handler(schema), **({"enum": today} if today else {"not": {}})}
+
+    def _check(self, value: Any) -> Any:
+        if value in self.values:
+            return value
+        detail = {"today": list(self.values), "hint": self.instead}
+        raise PydanticCustomError("not_available", "not available yet", detail)
+
+
+def check_version(value: Any) -> Any:
+    if type(value) is int and value == 1:
+        return value
+    raise PydanticCustomError("expected", "needs 1, the only format so far")
+
+
+def auto_or_positive(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
+
+
+def auto_or_size(value: Any) -> Any:
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if isinstance(text, str) and text != "auto":
+        try:
+            parse_bytes(text)
+        except ValueError:
+            raise PydanticCustomError("expected", f"needs `auto`, or {HOW_TO_WRITE}") from None
+    return text
+
+
+def size_schema(schema: dict[str, Any]) -> None:
+    """What `auto_or_size` accepts."""
+    size = r"^(auto|\s*\d+(\.\d+)?\s*([KMGTkmgt]([Ii]?[Bb])?)?\s*)$"
+    text = {"type": schema.pop("type"), "pattern": size}
+    schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
+
+
+def check_target(name: Any) -> Any:
+    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
+    if not isinstance(name, str):
+        raise PydanticCustomError("expected", "needs the name of a linear")
+    if name in TARGETS:
+        return {"o": "o_proj", "down": "down_proj"}.get(name, name)
+    if name in phi3.LLAMA_NAMES:
+        return phi3.LLAMA_NAMES[name]
+    if name == "all-linear":
+        raise PydanticCustomError("expected", "needs to stand alone, outside a list")
+    if name in phi3.EMBEDDINGS:
+        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
+    raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
+
+
+def check_targets(value: Any) -> Any:
+    """A list; a name that stands alone gets the message of its own fault first."""
+    if isinstance(value, str):
+        check_target(value)
+    if not isinstance(value, (list, tuple)):
+        raise PydanticCustomError("expected", "needs all-linear, or a list such as [q, v]")
+    return value
+
+
+def check_sources(value: Any) -> Any:
+    """Not `min_length`: pydantic counts what is valid, and would blame the list for its only item too."""
+    if not value:
+        raise PydanticCustomError("expected", "needs at least one source")
+    return value
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether text has the form org/name; names that end as data files do are files."""
+    return bool(_HUB_ID.fullmatch(path)) and not path.lower().endswith(FILE_SUFFIXES)
+
+
+_HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+FILE_SUFFIXES: Final = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".xlsx"),
+    *(".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".yaml", ".yml"),
+)
+"""What a file of data is called, of kinds that can be read or not: a missing one is no hub id."""
