@@ -29,7 +29,7 @@ from qlora_phi3.report import RunReport, format_metric, rebuild, show, write
 
 LINE_KEYS = {
     "step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
-    "step_seconds", "peak_bytes",
+    "step_seconds", "peak_bytes", "rss_bytes", "allocated_bytes",
 }  # fmt: skip
 LONG_NAME = "a-recipe-with-quite-a-long-name-for-a-rather-special-purpose"
 LONG_ANSWER = "x" * 3000

@@ -17,17 +17,20 @@ from ..case import LOGIT_TOKENS
 IGNORE: Final = -100
 
 
-def supervised_nll(hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def supervised_nll(
+    hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor, logit_tokens: int = LOGIT_TOKENS
+) -> torch.Tensor:
     """Summed negative log-likelihood of the next tokens that are supervised.
 
     Shape: hidden (rows, length, hidden_size), labels (rows, length) int64 with IGNORE where nothing is
-        trained, head (vocabulary, hidden_size), frozen; returns a float32 scalar.
+        trained, head (vocabulary, hidden_size), frozen; returns a float32 scalar. Logits of at most
+        `logit_tokens` tokens exist at once.
     Units: nats, summed; the caller divides by the tokens of the whole effective batch.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     nll: torch.Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call]
-        hidden[:, :-1][chosen], targets[chosen], head
+        hidden[:, :-1][chosen], targets[chosen], head, logit_tokens
     )
     return nll
 
@@ -36,13 +39,15 @@ class _ChunkedNll(torch.autograd.Function):
     """Sum of -log softmax(x W^T)[target]; the gradient of x, (softmax - onehot) W, comes with it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, targets: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, targets: torch.Tensor, head: torch.Tensor, logit_tokens: int
+    ) -> torch.Tensor:
         assert not head.requires_grad, "the head is frozen"
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=x.device)
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        for at in range(0, len(x), LOGIT_TOKENS):
-            part = slice(at, at + LOGIT_TOKENS)
+        for at in range(0, len(x), logit_tokens):
+            part = slice(at, at + logit_tokens)
             logits = (x[part] @ head.T.to(x.dtype)).to(wide)
             wanted = targets[part].unsqueeze(1)
             log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
@@ -58,6 +63,6 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * outputs[0].to(grad.dtype), None, None
+        return grad * outputs[0].to(grad.dtype), None, None, None

@@ -44,10 +44,10 @@ def test_value_and_gradient_equal_cross_entropy(rows, length, hidden, vocabulary
     torch.testing.assert_close(x.grad.double() / scale, twin.grad / scale, rtol=0, atol=tolerance)
 
 
-def test_gradcheck_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_phi3.engine.loss.LOGIT_TOKENS", 3)
+@pytest.mark.parametrize("logit_tokens", [1, 3, 100])
+def test_gradcheck_across_chunks(logit_tokens: int) -> None:
     x, labels, head = case(2, 9, 5, 11, torch.float64)
-    assert torch.autograd.gradcheck(lambda t: supervised_nll(t, labels, head), (x,))
+    assert torch.autograd.gradcheck(lambda t: supervised_nll(t, labels, head, logit_tokens), (x,))
 
 
 def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
