@@ -186,7 +186,7 @@ class Halving:
     ) -> Iterator[Result]:
         """What `take` makes of each group of consecutive items that `cut` makes for a size.
 
-        Where memory runs out, the size becomes what half of the group weighs, and what is left is cut anew.
+        Where memory runs out, the size becomes half of what the group weighs, and what is left is cut anew.
 
         Raises:
             FitError: memory ran out with a single item, or with a size that is not to be halved.
@@ -196,7 +196,7 @@ class Halving:
             for group in cut(rest, self.size):
                 found = tried(partial(take, group))
                 if isinstance(found, RanOut):
-                    self._halve(weigh(half) if (half := group[: len(group) // 2]) else 0, found.said)
+                    self._halve(weigh(group) // 2 if len(group) > 1 else 0, found.said)
                     break
                 yield found
                 rest = rest[len(group) :]

@@ -99,7 +99,8 @@ class Layout:
         """Numbers of rows of such lengths that make a pass as full as a step can have it.
 
         The longest rows, and when they are packed, the next longest that still fit. Whether they meet in a
-        step is chance; no step's longest document is longer, and without packing no pass is fuller.
+        step is chance; no step's longest document is longer, and without packing no pass is fuller. Packed,
+        others can be fuller by less than a row.
         """
         beyond = lengths > (self.context or lengths.max())
         sides = [np.flatnonzero(side) for side in (~beyond, beyond) if side.any()]
