@@ -1,4 +1,4 @@
-"""The full pass before a run: which rows make it, what it takes beside its prediction, and how that is told."""
+"""The full pass before a run: which rows make it, what it takes beside its prediction, how that is told."""
 
 from __future__ import annotations
 
