@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 from .errors import ModelError
@@ -33,9 +34,14 @@ FUSED: Final = ("qkv_proj", "gate_up_proj")
 """Linears that hold several projections."""
 
 
+_INSIDE: Final = {
+    linear: tuple(name for name, owner in PROJECTIONS.items() if owner == linear) for linear in LINEARS
+}
+
+
 def inside(linear: str) -> tuple[str, ...]:
     """The projections that a linear holds, in order."""
-    return tuple(name for name, owner in PROJECTIONS.items() if owner == linear)
+    return _INSIDE[linear]
 
 
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
@@ -91,8 +97,13 @@ class Geometry:
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """(out_features, in_features) of a fused linear."""
-        num_in = {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
-        return max(stop for _, stop in self.slices(linear).values()), num_in.get(linear, self.hidden_size)
+        return self._linear_shapes[linear]
+
+    @cached_property
+    def _linear_shapes(self) -> dict[str, tuple[int, int]]:
+        num_in = dict.fromkeys(LINEARS, self.hidden_size)
+        num_in |= {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
+        return {name: (max(stop for _, stop in self.slices(name).values()), num_in[name]) for name in LINEARS}
 
     @property
     def num_linear_parameters(self) -> int:

@@ -7,6 +7,7 @@ settings whose feature is not built yet, all at once and each with its place. Kn
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -78,6 +79,17 @@ class Model(_Part):
     )
 
 
+@cache  # a plan asks thousands of times
+def _trained(targets: str | tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(linear, projections trained in it), in the order of the forward pass."""
+    names = phi3.LINEARS if isinstance(targets, str) else targets
+    found = [
+        (linear, tuple(p for p in phi3.inside(linear) if linear in names or p in names))
+        for linear in phi3.LINEARS
+    ]
+    return tuple((linear, projections) for linear, projections in found if projections)
+
+
 class Adapter(_Part):
     """What is trained."""
 
@@ -117,12 +129,7 @@ class Adapter(_Part):
     @property
     def trained(self) -> dict[str, tuple[str, ...]]:
         """Linears that get adapters, in the order of the forward pass -> the projections trained in each."""
-        names = phi3.LINEARS if isinstance(self.targets, str) else self.targets
-        found = {
-            linear: tuple(p for p in phi3.inside(linear) if linear in names or p in names)
-            for linear in phi3.LINEARS
-        }
-        return {linear: projections for linear, projections in found.items() if projections}
+        return dict(_trained(self.targets))
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
