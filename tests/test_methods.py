@@ -17,7 +17,7 @@ from qlora_phi3.engine import attention
 from qlora_phi3.errors import ModelError
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
-from qlora_phi3.recipe_file import load_recipe
+from qlora_phi3.recipe_file import find_recipe, load_recipe
 
 METHODS = {
     "lora": [],
@@ -110,13 +110,13 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def real_base() -> model.Base:
-    return load_base(load_recipe("quickstart"))
+    return load_base(load_recipe(find_recipe("quickstart")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_on_the_built_in_model(real_base: model.Base, tmp_path: Path, method: str) -> None:
-    recipe = load_recipe("quickstart", [*SHORT, *METHODS[method]])
+    recipe = load_recipe(find_recipe("quickstart"), [*SHORT, *METHODS[method]])
     _, folder = pipeline.run(recipe, tmp_path / "run")
     check_training(folder, 4)
     check_reload(folder, real_base, recipe)
