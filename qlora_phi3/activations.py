@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import LOGIT_TOKENS, Case, eager_sizes, norm_backward_bytes, window_blocks
-from .replay import Backward, Layer, Tape, saved_beside_input
+from .replay import Backward, Layer, saved_beside_input
 from .sizes import target_linears
+from .tape import Tape
 
 
 def saved_bytes(case: Case) -> int:

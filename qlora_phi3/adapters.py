@@ -18,11 +18,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import layouts, phi3
+from . import layouts, loftq, phi3
 from .errors import ModelError, RunError
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
-from .split_lora import DiagonalB, StackedA, split
+from .split_lora import DiagonalB, blocks, split
 from .weights import first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -58,7 +58,7 @@ def attach(base: Base, recipe: Recipe) -> Any:
 
     Raises:
         ModelError: a target that exists nowhere, or not in every layer, or a rank above a linear's size, or
-            an adapter to go on from that does not fit.
+            an adapter to go on from that does not fit, or weights that LoftQ cannot start from.
     """
     from peft import get_peft_model
 
@@ -73,6 +73,8 @@ def attach(base: Base, recipe: Recipe) -> Any:
         split_linears(model, settings, geometry)
     if settings.init is not None:
         go_on_from(Path(settings.init), model, settings, base)
+    if settings.method == "loftq":
+        loftq.start(model, settings, base)
     # PEFT writes this into adapter_config.json; for hub ids others can load from it, a folder of this
     # machine would tell nobody anything.
     config.base_model_name_or_path = base.checkpoint.provenance.base
@@ -241,7 +243,9 @@ def trained_table(model: nn.Module) -> list[Trained]:
 
 def _rows(target: str, modules: list[Any]) -> list[Trained]:
     """A row for each A/B pair of a linear, and one for DoRA's lengths."""
-    pairs = [list(zip(_blocks(m.lora_A), _blocks(m.lora_B), strict=True)) for m in modules]
+    pairs = [
+        list(zip(blocks(m.lora_A["default"]), blocks(m.lora_B["default"]), strict=True)) for m in modules
+    ]
     parts = _part_names(target, modules[0].lora_B["default"])
     rows = [
         _row(target, part, list(same)) for part, same in zip(parts, zip(*pairs, strict=True), strict=True)
@@ -253,11 +257,6 @@ def _rows(target: str, modules: list[Any]) -> list[Trained]:
             Trained(target, "lengths", len(lengths), 0, lengths[0].numel(), 0, num, _dtype(lengths[0]))
         )
     return rows
-
-
-def _blocks(found: Any) -> list[torch.Tensor]:
-    module = found["default"]
-    return module.blocks if isinstance(module, (StackedA, DiagonalB)) else [module.weight]
 
 
 def _part_names(target: str, b: nn.Module) -> list[str]:

@@ -81,6 +81,10 @@ class Case:
         return self.training and self.recipe.adapter.dropout > 0
 
     @property
+    def dora(self) -> bool:
+        return self.recipe.adapter.method == "dora"
+
+    @property
     def grouped(self) -> bool:
         return self.geometry.num_heads != self.geometry.num_kv_heads
 

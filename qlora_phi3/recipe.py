@@ -22,9 +22,11 @@ from pydantic import (
 from . import phi3
 from .recipe_values import (
     TARGETS,
+    Method,
     Today,
     auto_or_positive,
     auto_or_size,
+    check_method,
     check_sources,
     check_target,
     check_targets,
@@ -93,15 +95,10 @@ def _trained(targets: str | tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]
 class Adapter(_Part):
     """What is trained."""
 
-    method: Annotated[
-        Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"],
-        Today(
-            ("lora", "rslora", "dora"),
-            "pissa, olora and loftq change the base's weights, which no other copy of the base has.",
-        ),
-    ] = Field(
+    method: Annotated[Method, BeforeValidator(check_method)] = Field(
         default="lora",
-        description="lora; rslora: scaled by alpha / sqrt(rank); dora: trains each output's length too",
+        description="lora; rslora: scaled by alpha / sqrt(rank); dora: trains each output's length too; "
+        "loftq: lora that starts from what nf4 lost of the weights",
     )
     rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")

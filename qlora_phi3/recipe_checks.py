@@ -51,6 +51,18 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Remove it, or set adapter.method to lora or rslora.",
         ),
         (
+            adapter.init is not None and adapter.method == "loftq",
+            ("adapter", "init"),
+            "says where training starts, and so does adapter.method loftq.",
+            "Remove it, or set adapter.method to lora.",
+        ),
+        (
+            recipe.model.quantization == "none" and adapter.method == "loftq",
+            ("adapter", "method"),
+            "'loftq' starts from what quantization lost, and with model.quantization none nothing is lost.",
+            "Set it to lora, or model.quantization to nf4.",
+        ),
+        (
             train.warmup >= 1 and train.warmup != int(train.warmup),
             ("train", "warmup"),
             f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",

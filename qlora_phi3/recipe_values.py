@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from . import phi3
 from .units import HOW_TO_WRITE, parse_bytes
+
+Method = Literal["lora", "rslora", "dora", "loftq"]
 
 TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
 
@@ -75,6 +77,21 @@ def size_schema(schema: dict[str, Any]) -> None:
     size = r"^(auto|\s*\d+(\.\d+)?\s*([KMGTkmgt]([Ii]?[Bb])?)?\s*)$"
     text = {"type": schema.pop("type"), "pattern": size}
     schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
+
+
+def check_method(value: Any) -> Any:
+    """pissa and olora are starts of PEFT's that are declined for good, and told so."""
+    if value in ("pissa", "olora"):
+        detail = {"allowed": list(get_args(Method)), "instead": _KEEPS_THE_BASE}
+        raise PydanticCustomError("declined", _MOVES_THE_BASE, detail)
+    return value
+
+
+_MOVES_THE_BASE: Final = (
+    "moves the largest directions out of the base's weights: what is saved would fit no stock base, and what "
+    "is left of a 4-bit base would have to be quantized anew"
+)
+_KEEPS_THE_BASE: Final = "Use loftq, which starts from the base's weights too and leaves them as they are."
 
 
 def check_target(name: Any) -> Any:

@@ -57,7 +57,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "model.quantization": {"nf4": "nf4", "none": "none"},
     "model.double_quant": {"true": True, "false": False},
     "model.compute_dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"},
-    "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora"},
+    "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora", "loftq": "loftq"},
     "adapter.rank": {"16": 16, "1": 1, "012": 12},
     "adapter.alpha": {"32": 32, "1": 1},
     "adapter.dropout": {"0.0": 0.0, "0": 0.0, "0.99": 0.99, "1e-3": 1e-3},
@@ -218,7 +218,15 @@ REFUSED: dict[str, dict[str, str]] = {
     "model.double_quant": NOT_BOOL,
     "model.compute_dtype": {**NO_CHOICE, "bf16": "Did you mean 'bfloat16'?"},
     "adapter": {"lora": KEYS, "null": KEYS, "[lora]": KEYS},
-    "adapter.method": {**NO_CHOICE, "Lora": "Did you mean 'lora'? Allowed: lora, rslora, dora."},
+    "adapter.method": {
+        **NO_CHOICE,
+        "Lora": "Did you mean 'lora'? Allowed: lora, rslora, dora, loftq.",
+        "pissa": "'pissa' moves the largest directions out of the base's weights: what is saved would fit no",
+        "olora": "Use loftq, which starts from the base's weights too and leaves them as they are. "
+        "Allowed: lora, rslora, dora, loftq.",
+        "PiSSA": "'PiSSA' is not allowed. Allowed: lora, rslora, dora, loftq.",
+        "pissa_niter_4": "'pissa_niter_4' is not allowed.",
+    },
     "adapter.rank": COUNT,
     "adapter.alpha": COUNT,
     "adapter.dropout": {**NO_FLOAT, "-0.1": "must be 0.0 or more", "1": "must be below 1.0"},
@@ -323,7 +331,6 @@ REFUSED_ITEMS = {
 }
 
 LATER: dict[str, list[str]] = {
-    "adapter.method": ["pissa", "olora", "loftq"],
     "data.train.format": ["preference"],
     "data.eval.format": ["preference"],
     "train.task": ["dpo"],
@@ -436,7 +443,7 @@ def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
     assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
     assert remedy.startswith(
-        ("Today: ", "pissa, olora and loftq change", "Its rows are for train.task dpo", "Every logged step")
+        ("Today: ", "Its rows are for train.task dpo", "Every logged step")
     )
 
 
@@ -553,6 +560,16 @@ def recipe(**changes: Any) -> Recipe:
             {"adapter__targets": ["q", "qkv_proj"]},
             "adapter.targets",
             "names a projection twice: q, qkv_proj.",
+        ),
+        (
+            {"adapter__method": "loftq", "adapter__init": "/adapters/a"},
+            "adapter.init",
+            "says where training starts, and so does adapter.method loftq.",
+        ),
+        (
+            {"adapter__method": "loftq", "model__quantization": "none"},
+            "adapter.method",
+            "'loftq' starts from what quantization lost, and with model.quantization none nothing is lost.",
         ),
         ({"train__warmup": 1.5}, "train.warmup", "1.5 is neither a fraction below 1 nor a whole number"),
         ({"data__eval": None, "train__eval_every": 5}, "train.eval_every", "data.eval is null."),

@@ -18,6 +18,7 @@ from qlora_phi3 import adapters, phi3, sizes
 from qlora_phi3.errors import ModelError
 from qlora_phi3.model import Base, load
 from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
+from qlora_phi3.split_lora import blocks
 from qlora_phi3.weights import locate
 
 IDS = torch.arange(48).view(2, 24) % 30 + 3
@@ -74,7 +75,7 @@ def by_hand(model: Any, geometry: phi3.Geometry, scale: float) -> nn.Module:
         linear = name.rsplit(".", 1)[-1]
         trained = getattr(module.lora_B["default"], "trained", (True,))
         rows = [at for at, on in zip(geometry.slices(linear).values(), trained, strict=True) if on]
-        pairs = zip(rows, adapters._blocks(module.lora_A), adapters._blocks(module.lora_B), strict=True)
+        pairs = zip(rows, *(blocks(found["default"]) for found in (module.lora_A, module.lora_B)), strict=True)
         found.set_submodule(name, ByHand(module.base_layer, list(pairs), scale))
     return found
 
