@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from . import phi3
 from .units import HOW_TO_WRITE, parse_bytes
 
-TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
+TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS, *phi3.EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def size_schema(schema: dict[str, Any]) -> None:
 
 
 def check_target(name: Any) -> Any:
-    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
+    """A linear, a projection inside one, the embedding or the head.
+
+    `o` and `down` are linears, q_proj is what Llama calls q.
+    """
     if not isinstance(name, str):
         raise PydanticCustomError("expected", "needs the name of a linear")
     if name in TARGETS:
@@ -87,8 +90,6 @@ def check_target(name: Any) -> Any:
         return phi3.LLAMA_NAMES[name]
     if name == "all-linear":
         raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    if name in phi3.EMBEDDINGS:
-        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
     raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
 
 
