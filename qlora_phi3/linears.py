@@ -140,7 +140,7 @@ class Linears:
         self.drop(sum((inputs, hidden, copies, base, update, weight, vectors)), True)
 
     def saved_by_lengths(self, name: str) -> tuple[int, int, int, int]:
-        """Bytes that autograd keeps of the base's output, of B's, of the weight behind dropout, and of lengths.
+        """Bytes that autograd keeps: the base's output, B's, the weight behind dropout, and lengths.
 
         The last are |W'|, m/|W'|, and that less one.
         """
@@ -256,8 +256,8 @@ class Linears:
         self.tape.free(scratch)
 
     def _through_lengths(self, name: str) -> tuple[int, int]:
-        """Both products; leaves the gradient of B's output, and what it returns: of the base's, and of the input
-        behind dropout.
+        """Both products; leaves the gradient of B's output, and what it returns: of the base's, and of the
+        input behind dropout.
 
         Each product's other gradient, that of the lengths, is as large until it is summed over the tokens.
         """

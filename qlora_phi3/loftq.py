@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from .errors import ModelError
-from .model import Base
+from .model import Base, is_packed
 from .phi3 import Geometry
 from .recipe import Adapter
 from .split_lora import blocks
@@ -26,8 +26,9 @@ from .weights import tensor_files
 OVERSAMPLING: Final = 16
 """Directions a sketch has beside twice the rank, and the rounds that turn it to the largest ones.
 
-What quantization lost is noise, whose singular values fall slowly: a sketch of rank + 8 and two rounds finds 0.89
-of what the best approximation of a 1536 x 576 matrix takes off the squared error at rank 16, this one 0.99 or more.
+What quantization lost is noise, whose singular values fall slowly: a sketch of rank + 8 and two rounds finds
+0.89 of what the best approximation of a 1536 x 576 matrix takes off the squared error at rank 16, this one 0.99
+or more.
 """
 ROUNDS: Final = 8
 
@@ -40,7 +41,7 @@ def start(model: Any, settings: Adapter, base: Base) -> None:
     """
     files = tensor_files(base.checkpoint.folder)
     for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A"):
+        if hasattr(layer, "lora_A") and is_packed(layer.base_layer.weight):  # embedding and head lost nothing
             rows = _rows(name.rsplit(".", 1)[-1], settings, base.checkpoint.geometry)
             _start_linear(layer, rows, *_find(f"{name}.weight", files, base.checkpoint.folder))
 

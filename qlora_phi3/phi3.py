@@ -45,6 +45,10 @@ def inside(linear: str) -> tuple[str, ...]:
 
 
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
+"""The embedding and the head, one of each; a base may store them as one matrix."""
+
+ADAPTABLE: Final = (EMBEDDINGS[0], *LINEARS, EMBEDDINGS[1])
+"""Modules that can get adapters, in the order of the forward pass."""
 
 LLAMA_NAMES: Final = {
     "q_proj": "q",
@@ -124,13 +128,22 @@ class Geometry:
     def num_parameters(self) -> int:
         return self.num_linear_parameters + self.num_embedding_parameters + self.num_norm_parameters
 
-    def lora_parameters(self, linears: tuple[str, ...], rank: int) -> int:
-        """Parameters of one A/B pair of `rank` on each named linear or projection of every layer."""
-        shapes = [self.pair_shape(name) for name in linears]
-        return self.num_layers * rank * sum(rows + columns for rows, columns in shapes)
+    def num_modules(self, name: str) -> int:
+        """How many modules of a name there are: one in every layer, but a single embedding and head."""
+        return 1 if name in EMBEDDINGS else self.num_layers
+
+    def lora_parameters(self, parts: tuple[str, ...], rank: int) -> int:
+        """Parameters of one A/B pair of `rank` on each named linear, projection, embedding or head."""
+        return rank * sum(self.num_modules(name) * sum(self.pair_shape(name)) for name in parts)
 
     def pair_shape(self, name: str) -> tuple[int, int]:
-        """(out_features, in_features) of a fused linear, or of one projection in it."""
+        """(out_features, in_features) of a linear, one projection in it, the embedding or the head.
+
+        The embedding's is that of its update as PEFT writes it, B @ A: (hidden_size, vocab_size).
+        """
+        if name in EMBEDDINGS:
+            shape = self.hidden_size, self.vocab_size
+            return shape if name == "embed_tokens" else shape[::-1]
         if name in LINEARS:
             return self.linear_shape(name)
         start, stop = self.slices(PROJECTIONS[name])[name]

@@ -103,12 +103,15 @@ class Adapter(_Part):
     rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")
     dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input while training"
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="dropout on the adapter's input while training; embed_tokens', which are ids, have none",
     )
     targets: Targets = Field(
         default="all-linear",
-        description="all-linear, or a list out of q k v o gate up down, or of the linears that hold them: "
-        "qkv_proj o_proj gate_up_proj down_proj",
+        description="all-linear (of the decoder), or a list out of q k v o gate up down, of the linears that "
+        "hold them: qkv_proj o_proj gate_up_proj down_proj, and of embed_tokens lm_head",
     )
     split_fused: bool = Field(
         default=True,
@@ -124,6 +127,12 @@ class Adapter(_Part):
     )
 
     @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Which of the embedding and the head get an adapter: one each, outside of the layers."""
+        names = () if isinstance(self.targets, str) else self.targets
+        return tuple(name for name in phi3.EMBEDDINGS if name in names)
+
+    @property
     def trained(self) -> dict[str, tuple[str, ...]]:
         """Linears that get adapters, in the order of the forward pass -> the projections trained in each."""
         return dict(_trained(self.targets))
@@ -136,6 +145,11 @@ class Adapter(_Part):
             for linear, projections in self.trained.items()
             for part in (projections if self.split_fused and linear in phi3.FUSED else (linear,))
         )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What has an A/B pair: projections and linears in every layer, then the embedding and the head."""
+        return (*(part for _, part in self.pairs), *self.embeddings)
 
 
 class Source(_Part):

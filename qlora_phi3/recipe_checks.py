@@ -45,6 +45,13 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
         ),
         (
+            adapter.method == "dora" and bool(adapter.embeddings),
+            ("adapter", "method"),
+            f"dora on {' and '.join(adapter.embeddings)} would build a whole matrix of the vocabulary in "
+            "every pass, for the lengths of its rows.",
+            "Choose lora or rslora, or adapter.targets without them.",
+        ),
+        (
             adapter.init is not None and adapter.method == "dora",
             ("adapter", "init"),
             "adapters with DoRA's lengths are not read yet.",

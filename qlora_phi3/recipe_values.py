@@ -18,7 +18,7 @@ from .units import HOW_TO_WRITE, parse_bytes
 
 Method = Literal["lora", "rslora", "dora", "loftq"]
 
-TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
+TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS, *phi3.EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ _KEEPS_THE_BASE: Final = "Use loftq, which starts from the base's weights too an
 
 
 def check_target(name: Any) -> Any:
-    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
+    """A linear, a projection inside one, the embedding or the head.
+
+    `o` and `down` are linears, q_proj is what Llama calls q.
+    """
     if not isinstance(name, str):
         raise PydanticCustomError("expected", "needs the name of a linear")
     if name in TARGETS:
@@ -104,8 +107,6 @@ def check_target(name: Any) -> Any:
         return phi3.LLAMA_NAMES[name]
     if name == "all-linear":
         raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    if name in phi3.EMBEDDINGS:
-        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
     raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
 
 

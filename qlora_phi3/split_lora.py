@@ -130,7 +130,12 @@ class DiagonalB(_Blocks):
 
 
 def blocks(module: Any) -> list[torch.Tensor]:
-    """What is trained of an A or B: the blocks of a split one, or its weight."""
+    """What is trained of an A or B: the blocks of a split one, or its weight.
+
+    PEFT's embeddings have parameters in the place of modules.
+    """
+    if isinstance(module, nn.Parameter):
+        return [module]
     return module.blocks if isinstance(module, _Blocks) else [module.weight]
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .data import Split, TokenRow
 from .engine.documents import Documents, hidden_states, original_context, passes
-from .engine.loss import IGNORE, supervised_nll
+from .engine.loss import IGNORE, HeadLora, supervised_nll
 from .errors import RunError
 from .meter import Meter
 from .model import Base, check_dtypes
@@ -121,14 +122,15 @@ def train(
 def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch: _Watch) -> PhiTrainer:
     """The trainer, with the dtypes as our policy has them."""
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = PhiTrainer(
-        model=model,
-        args=arguments(recipe, out, base.model.device),
-        train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
-        data_collator=Rows(split.rows),
-        processing_class=base.tokenizer,
-        callbacks=[watch],
-    )
+    with _plain_head(model.get_base_model()):
+        trainer = PhiTrainer(
+            model=model,
+            args=arguments(recipe, out, base.model.device),
+            train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
+            data_collator=Rows(split.rows),
+            processing_class=base.tokenizer,
+            callbacks=[watch],
+        )
     trainer.layout, trainer.lora_plus_ratio = Layout.of(recipe, base), recipe.train.lora_plus_ratio
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
@@ -137,6 +139,18 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
             parameter.data = kept[name]  # TRL cast it to bfloat16
     check_dtypes(model, compute=base.compute_dtype, quantized=base.quantized)
     return trainer
+
+
+@contextmanager
+def _plain_head(causal: Any) -> Iterator[None]:
+    """The head without its adapter, while TRL 1.16 looks: its own loss would leave the adapter out, so it
+    refuses one. `PhiTrainer.nll` does not use that loss."""
+    head = causal.lm_head
+    causal.lm_head = getattr(head, "base_layer", head)
+    try:
+        yield
+    finally:
+        causal.lm_head = head
 
 
 def _unwrap(trainer: PhiTrainer) -> None:
@@ -194,6 +208,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
             kind,
             loraplus_lr_ratio=self.lora_plus_ratio,
             loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=self.args.learning_rate,  # PEFT's own, 1e-6, would hardly train them
             **settings,
         )
         return self.optimizer
@@ -223,7 +238,8 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
             causal.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
         ):
             hidden = hidden_states(causal, documents)
-            return supervised_nll(hidden, documents.labels, causal.lm_head.weight)
+            head = causal.lm_head
+            return supervised_nll(hidden, documents.labels, head.weight, HeadLora.of(head))
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere about a user's run."""

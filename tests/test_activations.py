@@ -50,14 +50,14 @@ BASES = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32"), ("none",
 TARGETS: list[Any] = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
 SPLIT: list[Any] = ["all-linear", ["q", "v"], ["gate_up_proj"]]
 """With an A/B pair for each projection; the others with one for the fused linear."""
+EMBEDDINGS: list[Any] = [["lm_head"], ["embed_tokens", "down"], ["q", "v", "embed_tokens", "lm_head"]]
 LENGTHS = [[256], [64] * 6, [700], [550, 550], [1300]]
 OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
 
 
-def grid() -> list[Any]:
-    """Every activation policy, base, dropout and target; the other settings drawn once and for all."""
-    draw, found = random.Random(7), []
-    adapters = [*((targets, False) for targets in TARGETS), *((targets, True) for targets in SPLIT)]
+def grid(seed: int, adapters: list[tuple[Any, bool]]) -> list[Any]:
+    """Every activation policy, base, dropout and adapter; the other settings drawn once and for all."""
+    draw, found = random.Random(seed), []
     for policy, base, (targets, split), dropout in product(
         ["recompute", "keep"], BASES, adapters, [0.0, 0.1]
     ):
@@ -84,14 +84,19 @@ def grid() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), grid())
+LINEARS = grid(7, [*((targets, False) for targets in TARGETS), *((targets, True) for targets in SPLIT)])
+BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])
+
+
+@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), [*LINEARS, *BESIDE_LAYERS])
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
     assert found.ratio == pytest.approx(1, rel=0.02)
 
 
 def test_the_grid_is_large_enough() -> None:
-    assert len(grid()) >= 60
+    assert len(LINEARS) >= 60
+    assert len(BESIDE_LAYERS) >= 40
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
@@ -213,16 +218,26 @@ def test_a_layer_without_gradients_takes_less() -> None:
 
 
 def test_the_lab_trains_every_adapter() -> None:
-    settings = recipe(adapter__rank=4)
+    settings = recipe(adapter__rank=4, adapter__targets=["embed_tokens", "o", "qkv_proj", "lm_head"])
     model, _ = build(settings, 2, **SHAPES["mini"])
     loss_of(model, settings, documents([32])).backward()
     assert all(p.grad is not None for p in trained(model))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize(("shape", "lengths"), [("mini", [300]), ("gqa", [700]), ("tied", [1300])])
-def test_peak_of_scoring(shape: str, lengths: list[int], quantization: str) -> None:
-    settings = recipe(adapter__rank=8, model__quantization=quantization, data__eval={"path": "eval.jsonl"})
+@pytest.mark.parametrize(
+    ("shape", "lengths", "targets"),
+    [
+        ("mini", [300], "all-linear"),
+        ("gqa", [700], "all-linear"),
+        ("tied", [1300], "all-linear"),
+        ("tied", [1300], ["o", "embed_tokens", "lm_head"]),
+        ("tied", [700, 700], ["lm_head"]),
+    ],
+)
+def test_peak_of_scoring(shape: str, lengths: list[int], targets: Any, quantization: str) -> None:
+    keys = {"adapter__targets": targets, "data__eval": {"path": "eval.jsonl"}}
+    settings = recipe(adapter__rank=8, model__quantization=quantization, **keys)
     model, geometry = build(settings, 3, **SHAPES[shape])
     tracked = TrackedBytes()
     tracked.claim("weights", model_tensors(model))

@@ -77,7 +77,10 @@ def test_unquantized_weights_are_byte_exact(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("targets", ["all-linear", ["o_proj"], ["down", "qkv_proj"]])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["o_proj"], ["down", "qkv_proj"], ["lm_head"], ["embed_tokens", "qkv_proj", "lm_head"]],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_are_byte_exact(shape: str, targets: Any, split: bool) -> None:
     model, geometry = tiny(**SHAPES[shape])
@@ -96,9 +99,10 @@ def test_elements_at_once(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
 @pytest.mark.parametrize("rank", [1, 8])  # at 1 every tensor is too small for 8-bit states, at 8 some are
-def test_optimizer_states_are_byte_exact(name: str, rank: int) -> None:
-    base, geometry = tiny(**SHAPES["untied"])
-    settings = recipe(adapter__rank=rank, train__optimizer=name)
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "o", "lm_head"]])
+def test_optimizer_states_are_byte_exact(name: str, rank: int, targets: Any) -> None:
+    base, geometry = tiny(**SHAPES["untied"], vocab_size=1024)
+    settings = recipe(adapter__rank=rank, adapter__targets=targets, train__optimizer=name)
     parameters = trained(adapt(base, settings))
     optimizer = optimizer_of(name, parameters)
     for parameter in parameters:
