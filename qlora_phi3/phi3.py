@@ -40,8 +40,8 @@ _INSIDE: Final = {
 
 
 def inside(linear: str) -> tuple[str, ...]:
-    """The projections that a linear holds, in order."""
-    return _INSIDE[linear]
+    """The projections that a linear holds, in order; the embedding and the head hold none."""
+    return _INSIDE.get(linear, ())
 
 
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
