@@ -285,10 +285,12 @@ def _rows(target: str, modules: list[Any]) -> list[Trained]:
 
 
 def _part_names(target: str, b: object) -> list[str]:
+    if target in phi3.EMBEDDINGS:
+        return [target]
     names = phi3.inside(target)
     if isinstance(b, DiagonalB):
         return [name for name, on in zip(names, b.trained, strict=True) if on]
-    return ["+".join(names) or target]
+    return ["+".join(names)]
 
 
 def _row(target: str, part: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Trained:
