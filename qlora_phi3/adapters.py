@@ -73,6 +73,8 @@ def attach(base: Base, recipe: Recipe) -> Any:
     model = _wrap(base.model, config)
     if settings.split_fused:
         split_linears(model, settings, geometry)
+    if settings.method == "dora":
+        keep_dtype(model)
     if settings.init is not None:
         go_on_from(Path(settings.init), model, settings, base)
     if settings.method == "loftq":
@@ -199,6 +201,17 @@ def split_linears(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) 
         if linear in phi3.FUSED and linear in settings.trained and hasattr(module, "lora_A"):
             sizes = [stop - start for start, stop in geometry.slices(linear).values()]
             split(module, settings.rank, sizes, [p in settings.trained[linear] for p in phi3.inside(linear)])
+
+
+def keep_dtype(model: nn.Module) -> None:
+    """Have DoRA's linears give what they take.
+
+    PEFT 0.21's Linear4bit leaves DoRA's output float32 under CUDA's autocast, and with it attention and the sum
+    of all layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "lora_magnitude_vector") and len(module.lora_magnitude_vector):
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 
 def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
