@@ -216,3 +216,4 @@ def _peak_anonymous() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
+        found.append(_status_bytes("RssAnon"))
