@@ -67,12 +67,14 @@ def test_random_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_shards_of_phi_3_mini_are_the_hub_s() -> None:
-    """4.97 and 2.67 GB: the embedding and 21 layers with a part of the next, then the others and the head."""
-    layers = [2 * rows * columns for rows, columns in map(phi3.VARIANTS[MINI].linear_shape, phi3.LINEARS)]
-    sizes = {"embed": 2 * 32064 * 3072}
-    sizes |= {f"{layer}.{i}": size for layer in range(32) for i, size in enumerate(layers)}
-    shards = startup._shards(sizes | {"head": 2 * 32064 * 3072})
-    found = [sum((sizes | {"head": sizes["embed"]})[key] for key in shard) for shard in shards]
+    """4.97 and 2.67 GB, in the order of the model's own keys."""
+    geometry, embedding = phi3.VARIANTS[MINI], 2 * 32064 * 3072
+    order = ("o_proj", "qkv_proj", "gate_up_proj", "down_proj")
+    layer = [2 * rows * columns for rows, columns in map(geometry.linear_shape, order)]
+    sizes = {"embedding": embedding}
+    sizes |= {f"{i}.{name}": size for i in range(32) for name, size in zip(order, layer, strict=True)}
+    sizes |= {"head": embedding}
+    found = [sum(sizes[key] for key in shard) for shard in startup._shards(sizes)]
     assert [round(size / 1e9, 2) for size in found] == [4.97, 2.67]
 
 

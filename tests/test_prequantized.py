@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import GEOMETRIES, make_checkpoint
 
-from qlora_phi3 import model, prequantized
+from qlora_phi3 import model, pipeline, prequantized
 from qlora_phi3.model import Base, load
 from qlora_phi3.recipe import Model
+from qlora_phi3.recipe_file import load_recipe
 from qlora_phi3.weights import locate
 
 CPU = torch.device("cpu")
@@ -150,29 +151,19 @@ def test_a_sharded_checkpoint(folder: Path) -> None:
         assert torch.equal(tensor, later.model.state_dict()[name]), name
 
 
-def test_a_kept_base_learns_as_the_loaded_one_does(checkpoints: Callable[[str], Path]) -> None:
-    from qlora_phi3 import adapters
-    from qlora_phi3.recipe import Adapter, Data, Recipe, Source
-
-    def losses() -> list[float]:
-        base, _ = load_base(checkpoints("gqa"))
-        recipe = Recipe(
-            version=1, name="t", data=Data(train=Source(path="unused")), adapter=Adapter(rank=4, alpha=8)
-        )
-        torch.manual_seed(0)
-        tuned = adapters.attach(base, recipe).train()
-        optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
-        found = []
-        for _ in range(4):
-            out = tuned(input_ids=IDS, labels=IDS).loss
-            out.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(out.item())
-        return found
-
-    first, later = losses(), losses()
-    assert first == later and first[-1] < first[0]
+def test_a_run_on_a_kept_base_is_the_run_on_the_loaded_one(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses, gradients and answers of whole runs, to the last digit; each says where its base is from."""
+    recipe, found, said = load_recipe(write_recipe()), [], []
+    for name in ("first", "later"):
+        report, folder = pipeline.run(recipe, tmp_path / name)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+        found.append((steps, report.metrics))
+        said.append(capsys.readouterr().err)
+    assert found[0] == found[1] and len(found[0][0]) == 3
+    assert "keeping the quantized base" in said[0] and "reading the quantized base" in said[1]
 
 
 # --- what is not kept --------------------------------------------------------------------------------------
