@@ -32,9 +32,9 @@ from .sizes import (
     ADAPTER_BYTES,
     adapter_elements,
     compute_dtype_bytes,
-    dequantized_bytes,
     linear_bytes,
     optimizer_bytes,
+    quantizing_bytes,
 )
 from .units import format_bytes
 
@@ -258,9 +258,13 @@ def _count(number: int) -> str:
 
 
 def _load_phase(case: Case) -> Phase:
-    """All weights, and the largest before it is quantized: transformers 5.23 then loads one by one."""
-    scratch = max(dequantized_bytes(case.recipe, case.geometry, name) for name in LINEARS)
-    quantizing = [Part("quantizing", scratch, "largest linear before, and its scales")] if scratch else []
+    """All weights, and what quantizing the largest takes: transformers 5.23 then loads one by one.
+
+    A base that was kept quantized is read without it.
+    """
+    scratch = max(quantizing_bytes(case.recipe, case.geometry, name, case.device) for name in LINEARS)
+    words = "largest linear before, and its scales" + "; 13.5 bytes a weight" * (case.device == "cpu")
+    quantizing = [Part("quantizing", scratch, words)] if scratch else []
     return Phase("load", (*_weight_parts(case), *quantizing))
 
 

@@ -79,6 +79,11 @@ class Model(_Part):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="dtype of activations, norms, embeddings and of an unquantized base"
     )
+    cache: bool = Field(
+        default=True,
+        description="keep the NF4 form of a base of 1 GB or more in the cache folder (2.1 GiB for "
+        "Phi-3-mini), so that later runs need not quantize it again",
+    )
 
 
 @cache  # a plan asks thousands of times

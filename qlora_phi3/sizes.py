@@ -57,6 +57,19 @@ def dequantized_bytes(recipe: Recipe, geometry: Geometry, linear: str) -> int:
     return rows * columns * compute_dtype_bytes(recipe) + scales
 
 
+def quantizing_bytes(recipe: Recipe, geometry: Geometry, linear: str, device: str) -> int:
+    """What quantizing one linear takes beside its result: the weight before, scales that are quantized too.
+
+    A CPU has no kernel for it: two float32 copies, an int32 and a uint8 index and half a byte besides.
+    Source: bitsandbytes 0.50 backends/default/ops.py, quantize_4bit.
+    """
+    rows, columns = geometry.linear_shape(linear)
+    if recipe.model.quantization == "none":
+        return 0
+    intermediates = rows * columns * 27 // 2 if device == "cpu" else 0
+    return dequantized_bytes(recipe, geometry, linear) + intermediates
+
+
 def target_linears(recipe: Recipe) -> tuple[str, ...]:
     """The linears that get adapters, in the order of the forward pass."""
     return tuple(recipe.adapter.trained)

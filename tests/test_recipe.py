@@ -56,6 +56,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "model.revision": {"null": None, "": None, "abc123": "abc123", "'1234567'": "1234567"},
     "model.quantization": {"nf4": "nf4", "none": "none"},
     "model.double_quant": {"true": True, "false": False},
+    "model.cache": {"true": True, "false": False},
     "model.compute_dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"},
     "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora", "loftq": "loftq"},
     "adapter.rank": {"16": 16, "1": 1, "012": 12},
@@ -217,6 +218,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "model.revision": NOT_TEXT_OR_NULL,
     "model.quantization": NO_CHOICE,
     "model.double_quant": NOT_BOOL,
+    "model.cache": NOT_BOOL,
     "model.compute_dtype": {**NO_CHOICE, "bf16": "Did you mean 'bfloat16'?"},
     "adapter": {"lora": KEYS, "null": KEYS, "[lora]": KEYS},
     "adapter.method": {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -67,6 +69,29 @@ def test_weights_are_byte_exact(shape: str, double_quant: bool) -> None:
     rest = storage_bytes(p for p in model.parameters() if not hasattr(p, "quant_state"))
     assert packed == part(load, "linears")
     assert rest == sum(p.num_bytes for p in load.parts if p.name in ("embedding", "head", "norms"))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(256, 128), (200, 64), (1000, 2112)])
+def test_quantizing_on_a_cpu(shape: tuple[int, int], double_quant: bool) -> None:
+    """bitsandbytes makes its copies inside one operation: torch's own profiler counts what it allocates."""
+    from bitsandbytes.functional import quantize_4bit
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    options = {"blocksize": 64, "compress_statistics": double_quant, "quant_type": "nf4"}
+    quantize_4bit(weight, **options)  # makes its code books
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        quantize_4bit(weight, **options)
+    found = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    sizes_of_moments = accumulate(one.nbytes() for one in sorted(found, key=lambda one: one.start_ns()))
+    rows, columns = shape
+    geometry = replace(MINI, hidden_size=rows, intermediate_size=columns)
+    assert geometry.linear_shape("down_proj") == shape
+    settings = recipe(model__double_quant=double_quant)
+    predicted = sizes.quantizing_bytes(settings, geometry, "down_proj", "cpu")
+    result = rows * columns // 2 + (0 if double_quant else 4 * rows * columns // 64)
+    assert max(sizes_of_moments) + weight.nbytes == predicted + result
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
