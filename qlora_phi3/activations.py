@@ -5,18 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import LOGIT_TOKENS, Case, eager_sizes, norm_backward_bytes, window_blocks
-from .replay import Backward, Layer, Tape, saved_beside_input
+from .replay import Backward, Layer, saved_beside_input
 from .sizes import target_linears
+from .tape import Tape
 
 
 def saved_bytes(case: Case) -> int:
     """What the backward of one layer needs; in float32 that includes the layer's input."""
+    if not case.through_layers:
+        return 0
     return saved_beside_input(case) + (case.state if case.compute == 4 else 0)
 
 
 def all_saved_bytes(case: Case) -> int:
     """What the backward of all layers needs."""
+    if case.trains_inputs or not case.through_layers:
+        return case.geometry.num_layers * saved_bytes(case)
     return (case.geometry.num_layers - 1) * saved_bytes(case) + saved_beside_input(case, first=True)
+
+
+def embedding_bytes(case: Case) -> int:
+    """What the backward of the embedding's adapter needs: A's rows of the tokens, and autocast's copy of B.
+
+    Source: PEFT 0.21 tuners/lora/layer.py, Embedding.forward.
+    """
+    if not case.trains_inputs:
+        return 0
+    copy = case.geometry.hidden_size * case.rank * case.compute if case.autocast else 0
+    return case.tokens * case.rank * case.compute + copy
 
 
 @dataclass(frozen=True)
@@ -33,10 +49,14 @@ def _peak(tape: Tape) -> Peak:
 
 def row_bytes(case: Case) -> int:
     """Ids, labels and positions of a pass as int64, RoPE's sines, and the masks that are kept for reuse."""
-    rotary = int(case.geometry.head_dim * case.geometry.rotary_fraction)
     masks = sum(queries * keys for queries, keys in set(window_blocks(case)))
     masks += eager_sizes(case)[3] if case.attention == "eager" else 0
-    return case.tokens * (3 * 8 + 2 * rotary * case.compute) + masks
+    return case.tokens * 3 * 8 + _rotary_bytes(case) + masks
+
+
+def _rotary_bytes(case: Case) -> int:
+    rotary = int(case.geometry.head_dim * case.geometry.rotary_fraction)
+    return case.tokens * 2 * rotary * case.compute
 
 
 def autocast_bytes(case: Case) -> int:
@@ -67,21 +87,65 @@ def loss_peak(case: Case, cached: int = 0) -> Peak:
     `cached`: what autocast holds until the loss is there.
     Source: engine/loss.py.
     """
-    tape = Tape()
+    tape, through = Tape(), case.through_layers
     tape.new(cached, case.state)
-    Layer(case, tape, saving=True).norm()
-    tape.free(case.state if case.compute != 4 else 0)
+    Layer(case, tape, saving=through).norm()
+    tape.free(case.state if case.compute != 4 or not through else 0)
+    tape.free(0 if through else _rotary_bytes(case))  # no backward of a layer keeps them
     tape.stage = "loss"
     chosen = case.supervised * case.geometry.hidden_size * case.compute
-    tape.new(40 * case.supervised, 2 * chosen)  # their numbers and targets, their states and gradients
-    tape.passing(_logits_bytes(case))
-    tape.free(cached, chosen, case.state)  # the last of these is the model's output
-    tape.new(chosen)
-    tape.free(chosen)
+    gradient = chosen if through else 0
+    tape.new(40 * case.supervised, chosen, gradient)  # their numbers and targets, their states
+    head = _HeadBytes.of(case, chosen) if case.trains_head else _HeadBytes()
+    tape.new(head.inputs, head.narrow)
+    tape.passing(head.narrow)  # z before it is scaled
+    tape.new(head.narrow, head.b_gradient)
+    tape.passing(head.b_copy, _logits_bytes(case))
+    tape.free(cached, head.narrow, 0 if head.shared else chosen, case.state)  # the last is the model's output
+    tape.new(gradient, head.narrow, head.b_gradient)
+    tape.free(gradient, head.narrow, head.b_gradient)
+    tape.free(0 if case.one_pass else head.b_gradient)  # else it is added to what is counted apart
+    if case.trains_head:  # A's backward: its own gradient, the states' beside what came through the base
+        tape.passing(head.narrow, head.a_gradient)
+        tape.passing(gradient, gradient)
+    tape.free(head.inputs, head.narrow, head.shared)
+    if not through:
+        return _peak(tape)  # A was the last
     tape.passing(2 * case.state)  # spread over all tokens, then beside each row's last
     tape.stage = "last norm's backward"
     tape.passing(norm_backward_bytes(case))
     return _peak(tape)
+
+
+@dataclass(frozen=True)
+class _HeadBytes:
+    """What the head's adapter makes in the loss.
+
+    `shared`: of the states that autograd keeps for A; with dropout `inputs` holds a copy instead, and the
+    mask. `narrow`: of A's output. `b_copy`: B in the compute dtype, and a chunk's part of its gradient.
+    """
+
+    shared: int = 0
+    inputs: int = 0
+    narrow: int = 0
+    b_copy: int = 0
+    b_gradient: int = 0
+    a_gradient: int = 0
+
+    @classmethod
+    def of(cls, case: Case, chosen: int) -> _HeadBytes:
+        g, half = case.geometry, case.compute != 4
+        mask = chosen if case.device == "cpu" else chosen // case.compute
+        mask = mask if case.through_layers else 0  # it is for the states' gradient
+        a_copy = case.rank * g.hidden_size * case.compute if half else 0
+        return cls(
+            shared=0 if case.dropout else chosen,
+            inputs=a_copy + (chosen + mask if case.dropout else 0),
+            narrow=case.supervised * case.rank * case.compute,
+            b_copy=g.vocab_size * case.rank * case.compute if half else 0,
+            b_gradient=g.vocab_size * case.rank * 4,
+            a_gradient=case.rank * g.hidden_size * (4 + (case.compute if half else 0)),
+        )
 
 
 def _logits_bytes(case: Case) -> int:
@@ -98,13 +162,15 @@ def _logits_bytes(case: Case) -> int:
 def scoring_peak(case: Case) -> Peak:
     """evaluate.py's loss: one layer, or hidden states and a chunk's logits, as float32 too, and log-softmax.
 
-    The float32 logits of the chunk before are still there when the next are made.
+    The float32 logits of the chunk before are still there when the next are made. An adapter on the head adds
+    two more in float32: B's output and that scaled, then that and the sum.
     """
     layer = forward_peak(case, saving=False)
-    cast = case.compute if case.compute != 4 else 0
+    made = 4 + (case.compute if case.compute != 4 else 0)
+    made = case.compute + 8 if case.trains_head else made
     first = min(case.supervised, LOGIT_TOKENS)
     second = min(case.supervised - first, LOGIT_TOKENS)
-    logits = case.geometry.vocab_size * max(8 * first, (4 + cast) * first, 4 * first + (4 + cast) * second)
+    logits = case.geometry.vocab_size * max(8 * first, made * first, 4 * first + made * second)
     head = Peak(2 * case.state + logits, "logits")
     return max(Peak(case.state + layer.num_bytes, layer.stage), head, key=lambda peak: peak.num_bytes)
 

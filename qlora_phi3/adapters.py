@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import layouts, phi3
+from . import layouts, loftq, phi3
 from .errors import ModelError, RunError
+from .layouts.names import linear_shapes
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
-from .split_lora import DiagonalB, StackedA, split
+from .split_lora import DiagonalB, blocks, split
 from .weights import first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -31,9 +33,10 @@ PROVENANCE_NAME: Final = "base_provenance.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """One row of the trained table: a part of a linear, in how many layers, and what trains it.
+    """One row of the trained table: a part of a module, how many of it there are, and what trains it.
 
-    `part`: the projection, as "q", the whole linear's as "q+k+v", or "lengths" for DoRA's.
+    `part`: the projection, as "q", the whole linear's as "q+k+v", "lengths" for DoRA's; of the embedding and
+    the head, which have no parts, their own name.
     """
 
     target: str
@@ -47,38 +50,50 @@ class Trained:
 
     def describe(self) -> str:
         rank = f" of rank {self.rank}" if self.rank else ""
-        return f"{self.target} {self.part}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
+        name = self.target if self.part == self.target else f"{self.target} {self.part}"
+        return f"{name}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def attach(base: Base, recipe: Recipe) -> Any:
-    """Wrap the base in a `PeftModel` with float32 LoRA on the chosen linears, or on projections in them.
+    """Wrap the base in a `PeftModel` with float32 LoRA on linears, projections in them, embedding and head.
 
     Raises:
         ModelError: a target that exists nowhere, or not in every layer, or a rank above a linear's size, or
-            an adapter to go on from that does not fit.
+            an adapter to go on from that does not fit, or weights that LoftQ cannot start from.
     """
-    from peft import get_peft_model
-
     settings, geometry = recipe.adapter, base.checkpoint.geometry
     # not `settings.trained`: a name that is no linear at all is missing there, in a recipe nobody checked
     asked = phi3.LINEARS if isinstance(settings.targets, str) else settings.targets
     check_targets(base.model, [phi3.PROJECTIONS.get(name, name) for name in asked], geometry.num_layers)
     check_rank(settings, geometry)
     config = peft_config(settings)
-    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    model = _wrap(base.model, config)
     if settings.split_fused:
         split_linears(model, settings, geometry)
+    if settings.method == "dora":
+        keep_dtype(model)
     if settings.init is not None:
         go_on_from(Path(settings.init), model, settings, base)
+    if settings.method == "loftq":
+        loftq.start(model, settings, base)
     # PEFT writes this into adapter_config.json; for hub ids others can load from it, a folder of this
     # machine would tell nobody anything.
     config.base_model_name_or_path = base.checkpoint.provenance.base
     config.revision = base.checkpoint.provenance.revision
     check_trained(model, settings, geometry)
     return model
+
+
+def _wrap(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # of merging into tied matrices; the two adapters themselves know nothing of each other
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def peft_config(settings: Adapter) -> Any:
@@ -100,7 +115,7 @@ def peft_config(settings: Adapter) -> Any:
             linear: settings.alpha * (math.sqrt(n) if rslora else n) for linear, n in wide.items()
         },
         lora_dropout=settings.dropout,
-        target_modules=list(settings.trained),
+        target_modules=[*settings.trained, *settings.embeddings],
         use_rslora=rslora,
         use_dora=settings.method == "dora",
         bias="none",
@@ -130,7 +145,7 @@ def go_on_from(path: Path, model: Any, settings: Adapter, base: Base) -> None:
 
 
 def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geometry: phi3.Geometry) -> None:
-    """What was read must train the same linears with the same rank and scale as the recipe.
+    """What was read must train the same modules with the same rank and scale as the recipe.
 
     Raises:
         ModelError: the first difference, and the keys that would make it go.
@@ -139,14 +154,15 @@ def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geom
     if trained != asked:
         reason = f"trains {', '.join(trained)}, the recipe {', '.join(asked)}."
         raise ModelError(str(path), reason, "Set adapter.targets to what it trains.")
-    for linear in sorted(asked, key=phi3.LINEARS.index):
-        name = f"model.layers.0.{phi3.BLOCKS[linear]}.{linear}"
-        rank = wanted.rank_pattern.get(linear, wanted.r)
-        alpha = wanted.alpha_pattern.get(linear, wanted.lora_alpha)
+    paths = {path.rsplit(".", 1)[-1]: path for path in linear_shapes(geometry)}
+    for name in sorted(asked, key=phi3.ADAPTABLE.index):
+        rank = wanted.rank_pattern.get(name, wanted.r)
+        alpha = wanted.alpha_pattern.get(name, wanted.lora_alpha)
         scale = alpha / (math.sqrt(rank) if wanted.use_rslora else rank)
-        if found.rank_of(name) != rank or not math.isclose(found.scale_of(name), scale, rel_tol=1e-6):
+        its_rank, its_scale = found.rank_of(paths[name]), found.scale_of(paths[name])
+        if its_rank != rank or not math.isclose(its_scale, scale, rel_tol=1e-6):
             reason = (
-                f"{linear} has rank {found.rank_of(name)} scaled by {found.scale_of(name):g}; "
+                f"{name} has rank {its_rank} scaled by {its_scale:g}; "
                 f"the recipe makes that {rank} and {scale:g}."
             )
             raise ModelError(
@@ -187,13 +203,25 @@ def split_linears(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) 
             split(module, settings.rank, sizes, [p in settings.trained[linear] for p in phi3.inside(linear)])
 
 
+def keep_dtype(model: nn.Module) -> None:
+    """Have DoRA's linears give what they take.
+
+    PEFT 0.21's Linear4bit leaves DoRA's output float32 under CUDA's autocast, and with it attention and the
+    sum of all layers.
+    """
+    for module in model.modules():
+        lengths: Any = getattr(module, "lora_magnitude_vector", None)
+        if lengths:
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
 def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
     """A rank above a matrix's smaller side adds parameters and nothing that they could express.
 
     Raises:
-        ModelError: the rank is above the smaller side of a linear or projection.
+        ModelError: the rank is above the smaller side of a linear, a projection, the embedding or the head.
     """
-    for _, part in settings.pairs:
+    for part in settings.parts:
         limit = min(geometry.pair_shape(part))
         if settings.rank > limit:
             reason = f"{settings.rank} is above {limit}, the smaller side of {part}."
@@ -201,17 +229,24 @@ def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
 
 
 def check_targets(model: nn.Module, targets: Sequence[str], num_layers: int) -> None:
-    """Every target must exist once in every decoder layer; PEFT accepts partial matches in silence.
+    """Every target must exist once in every decoder layer, the embedding and the head once in all.
+
+    PEFT accepts partial matches in silence.
 
     Raises:
-        ModelError: the number of modules of that name is not the number of layers.
+        ModelError: the number of modules of that name is another.
     """
-    names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if ".layers." in f".{name}"]
+    paths = [f".{name}" for name, _ in model.named_modules()]
     for target in targets:
-        found = names.count(target)
-        if found != num_layers:
-            reason = f"{target} exists in {found} of {num_layers} layers of the base."
-            raise ModelError("adapter.targets", reason, f"Choose out of {', '.join(phi3.LINEARS)}.")
+        found = [path for path in paths if path.endswith(f".{target}")]
+        if target in phi3.EMBEDDINGS:
+            num, wanted = len(found), 1
+            reason = f"the base has {num} modules called {target}, not one."
+        else:
+            num, wanted = sum(".layers." in path for path in found), num_layers
+            reason = f"{target} exists in {num} of {num_layers} layers of the base."
+        if num != wanted:
+            raise ModelError("adapter.targets", reason, f"Choose out of {', '.join(phi3.ADAPTABLE)}.")
 
 
 def check_trained(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) -> None:
@@ -221,28 +256,36 @@ def check_trained(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) 
     expected = [
         (linear, "+".join(phi3.inside(linear)) if part == linear else part) for linear, part in settings.pairs
     ]
+    expected += [(name, name) for name in settings.embeddings]
+    expected.sort(key=lambda one: phi3.ADAPTABLE.index(one[0]))
     assert [(row.target, row.part) for row in pairs] == expected, [(row.target, row.part) for row in pairs]
-    assert all(row.num_modules == geometry.num_layers and row.rank == settings.rank for row in pairs)
-    computed = geometry.lora_parameters(tuple(part for _, part in settings.pairs), settings.rank)
+    assert all(
+        row.num_modules == geometry.num_modules(row.target) and row.rank == settings.rank for row in pairs
+    )
+    computed = geometry.lora_parameters(settings.parts, settings.rank)
     assert sum(row.num_parameters for row in pairs) == computed
     trainable = sum(logical_numel(p) for p in model.parameters() if p.requires_grad)
     assert sum(row.num_parameters for row in table) == trainable
 
 
 def trained_table(model: nn.Module) -> list[Trained]:
-    """What is trained, a row per part of a linear in the order of the forward pass, read off the modules."""
-    layers: dict[str, list[Any]] = {}
+    """What is trained, a row per part of a module in the order of the forward pass, read off the modules."""
+    found: dict[str, list[Any]] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and len(module.lora_A):
-            layers.setdefault(name.rsplit(".", 1)[-1], []).append(module)
-    ordered = sorted(layers, key=phi3.LINEARS.index)
-    return [row for target in ordered for row in _rows(target, layers[target])]
+        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
+            found.setdefault(name.rsplit(".", 1)[-1], []).append(module)
+    ordered = sorted(found, key=phi3.ADAPTABLE.index)
+    return [row for target in ordered for row in _rows(target, found[target])]
 
 
 def _rows(target: str, modules: list[Any]) -> list[Trained]:
-    """A row for each A/B pair of a linear, and one for DoRA's lengths."""
-    pairs = [list(zip(_blocks(m.lora_A), _blocks(m.lora_B), strict=True)) for m in modules]
-    parts = _part_names(target, modules[0].lora_B["default"])
+    """A row for each A/B pair of a module, and one for DoRA's lengths."""
+    sides = [
+        (m.lora_embedding_A, m.lora_embedding_B) if len(m.lora_embedding_A) else (m.lora_A, m.lora_B)
+        for m in modules
+    ]
+    pairs = [list(zip(blocks(a["default"]), blocks(b["default"]), strict=True)) for a, b in sides]
+    parts = _part_names(target, sides[0][1]["default"])
     rows = [
         _row(target, part, list(same)) for part, same in zip(parts, zip(*pairs, strict=True), strict=True)
     ]
@@ -255,12 +298,9 @@ def _rows(target: str, modules: list[Any]) -> list[Trained]:
     return rows
 
 
-def _blocks(found: Any) -> list[torch.Tensor]:
-    module = found["default"]
-    return module.blocks if isinstance(module, (StackedA, DiagonalB)) else [module.weight]
-
-
-def _part_names(target: str, b: nn.Module) -> list[str]:
+def _part_names(target: str, b: object) -> list[str]:
+    if target in phi3.EMBEDDINGS:
+        return [target]
     names = phi3.inside(target)
     if isinstance(b, DiagonalB):
         return [name for name, on in zip(names, b.trained, strict=True) if on]

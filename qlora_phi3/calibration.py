@@ -87,7 +87,8 @@ def compare(
     device = documents.input_ids.device
     longest, supervised = int(documents.bounds.diff().max()), int((documents.labels != IGNORE).sum())
     kind: Any = "cuda" if device.type == "cuda" else "cpu"
-    case = Case(recipe, geometry, documents.num_tokens, longest, kind, counted=supervised)
+    alone = recipe.settled(effective_batch=1)  # a step of its own: there are no gradients before it
+    case = Case(alone, geometry, documents.num_tokens, longest, kind, counted=supervised)
     measured, parts = _allocated(work, device) if kind == "cuda" else _tracked(work, model, documents)
     return Calibration(
         pass_tokens=documents.num_tokens,

@@ -83,6 +83,10 @@ class Case:
         return self.training and self.recipe.adapter.dropout > 0
 
     @property
+    def dora(self) -> bool:
+        return self.recipe.adapter.method == "dora"
+
+    @property
     def grouped(self) -> bool:
         return self.geometry.num_heads != self.geometry.num_kv_heads
 
@@ -94,6 +98,30 @@ class Case:
         if self.device == "cuda" and self.compute == 2:
             return "flash"
         return "eager" if self.device == "cpu" and self.length <= EAGER_TOKENS else "sdpa"
+
+    @property
+    def trains_inputs(self) -> bool:
+        """Whether what goes into the first layer depends on anything that is trained."""
+        return "embed_tokens" in self.recipe.adapter.embeddings
+
+    @property
+    def trains_head(self) -> bool:
+        return "lm_head" in self.recipe.adapter.embeddings
+
+    @property
+    def through_layers(self) -> bool:
+        """Whether the backward goes through the layers; recomputing has it do so whatever is trained."""
+        keeps = self.recipe.train.activations == "keep"
+        return self.trains_inputs or bool(self.recipe.adapter.pairs) or not keeps
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step is one pass, so that there are no gradients before its backward."""
+        return self.tokens >= self.recipe.train.effective_batch * self.length
+
+    @property
+    def rank(self) -> int:
+        return self.recipe.adapter.rank
 
     def adapted(self, linear: str) -> bool:
         return linear in target_linears(self.recipe)

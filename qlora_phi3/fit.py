@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from . import memory
-from .phi3 import LINEARS, Geometry
+from .phi3 import ADAPTABLE, Geometry
 from .recipe import Recipe
 from .sizes import target_linears
 
@@ -175,10 +175,10 @@ def _ladder(recipe: Recipe, geometry: Geometry) -> Iterator[_Override]:
         yield _Override("model", "double_quant", True)
     yield from _halved("data", "max_length", recipe.data.max_length, SHORTEST)
     yield from _halved("adapter", "rank", recipe.adapter.rank, 4)
-    targets = target_linears(recipe)
-    by_size = sorted(targets, key=lambda name: sum(geometry.linear_shape(name)), reverse=True)
+    targets = (*target_linears(recipe), *recipe.adapter.embeddings)
+    by_size = sorted(targets, key=lambda name: geometry.lora_parameters((name,), 1), reverse=True)
     for dropped in range(1, len(by_size)):
-        yield _Override("adapter", "targets", tuple(n for n in LINEARS if n in by_size[dropped:]))
+        yield _Override("adapter", "targets", tuple(n for n in ADAPTABLE if n in by_size[dropped:]))
 
 
 def _halved(part: str, name: str, value: int, least: int) -> Iterator[_Override]:

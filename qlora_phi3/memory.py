@@ -19,6 +19,7 @@ from .activations import (
     answering_peak,
     autocast_bytes,
     backward_peak,
+    embedding_bytes,
     forward_peak,
     loss_peak,
     row_bytes,
@@ -32,9 +33,9 @@ from .sizes import (
     ADAPTER_BYTES,
     adapter_elements,
     compute_dtype_bytes,
-    dequantized_bytes,
     linear_bytes,
     optimizer_bytes,
+    quantizing_bytes,
 )
 from .units import format_bytes
 
@@ -249,12 +250,20 @@ def _adapter_part(case: Case, name: str) -> Part:
     return Part(name, num * ADAPTER_BYTES, f"{_count(num)} parameters x {8 * ADAPTER_BYTES} bit")
 
 
+def _elements(case: Case, *parts: str) -> int:
+    return case.geometry.lora_parameters(parts, case.rank)
+
+
 def _gradient_part(case: Case, replaced: int) -> Part:
-    """Gradients; with a step in one pass what those of all layers but one weigh more than the replaced."""
+    """Gradients; with a step in one pass what those of all layers but one weigh more than the replaced.
+
+    The head's are then in the moments from the loss on; the embedding's come when all else is gone.
+    """
     whole = _adapter_part(case, "gradients")
-    if not replaced:
+    if not case.one_pass:
         return whole
-    others = whole.num_bytes * (case.geometry.num_layers - 1) // case.geometry.num_layers
+    layers = whole.num_bytes - ADAPTER_BYTES * _elements(case, *case.recipe.adapter.embeddings)
+    others = layers * (case.geometry.num_layers - 1) // case.geometry.num_layers
     words = f"{whole.formula}, as activations go"
     return replace(whole, num_bytes=max(0, others - replaced), formula=words, kind="replayed")
 
@@ -274,35 +283,41 @@ def _count(number: int) -> str:
 
 
 def _load_phase(case: Case) -> Phase:
-    """All weights, and the largest before it is quantized: transformers 5.23 then loads one by one."""
-    scratch = max(dequantized_bytes(case.recipe, case.geometry, name) for name in LINEARS)
-    quantizing = [Part("quantizing", scratch, "largest linear before, and its scales")] if scratch else []
+    """All weights, and what quantizing the largest takes: transformers 5.23 then loads one by one.
+
+    A base that was kept quantized is read without it.
+    """
+    scratch = max(quantizing_bytes(case.recipe, case.geometry, name, case.device) for name in LINEARS)
+    words = "largest linear before, and its scales" + "; 13.5 bytes a weight" * (case.device == "cpu")
+    quantizing = [Part("quantizing", scratch, words)] if scratch else []
     return Phase("load", (*_weight_parts(case), *quantizing))
 
 
 def _train_phase(case: Case) -> Phase:
-    """Everything; `activations: auto` is the least that it can become, recompute.
-
-    With several passes in a step, all gradients are there from the second on.
-    """
-    one_pass = case.tokens >= case.recipe.train.effective_batch * case.length
-    return pass_phase(case, first=one_pass, beside=(_optimizer_part(case),))
+    """Everything; `activations: auto` is the least that it can become, recompute."""
+    return pass_phase(case, _optimizer_part(case))
 
 
-def pass_phase(case: Case, *, first: bool = True, beside: tuple[Part, ...] = ()) -> Phase:
+def pass_phase(case: Case, *beside: Part) -> Phase:
     """A forward and backward pass with what is `beside` it.
 
-    In the first of a step, a layer's gradients come when the inputs behind it are gone.
+    With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
+    are all there from the second on.
     """
     keep, layers = case.recipe.train.activations == "keep", case.geometry.num_layers
     held = saved_bytes(case) if keep else case.state
     words, name = f"{layers} layers x {format_bytes(held)}", "kept activations" if keep else "layer inputs"
-    gradients = _gradient_part(case, (layers - 1) * held if first else 0)
+    gradients = _gradient_part(case, (layers - 1) * held)
     fullest = max(_moments(case, keep, held), key=lambda peak: peak.num_bytes)
     activations = (
         Part("rows", row_bytes(case), f"{case.tokens} tokens: ids, labels, positions, RoPE", "replayed"),
         Part(name, all_saved_bytes(case) if keep else layers * held, words, "replayed"),
-        Part("working set", fullest.num_bytes, f"fullest in: {fullest.stage}", "replayed"),
+        Part(
+            "working set",
+            fullest.num_bytes + embedding_bytes(case),
+            f"fullest in: {fullest.stage}",
+            "replayed",
+        ),
     )
     states = (_adapter_part(case, "adapters"), gradients, *beside)
     return Phase("train", (*_weight_parts(case), *states, *activations))
@@ -311,12 +326,15 @@ def pass_phase(case: Case, *, first: bool = True, beside: tuple[Part, ...] = ())
 def _moments(case: Case, keep: bool, held: int) -> Iterable[Peak]:
     """What is there beside `held` of every layer, where it can be most."""
     cached = 0 if keep else autocast_bytes(case)
-    forward = forward_peak(case, saving=keep)
+    forward = forward_peak(case, saving=keep and case.through_layers)
     # the last layer has not saved yet what it will; its input is there, and the embedding's output
     own = 2 * case.state - held if keep else 0
     yield Peak(forward.num_bytes + own + cached, forward.stage)
     yield loss_peak(case, cached)
-    yield backward_peak(case, recomputes=not keep)
+    if case.through_layers:
+        backward = backward_peak(case, recomputes=not keep)
+        head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and case.one_pass else 0
+        yield Peak(backward.num_bytes + head, backward.stage)
 
 
 def _evaluate_phase(case: Case, micro_batch: int) -> Phase:

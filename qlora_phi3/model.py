@@ -1,7 +1,7 @@
 """Load a Phi-3 base in NF4 or unquantized, with the native class and our own dtype policy.
 
-Owns the load, which dtype every tensor has, and logical parameter counts. Refuses weights that do not
-fill the model, and a dtype that the device does not have.
+Owns the load, from the checkpoint or as `prequantized.py` kept it, which dtype every tensor has, and logical
+parameter counts. Refuses weights that do not fill the model, and a dtype that the device does not have.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from . import prequantized
 from .errors import ModelError
 from .recipe import Model
-from .weights import Checkpoint, first_line
+from .weights import Checkpoint, Say, first_line
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -89,11 +90,18 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load(checkpoint: Checkpoint, settings: Model, device: torch.device, attention: str = "sdpa") -> Base:
+def load(
+    checkpoint: Checkpoint,
+    settings: Model,
+    device: torch.device,
+    attention: str = "sdpa",
+    say: Say = lambda _: None,
+) -> Base:
     """Load the frozen base under our dtype policy.
 
     Embeddings, norms and head are in `compute_dtype` (PEFT's k-bit preparation would make them float32,
-    376 MiB more on Phi-3-mini), decoder linears in NF4 or `compute_dtype`.
+    376 MiB more on Phi-3-mini), decoder linears in NF4 or `compute_dtype`. A large quantized base is kept for
+    later loads, which read it bit by bit as it was.
 
     Raises:
         ModelError: weights missing, of another shape, or without safetensors; bf16 unsupported here.
@@ -103,7 +111,7 @@ def load(checkpoint: Checkpoint, settings: Model, device: torch.device, attentio
     quantized = settings.quantization == "nf4"
     if quantized and device.type == "cpu":
         _check_cpu_widths(checkpoint)
-    model = _load_weights(checkpoint, settings, dtype, device, attention)
+    model = _load_weights(checkpoint, settings, device, attention, say)
     model.requires_grad_(False)
     model.config.use_cache = False
     if quantized:
@@ -168,22 +176,38 @@ def _check_cpu_widths(checkpoint: Checkpoint) -> None:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, settings: Model, dtype: torch.dtype, device: torch.device, attention: str
+    checkpoint: Checkpoint, settings: Model, device: torch.device, attention: str, say: Say
 ) -> Any:
-    from transformers import BitsAndBytesConfig, Phi3ForCausalLM
+    """The model with its weights: as an earlier load kept them, else from the checkpoint and kept."""
+    entry = prequantized.entry_of(checkpoint, settings, device.type)
+    if entry is not None and prequantized.is_whole(entry, say):
+        try:
+            return _read(entry.folder, checkpoint, settings, device, attention)
+        except ModelError as error:  # another run removed it meanwhile, or it never was what we write
+            prequantized.remove(entry, error.problems[0].reason, say)
+    model = _read(checkpoint.folder, checkpoint, settings, device, attention)
+    if entry is not None:
+        prequantized.keep(model, entry, say)
+    return model
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+
+def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.device, attention: str) -> Any:
+    """The model with the weights in `folder`, the checkpoint's own or quantized ones.
+
+    transformers 5.23 reads and quantizes one matrix after the other: beside what is loaded there is one in
+    its own dtype, and what bitsandbytes takes to quantize it.
+    """
+    from transformers import Phi3ForCausalLM
+
+    config, nf4 = _native_config(checkpoint), _nf4(settings)
+    if nf4 is not None and folder != checkpoint.folder:  # quantized already: transformers reads that here
+        config.quantization_config, nf4 = nf4.to_dict(), None
     try:
         model, loading = Phi3ForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=_native_config(checkpoint),
-            dtype=dtype,
-            quantization_config=nf4 if settings.quantization == "nf4" else None,
+            folder,
+            config=config,
+            dtype=DTYPES[settings.compute_dtype],
+            quantization_config=nf4,
             device_map={"": device},
             attn_implementation=attention,
             use_safetensors=True,
@@ -195,11 +219,26 @@ def _load_weights(
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         reason = f"the weights cannot be loaded: {first_line(error)}"
-        raise ModelError(str(checkpoint.folder), reason, "Download the checkpoint again.") from error
-    _check_complete(loading, checkpoint.folder)
-    _check_packed_shapes(model, checkpoint.folder)
+        raise ModelError(str(folder), reason, "Download the checkpoint again.") from error
+    _check_complete(loading, folder)
+    _check_packed_shapes(model, folder)
     _check_tied(model, checkpoint)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     return model
+
+
+def _nf4(settings: Model) -> Any:
+    """transformers' settings for NF4; None for an unquantized base."""
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
+    )
 
 
 def _native_config(checkpoint: Checkpoint) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 from .errors import ModelError
@@ -33,12 +34,21 @@ FUSED: Final = ("qkv_proj", "gate_up_proj")
 """Linears that hold several projections."""
 
 
+_INSIDE: Final = {
+    linear: tuple(name for name, owner in PROJECTIONS.items() if owner == linear) for linear in LINEARS
+}
+
+
 def inside(linear: str) -> tuple[str, ...]:
-    """The projections that a linear holds, in order."""
-    return tuple(name for name, owner in PROJECTIONS.items() if owner == linear)
+    """The projections that a linear holds, in order; the embedding and the head hold none."""
+    return _INSIDE.get(linear, ())
 
 
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
+"""The embedding and the head, one of each; a base may store them as one matrix."""
+
+ADAPTABLE: Final = (EMBEDDINGS[0], *LINEARS, EMBEDDINGS[1])
+"""Modules that can get adapters, in the order of the forward pass."""
 
 LLAMA_NAMES: Final = {
     "q_proj": "q",
@@ -91,8 +101,13 @@ class Geometry:
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """(out_features, in_features) of a fused linear."""
-        num_in = {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
-        return max(stop for _, stop in self.slices(linear).values()), num_in.get(linear, self.hidden_size)
+        return self._linear_shapes[linear]
+
+    @cached_property
+    def _linear_shapes(self) -> dict[str, tuple[int, int]]:
+        num_in = dict.fromkeys(LINEARS, self.hidden_size)
+        num_in |= {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
+        return {name: (max(stop for _, stop in self.slices(name).values()), num_in[name]) for name in LINEARS}
 
     @property
     def num_linear_parameters(self) -> int:
@@ -113,13 +128,22 @@ class Geometry:
     def num_parameters(self) -> int:
         return self.num_linear_parameters + self.num_embedding_parameters + self.num_norm_parameters
 
-    def lora_parameters(self, linears: tuple[str, ...], rank: int) -> int:
-        """Parameters of one A/B pair of `rank` on each named linear or projection of every layer."""
-        shapes = [self.pair_shape(name) for name in linears]
-        return self.num_layers * rank * sum(rows + columns for rows, columns in shapes)
+    def num_modules(self, name: str) -> int:
+        """How many modules of a name there are: one in every layer, but a single embedding and head."""
+        return 1 if name in EMBEDDINGS else self.num_layers
+
+    def lora_parameters(self, parts: tuple[str, ...], rank: int) -> int:
+        """Parameters of one A/B pair of `rank` on each named linear, projection, embedding or head."""
+        return rank * sum(self.num_modules(name) * sum(self.pair_shape(name)) for name in parts)
 
     def pair_shape(self, name: str) -> tuple[int, int]:
-        """(out_features, in_features) of a fused linear, or of one projection in it."""
+        """(out_features, in_features) of a linear, one projection in it, the embedding or the head.
+
+        The embedding's is that of its update as PEFT writes it, B @ A: (hidden_size, vocab_size).
+        """
+        if name in EMBEDDINGS:
+            shape = self.hidden_size, self.vocab_size
+            return shape if name == "embed_tokens" else shape[::-1]
         if name in LINEARS:
             return self.linear_shape(name)
         start, stop = self.slices(PROJECTIONS[name])[name]

@@ -76,7 +76,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
-        base = model.load(checkpoint, recipe.model, device, attention.register())
+        base = model.load(checkpoint, recipe.model, device, attention.register(), display.say)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):

@@ -7,6 +7,7 @@ settings whose feature is not built yet, all at once and each with its place. Kn
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -21,9 +22,11 @@ from pydantic import (
 from . import phi3
 from .recipe_values import (
     TARGETS,
+    Method,
     Today,
     auto_or_positive,
     auto_or_size,
+    check_method,
     check_sources,
     check_target,
     check_targets,
@@ -76,30 +79,44 @@ class Model(_Part):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="dtype of activations, norms, embeddings and of an unquantized base"
     )
+    cache: bool = Field(
+        default=True,
+        description="keep the NF4 form of a base of 1 GB or more in the cache folder (2.1 GiB for "
+        "Phi-3-mini), so that later runs need not quantize it again",
+    )
+
+
+@cache  # a plan asks thousands of times
+def _trained(targets: str | tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(linear, projections trained in it), in the order of the forward pass."""
+    names = phi3.LINEARS if isinstance(targets, str) else targets
+    found = [
+        (linear, tuple(p for p in phi3.inside(linear) if linear in names or p in names))
+        for linear in phi3.LINEARS
+    ]
+    return tuple((linear, projections) for linear, projections in found if projections)
 
 
 class Adapter(_Part):
     """What is trained."""
 
-    method: Annotated[
-        Literal["lora", "rslora", "dora", "pissa", "olora", "loftq"],
-        Today(
-            ("lora", "rslora", "dora"),
-            "pissa, olora and loftq change the base's weights, which no other copy of the base has.",
-        ),
-    ] = Field(
+    method: Annotated[Method, BeforeValidator(check_method)] = Field(
         default="lora",
-        description="lora; rslora: scaled by alpha / sqrt(rank); dora: trains each output's length too",
+        description="lora; rslora: scaled by alpha / sqrt(rank); dora: trains each output's length too; "
+        "loftq: lora that starts from what nf4 lost of the weights",
     )
     rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")
     dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input while training"
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="dropout on the adapter's input while training; embed_tokens', which are ids, have none",
     )
     targets: Targets = Field(
         default="all-linear",
-        description="all-linear, or a list out of q k v o gate up down, or of the linears that hold them: "
-        "qkv_proj o_proj gate_up_proj down_proj",
+        description="all-linear (of the decoder), or a list out of q k v o gate up down, of the linears that "
+        "hold them: qkv_proj o_proj gate_up_proj down_proj, and of embed_tokens lm_head",
     )
     split_fused: bool = Field(
         default=True,
@@ -115,14 +132,15 @@ class Adapter(_Part):
     )
 
     @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Which of the embedding and the head get an adapter: one each, outside of the layers."""
+        names = () if isinstance(self.targets, str) else self.targets
+        return tuple(name for name in phi3.EMBEDDINGS if name in names)
+
+    @property
     def trained(self) -> dict[str, tuple[str, ...]]:
         """Linears that get adapters, in the order of the forward pass -> the projections trained in each."""
-        names = phi3.LINEARS if isinstance(self.targets, str) else self.targets
-        found = {
-            linear: tuple(p for p in phi3.inside(linear) if linear in names or p in names)
-            for linear in phi3.LINEARS
-        }
-        return {linear: projections for linear, projections in found.items() if projections}
+        return dict(_trained(self.targets))
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -132,6 +150,11 @@ class Adapter(_Part):
             for linear, projections in self.trained.items()
             for part in (projections if self.split_fused and linear in phi3.FUSED else (linear,))
         )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What has an A/B pair: projections and linears in every layer, then the embedding and the head."""
+        return (*(part for _, part in self.pairs), *self.embeddings)
 
 
 class Source(_Part):

@@ -45,10 +45,29 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             f"Set adapter.split_fused to true, or choose out of {', '.join(phi3.LINEARS)}.",
         ),
         (
+            adapter.method == "dora" and bool(adapter.embeddings),
+            ("adapter", "method"),
+            f"dora on {' and '.join(adapter.embeddings)} would build a whole matrix of the vocabulary in "
+            "every pass, for the lengths of its rows.",
+            "Choose lora or rslora, or adapter.targets without them.",
+        ),
+        (
             adapter.init is not None and adapter.method == "dora",
             ("adapter", "init"),
             "adapters with DoRA's lengths are not read yet.",
             "Remove it, or set adapter.method to lora or rslora.",
+        ),
+        (
+            adapter.init is not None and adapter.method == "loftq",
+            ("adapter", "init"),
+            "says where training starts, and so does adapter.method loftq.",
+            "Remove it, or set adapter.method to lora.",
+        ),
+        (
+            recipe.model.quantization == "none" and adapter.method == "loftq",
+            ("adapter", "method"),
+            "'loftq' starts from what quantization lost, and with model.quantization none nothing is lost.",
+            "Set it to lora, or model.quantization to nf4.",
         ),
         (
             train.warmup >= 1 and train.warmup != int(train.warmup),

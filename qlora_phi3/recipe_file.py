@@ -323,6 +323,8 @@ def _word(error: ErrorDetails, owner: Part, below: Part) -> tuple[str, str]:
     if kind == "not_available":
         today = ", ".join(_show(value) for value in context.get("today", ()))
         return f"{found} is not available yet.", context.get("hint") or f"Today: {today}."
+    if kind == "declined":
+        return f"{found} {error['msg']}.", _join(context["instead"], _listed(context["allowed"]))
     if kind in ("literal_error", "target"):
         allowed = context.get("allowed") or re.findall(r"'([^']*)'", context["expected"])
         what = error["msg"] if kind == "target" else "is not allowed"

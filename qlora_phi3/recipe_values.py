@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -16,7 +16,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from . import phi3
 from .units import HOW_TO_WRITE, parse_bytes
 
-TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS)
+Method = Literal["lora", "rslora", "dora", "loftq"]
+
+TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS, *phi3.EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,26 @@ def size_schema(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [text, {"type": "number", "exclusiveMinimum": 0}]
 
 
+def check_method(value: Any) -> Any:
+    """pissa and olora are starts of PEFT's that are declined for good, and told so."""
+    if value in ("pissa", "olora"):
+        detail = {"allowed": list(get_args(Method)), "instead": _KEEPS_THE_BASE}
+        raise PydanticCustomError("declined", _MOVES_THE_BASE, detail)
+    return value
+
+
+_MOVES_THE_BASE: Final = (
+    "moves the largest directions out of the base's weights: what is saved would fit no stock base, and what "
+    "is left of a 4-bit base would have to be quantized anew"
+)
+_KEEPS_THE_BASE: Final = "Use loftq, which starts from the base's weights too and leaves them as they are."
+
+
 def check_target(name: Any) -> Any:
-    """A linear or a projection inside one; `o` and `down` are linears, q_proj is what Llama calls q."""
+    """A linear, a projection inside one, the embedding or the head.
+
+    `o` and `down` are linears, q_proj is what Llama calls q.
+    """
     if not isinstance(name, str):
         raise PydanticCustomError("expected", "needs the name of a linear")
     if name in TARGETS:
@@ -87,8 +107,6 @@ def check_target(name: Any) -> Any:
         return phi3.LLAMA_NAMES[name]
     if name == "all-linear":
         raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    if name in phi3.EMBEDDINGS:
-        raise PydanticCustomError("not_available", "not available yet", {"today": list(TARGETS)})
     raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
 
 

@@ -1,49 +1,22 @@
 """A decoder layer's operations replayed on a tape that only adds and subtracts bytes.
 
-Owns what transformers' Phi-3 layer, PEFT's linears, bitsandbytes' products and our attention allocate while
-they run, in their order, with gradients and without. A replay follows the source it names line by line: what
-is made, what autograd keeps, what dies when a function returns. No torch.
+Owns what transformers' Phi-3 layer around its linears and our attention allocate while they run, in their
+order, with gradients and without. A replay follows the source it names line by line: what is made, what
+autograd keeps, what dies when a function returns. No torch.
 """
 
 from __future__ import annotations
 
 from .case import Case, eager_sizes, norm_backward_bytes, norm_saved_bytes, window_blocks
-from .sizes import dequantized_bytes
+from .linears import Linears
+from .tape import Tape
 
 
-class Tape:
-    """Bytes alive while operations run one after another, and where they were most."""
+class Layer(Linears):
+    """One decoder layer on a tape. The layer's input and the gradient of its output are the caller's.
 
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self.stage = self.fullest = ""
-
-    def new(self, *sizes: int) -> int:
-        self.now += sum(sizes)
-        if self.now > self.peak:
-            self.peak, self.fullest = self.now, self.stage
-        return sum(sizes)
-
-    def free(self, *sizes: int) -> None:
-        self.now -= sum(sizes)
-
-    def passing(self, *sizes: int) -> None:
-        """What is gone when the operation is done."""
-        self.free(self.new(*sizes))
-
-
-class Layer:
-    """One decoder layer on a tape. `saving`: autograd keeps what its backward needs.
-
-    In the `first` layer that begins at the first adapter: embeddings need no gradient. The layer's input and
-    the gradient of its output are the caller's.
     Source: transformers 5.23 modeling_phi3.py.
     """
-
-    def __init__(self, case: Case, tape: Tape, *, saving: bool, first: bool = False) -> None:
-        self.case, self.tape, self.saving = case, tape, saving
-        self.gradient = saving and not first
-        """Whether what is made now depends on anything that is trained."""
 
     def forward(self) -> None:
         """Leaves the output, and what is saved."""
@@ -58,7 +31,7 @@ class Layer:
         case, tape = self.case, self.tape
         self.norm()
         self._attention_block()
-        self._drop(case.state, case.shares_input("qkv_proj"))
+        self.drop(case.state, case.shares_input("qkv_proj"))
         tape.new(case.state)  # the sum with the residual
         tape.free(case.state)  # o_proj's output
         self.keeps_residual = self.gradient and case.compute == 4  # else norm keeps a float32 copy
@@ -70,20 +43,15 @@ class Layer:
 
     def _product(self) -> None:
         self.tape.new(self.case.wide)
-        self._drop(self.case.wide, self.keeps_swiglu)  # silu(gate)
+        self.drop(self.case.wide, self.keeps_swiglu)  # silu(gate)
 
     def _end_of_mlp(self) -> None:
         case = self.case
-        self._drop(case.wide, case.shares_input("down_proj"))
-        self._drop(2 * case.wide, self.keeps_swiglu)
-        self._drop(case.state, case.shares_input("gate_up_proj"))
+        self.drop(case.wide, case.shares_input("down_proj"))
+        self.drop(2 * case.wide, self.keeps_swiglu)
+        self.drop(case.state, case.shares_input("gate_up_proj"))
         self.tape.new(case.state)
-        self._drop(case.state, self.keeps_residual)
-
-    def _drop(self, size: int, kept: bool) -> None:
-        """A local that dies, unless autograd keeps it."""
-        if not (self.saving and kept):
-            self.tape.free(size)
+        self.drop(case.state, self.keeps_residual)
 
     def norm(self) -> None:
         """Leaves the output; saved are the input as float32 and a scale per token."""
@@ -96,70 +64,8 @@ class Layer:
         tape.new(scale, scale, wide)
         tape.passing(case.state if half else 0, case.state)
         tape.free(scale, wide)
-        self._drop(copy + scale, self.gradient)
+        self.drop(copy + scale, self.gradient)
         tape.new(case.state)
-
-    def linear(self, name: str, *, stops: bool = False) -> None:
-        """Leaves the output, and what is saved; with `stops` breaks off once all of that is there.
-
-        A quantized base's output is cloned; then come B's output, it scaled, and the sum.
-        """
-        case, tape = self.case, self.tape
-        tape.stage = name
-        num_out = case.geometry.linear_shape(name)[0]
-        scratch, out = (
-            dequantized_bytes(case.recipe, case.geometry, name),
-            case.tokens * num_out * case.compute,
-        )
-        tape.new(scratch, out)
-        tape.free(scratch)
-        if not case.adapted(name):
-            return
-        if scratch:
-            tape.passing(out)
-        cast = self._adapter_inputs(name)
-        if stops:
-            return
-        branch = out if case.autocast or case.compute == 4 else 2 * out  # of A and B in float32
-        tape.new(branch)
-        tape.passing(branch)
-        if branch > out and scratch:
-            tape.new(out)
-            tape.free(branch)
-            branch = out
-        tape.passing(branch)  # the sum; without a quantized base float32 too, and then cast
-        tape.free(branch, cast)
-        self._drop(sum(self.saved_by_adapter(name)), True)
-        self.gradient = self.saving
-
-    def saved_by_adapter(self, name: str) -> tuple[int, int, int]:
-        """Bytes that autograd keeps of its input, of A's output, and of autocast's copies of A and B.
-
-        Dropout keeps its mask, bool on CUDA and of the input's float32 on a CPU. Without gradients the copies
-        are none of a layer's: the autocast that is around the whole pass keeps them until it ends.
-        """
-        case, width = self.case, self.case.hidden_width(name)
-        num_in = case.geometry.linear_shape(name)[1]
-        inputs = 0 if case.shares_input(name) or not (case.autocast or case.dropout) else case.compute
-        mask = self._mask_element()
-        element = case.compute if case.autocast or case.compute == 4 else 4
-        copies = case.pair_elements(name) * case.compute if case.autocast and self.saving else 0
-        return case.tokens * num_in * (inputs + mask), case.tokens * width * element, copies
-
-    def _mask_element(self) -> int:
-        """Dropout's mask is kept for the input's gradient only."""
-        wanted = self.case.dropout and (self.gradient or not self.saving)
-        return (4 if self.case.device == "cpu" else 1) if wanted else 0
-
-    def _adapter_inputs(self, name: str) -> int:
-        """Up to A's output; returns the bytes of the input's float32 copy, a local of the linear."""
-        case, tape = self.case, self.tape
-        num_in = case.tokens * case.geometry.linear_shape(name)[1]
-        cast = tape.new(4 * num_in if case.casts_inputs else 0)
-        tape.new(*self.saved_by_adapter(name))
-        if case.dropout and case.casts_inputs:
-            tape.passing(4 * num_in)  # what dropout left of it, until A has its cast
-        return cast
 
     def _attention_block(self) -> None:
         """qkv_proj to o_proj; leaves o_proj's output."""
@@ -170,10 +76,10 @@ class Layer:
         kept = self.gradient
         self.linear("o_proj")
         # flash keeps its output itself, the others' was copied into another layout
-        self._drop(case.query, case.shares_input("o_proj") or (kept and case.attention == "flash"))
+        self.drop(case.query, case.shares_input("o_proj") or (kept and case.attention == "flash"))
         repeated = case.attention == "sdpa" and case.grouped
-        self._drop(case.query, kept and not self._copies_query())
-        self._drop(2 * case.key + case.query + case.key, kept and not repeated)  # values are a view of qkv
+        self.drop(case.query, kept and not self._copies_query())
+        self.drop(2 * case.key + case.query + case.key, kept and not repeated)  # values are a view of qkv
 
     def _rope(self) -> None:
         """Leaves queries and keys with their positions; autograd keeps only the shared sines."""
@@ -189,12 +95,12 @@ class Layer:
         scores = 4 * case.geometry.num_heads * case.tokens
         if case.attention == "flash":
             tape.new(case.query, scores)
-            self._drop(scores, self.gradient)
+            self.drop(scores, self.gradient)
             return
         self._eager() if case.attention == "eager" else self._sdpa(scores)
         tape.new(case.query)  # all documents' outputs as one
         tape.passing(case.query)
-        self._drop(case.query, self.gradient and case.attention == "sdpa")  # each one's
+        self.drop(case.query, self.gradient and case.attention == "sdpa")  # each one's
 
     def _copies_query(self) -> bool:
         """Several documents' queries are strided: grouping their heads copies them."""
@@ -261,14 +167,13 @@ class Backward(Layer):
         tape.new(case.state)
         early = case.recipe.model.quantization == "nf4" and not case.adapted("down_proj")
         if early:  # bitsandbytes keeps its weight by itself: nothing that was saved is asked for
-            self._through_base("down_proj")
-        elif case.adapted("down_proj"):
-            tape.new(case.state)  # scaled for B, before B's input is asked for
+            self.through_base("down_proj")
+        self.reach("down_proj")
         if recomputes:
             self._recompute(early)
         tape.stage = "down_proj's backward"
         if not early:
-            self._through_linear("down_proj")
+            self.through_linear("down_proj")
         self._swiglu()
         self._gate_up()
         self._attention()
@@ -281,42 +186,6 @@ class Backward(Layer):
         if self.case.adapted("down_proj"):
             self.linear("down_proj", stops=True)
         self.tape.now = before + saved_beside_input(self.case)
-
-    def _through_linear(self, name: str) -> None:
-        """Leaves the gradient of the input; that of the output, scaled for B, is given and gone."""
-        if self.case.adapted(name):
-            self._through_adapter(name)
-        self._through_base(name)
-        if self.case.adapted(name):
-            self.tape.passing(self._input(name))
-            self.tape.free(self._input(name))
-
-    def _input(self, name: str) -> int:
-        return self.case.tokens * self.case.geometry.linear_shape(name)[1] * self.case.compute
-
-    def _through_base(self, name: str) -> None:
-        scratch = dequantized_bytes(self.case.recipe, self.case.geometry, name)
-        self.tape.new(scratch, self._input(name))
-        self.tape.free(scratch)
-
-    def _through_adapter(self, name: str) -> None:
-        """B, A, the casts of both and of the input; gradients of A and B, which are added to, pass by."""
-        case, tape = self.case, self.tape
-        num_out, num_in = case.geometry.linear_shape(name)
-        kept, hidden, copies = self.saved_by_adapter(name)
-        tape.new(hidden)
-        tape.free(case.tokens * num_out * case.compute)
-        largest = max(case.hidden_width(name) * num_in, case.recipe.adapter.rank * num_out)
-        tape.passing(largest * (4 + case.compute))
-        tape.new(self._input(name))
-        mask = case.tokens * num_in * self._mask_element()
-        tape.free(2 * hidden, copies, kept - mask, self._input(name) if case.shares_input(name) else 0)
-        steps = [4 * case.tokens * num_in] * (1 + case.dropout) if case.casts_inputs else []
-        steps += [self._input(name)] if case.casts_inputs or case.dropout else []
-        for size, old in zip(steps, [self._input(name), *steps], strict=False):
-            tape.new(size)
-            tape.free(old)
-        tape.free(mask)
 
     def _swiglu(self) -> None:
         wide, tape = self.case.wide, self.tape
@@ -331,9 +200,9 @@ class Backward(Layer):
         """gate_up_proj and the norm before it; leaves nothing but the residual's gradient."""
         case, tape = self.case, self.tape
         tape.stage = "gate_up_proj's backward"
-        tape.new(2 * case.wide if case.adapted("gate_up_proj") else 0)
-        self._through_linear("gate_up_proj")
-        tape.free(2 * case.wide)
+        left = self.reach("gate_up_proj", given=2 * case.wide)
+        self.through_linear("gate_up_proj")
+        tape.free(left)
         tape.stage = "norm's backward"
         self.tape.passing(norm_backward_bytes(case))
         tape.free(case.state, norm_saved_bytes(case))
@@ -341,8 +210,8 @@ class Backward(Layer):
     def _attention(self) -> None:
         case, tape = self.case, self.tape
         tape.stage = "attention's backward"
-        tape.new(case.state if case.adapted("o_proj") else 0)
-        self._through_linear("o_proj")
+        self.reach("o_proj")
+        self.through_linear("o_proj")
         if case.attention == "eager":
             self._through_eager()
         else:  # gradients, and as float32 the sums of the queries' or as one the documents'

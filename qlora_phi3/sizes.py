@@ -57,28 +57,46 @@ def dequantized_bytes(recipe: Recipe, geometry: Geometry, linear: str) -> int:
     return rows * columns * compute_dtype_bytes(recipe) + scales
 
 
+def quantizing_bytes(recipe: Recipe, geometry: Geometry, linear: str, device: str) -> int:
+    """What quantizing one linear takes beside its result: the weight before, scales that are quantized too.
+
+    A CPU has no kernel for it: two float32 copies, an int32 and a uint8 index and half a byte besides.
+    Source: bitsandbytes 0.50 backends/default/ops.py, quantize_4bit.
+    """
+    rows, columns = geometry.linear_shape(linear)
+    if recipe.model.quantization == "none":
+        return 0
+    intermediates = rows * columns * 27 // 2 if device == "cpu" else 0
+    return dequantized_bytes(recipe, geometry, linear) + intermediates
+
+
 def target_linears(recipe: Recipe) -> tuple[str, ...]:
     """The linears that get adapters, in the order of the forward pass."""
     return tuple(recipe.adapter.trained)
 
 
 def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
-    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out), layer by layer."""
-    layer: list[int] = []
-    for _, part in recipe.adapter.pairs:
-        num_out, num_in = geometry.pair_shape(part)
-        layer += [recipe.adapter.rank * num_in, num_out * recipe.adapter.rank]
+    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out): of the embedding and the
+    head, then layer by layer."""
+    for name in recipe.adapter.embeddings:
+        yield from _pair_sizes(recipe, geometry, name)
+    layer = [size for _, part in recipe.adapter.pairs for size in _pair_sizes(recipe, geometry, part)]
     if recipe.adapter.method == "dora":
         layer += [geometry.linear_shape(linear)[0] for linear in recipe.adapter.trained]
     for _ in range(geometry.num_layers):
         yield from layer
 
 
+def _pair_sizes(recipe: Recipe, geometry: Geometry, part: str) -> tuple[int, int]:
+    num_out, num_in = geometry.pair_shape(part)
+    return recipe.adapter.rank * num_in, num_out * recipe.adapter.rank
+
+
 def adapter_elements(recipe: Recipe, geometry: Geometry) -> int:
     """The sum of `adapter_sizes`, at once: plans search over many recipes."""
     settings = recipe.adapter
     lengths = sum(geometry.linear_shape(linear)[0] for linear in settings.trained)
-    pairs = geometry.lora_parameters(tuple(part for _, part in settings.pairs), settings.rank)
+    pairs = geometry.lora_parameters(settings.parts, settings.rank)
     return pairs + (geometry.num_layers * lengths if settings.method == "dora" else 0)
 
 

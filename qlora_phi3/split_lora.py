@@ -129,11 +129,21 @@ class DiagonalB(_Blocks):
         return torch.cat(parts, dim=-1)
 
 
+def blocks(module: Any) -> list[torch.Tensor]:
+    """What is trained of an A or B: the blocks of a split one, or its weight.
+
+    PEFT's embeddings have parameters in the place of modules.
+    """
+    if isinstance(module, nn.Parameter):
+        return [module]
+    return module.blocks if isinstance(module, _Blocks) else [module.weight]
+
+
 def split(layer: Any, rank: int, sizes: Sequence[int], trained: Sequence[bool]) -> None:
     """Put blocks of `rank` into a PEFT layer that was made for `len(sizes)` times the rank."""
     fused_a, fused_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert fused_a.shape[0] == len(sizes) * rank
     assert fused_b.shape[0] == sum(sizes)
-    for found, blocks in ((layer.lora_A, StackedA), (layer.lora_B, DiagonalB)):
-        made = blocks(rank, sizes, trained, fused_a.shape[1])
+    for found, kind in ((layer.lora_A, StackedA), (layer.lora_B, DiagonalB)):
+        made = kind(rank, sizes, trained, fused_a.shape[1])
         found["default"] = made.to(device=fused_a.device, dtype=fused_a.dtype)

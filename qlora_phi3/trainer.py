@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from .calibration import Calibration, compare
 from .data import Split, TokenRow
 from .data.store import Rows as RowArrays
 from .engine.documents import Documents, Layout, hidden_states
-from .engine.loss import IGNORE, supervised_nll
+from .engine.loss import IGNORE, HeadLora, supervised_nll
 from .errors import FitError, RunError
 from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
@@ -148,14 +149,15 @@ def build(
 ) -> PhiTrainer:
     """The trainer, with the dtypes as our policy has them."""
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = PhiTrainer(
-        model=model,
-        args=arguments(recipe, out, base.model.device),
-        train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
-        data_collator=Rows(split.rows),
-        processing_class=base.tokenizer,
-        callbacks=[_Before(lambda: trainer.calibrate()), watch],
-    )
+    with _plain_head(model.get_base_model()):
+        trainer = PhiTrainer(
+            model=model,
+            args=arguments(recipe, out, base.model.device),
+            train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
+            data_collator=Rows(split.rows),
+            processing_class=base.tokenizer,
+            callbacks=[_Before(lambda: trainer.calibrate()), watch],
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     trainer.rows, trainer.geometry = split.rows, base.checkpoint.geometry
@@ -166,6 +168,18 @@ def build(
             parameter.data = kept[name]  # TRL cast it to bfloat16
     check_dtypes(model, compute=base.compute_dtype, quantized=base.quantized)
     return trainer
+
+
+@contextmanager
+def _plain_head(causal: Any) -> Iterator[None]:
+    """The head without its adapter, while TRL 1.16 looks: its own loss would leave the adapter out, so it
+    refuses one. `PhiTrainer.nll` does not use that loss."""
+    head = causal.lm_head
+    causal.lm_head = getattr(head, "base_layer", head)
+    try:
+        yield
+    finally:
+        causal.lm_head = head
 
 
 def _unwrap(trainer: PhiTrainer) -> None:
@@ -241,6 +255,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
             kind,
             loraplus_lr_ratio=ratio,
             loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=self.args.learning_rate,  # PEFT's own, 1e-6, would hardly train them
             **settings,
         )
         return self.optimizer
@@ -285,7 +300,9 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
             causal.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
         ):
             hidden = hidden_states(causal, documents)
-            return supervised_nll(hidden, documents.labels, causal.lm_head.weight, self.logit_tokens)
+            head = causal.lm_head
+            lora = HeadLora.of(head)
+            return supervised_nll(hidden, documents.labels, head.weight, lora, self.logit_tokens)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere about a user's run."""

@@ -118,6 +118,22 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
     return phi3.VARIANTS.get(settings.base)
 
 
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of every tensor of a checkpoint -> the file that transformers loads it from.
+
+    Raises:
+        ModelError: the index of a sharded checkpoint cannot be read.
+    """
+    from safetensors import safe_open
+
+    whole = folder / "model.safetensors"
+    if not whole.is_file():
+        index = _read_json(folder / "model.safetensors.index.json")
+        return {name: folder / file for name, file in index["weight_map"].items()}
+    with safe_open(whole, framework="numpy") as tensors:
+        return dict.fromkeys(tensors.keys(), whole)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint, refused when it could make a loader run foreign code.
 

@@ -67,6 +67,8 @@ def adapt(model: Any, settings: Recipe) -> Any:
     if settings.adapter.split_fused:
         geometry = phi3.geometry_from_config({**model.config.to_dict(), "architectures": None})
         adapters.split_linears(found, settings.adapter, geometry)
+    if settings.adapter.method == "dora":
+        adapters.keep_dtype(found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -50,14 +51,14 @@ BASES = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32"), ("none",
 TARGETS: list[Any] = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
 SPLIT: list[Any] = ["all-linear", ["q", "v"], ["gate_up_proj"]]
 """With an A/B pair for each projection; the others with one for the fused linear."""
+EMBEDDINGS: list[Any] = [["lm_head"], ["embed_tokens", "down"], ["q", "v", "embed_tokens", "lm_head"]]
 LENGTHS = [[256], [64] * 6, [700], [550, 550], [1300]]
 OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
 
 
-def grid() -> list[Any]:
-    """Every activation policy, base, dropout and target; the other settings drawn once and for all."""
-    draw, found = random.Random(7), []
-    adapters = [*((targets, False) for targets in TARGETS), *((targets, True) for targets in SPLIT)]
+def grid(seed: int, adapters: list[tuple[Any, bool]], method: str = "lora") -> list[Any]:
+    """Every activation policy, base, dropout and adapter; the other settings drawn once and for all."""
+    draw, found = random.Random(seed), []
     for policy, base, (targets, split), dropout in product(
         ["recompute", "keep"], BASES, adapters, [0.0, 0.1]
     ):
@@ -68,6 +69,7 @@ def grid() -> list[Any]:
             "model__quantization": base[0],
             "model__compute_dtype": base[1],
             "model__double_quant": draw.random() < 0.7,
+            "adapter__method": method,
             "adapter__targets": targets,
             "adapter__split_fused": split,
             "adapter__dropout": dropout,
@@ -79,19 +81,28 @@ def grid() -> list[Any]:
         }
         words = "-".join(targets) if isinstance(targets, list) else targets
         words += "-split" if split else ""
-        name = f"{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
+        name = (
+            f"{method}-{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
+        )
         found.append(pytest.param(shape, lengths, passes, keys, id=name))
     return found
 
 
-@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), grid())
+ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targets in SPLIT]
+LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])
+LENGTHED = grid(7, [*ADAPTERS[0][:2], *ADAPTERS[1][:2]], "dora")  # its steps take long
+BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])
+
+
+@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS])
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
     assert found.ratio == pytest.approx(1, rel=0.02)
 
 
 def test_the_grid_is_large_enough() -> None:
-    assert len(grid()) >= 60
+    assert len(LINEARS) >= 60
+    assert len(BESIDE_LAYERS) >= 40
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
@@ -137,14 +148,15 @@ class OnCuda(Case):
 @pytest.mark.parametrize("lengths", [[256], [600]])
 @pytest.mark.parametrize("base", [("nf4", "bfloat16"), ("none", "bfloat16")])
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_peak_as_on_cuda(
-    lengths: list[int], base: tuple[str, str], policy: str, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], base: tuple[str, str], policy: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # PEFT's Linear4bit asks for CUDA's autocast only; answer as it would be there
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*kind) if kind else True)
     keys = {"model__quantization": base[0], "model__compute_dtype": base[1], "train__activations": policy}
-    settings = recipe(adapter__rank=8, train__effective_batch=2, **keys)
+    settings = recipe(adapter__method=method, adapter__rank=8, train__effective_batch=2, **keys)
     found = compare(settings, 3, lengths, 2, **SHAPES["gqa"])
     case = OnCuda(settings, found.geometry, sum(lengths), max(lengths), "cuda")
     assert memory._train_phase(case).peak_bytes == pytest.approx(found.tracked.peak_bytes, rel=0.02)
@@ -154,14 +166,21 @@ def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) ->
     """Bytes that autograd really saves in a forward pass without checkpointing, weights aside."""
     model, geometry = build(settings, num_layers, **SHAPES[shape])
     weights = {t.untyped_storage()._cdata for t in model.parameters()}
-    saved: list[torch.Tensor] = []
+    saved: list[weakref.ref[torch.Tensor]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(weakref.ref(tensor))  # DoRA saves for a graph that nobody keeps
+        return tensor
+
     dtype = getattr(torch, settings.model.compute_dtype)
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        hidden_states(model.get_base_model(), documents([tokens]))
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+        out = hidden_states(model.get_base_model(), documents([tokens]))
+    kept = [tensor.untyped_storage() for tensor in (found() for found in saved) if tensor is not None]
+    storages = {storage._cdata: storage.nbytes() for storage in kept}
+    assert out.requires_grad
     size = sum(size for key, size in storages.items() if key not in weights)
     return size, Case(settings, geometry, tokens, tokens, "cpu")
 
@@ -176,6 +195,10 @@ def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) ->
         {"adapter__dropout": 0.1},
         {"model__quantization": "none"},
         {"model__compute_dtype": "float32"},
+        {"adapter__method": "dora"},
+        {"adapter__method": "dora", "adapter__split_fused": True, "adapter__dropout": 0.1},
+        {"adapter__method": "dora", "model__quantization": "none", "adapter__dropout": 0.1},
+        {"adapter__method": "dora", "model__compute_dtype": "float32", "adapter__dropout": 0.1},
     ],
 )
 @pytest.mark.parametrize("tokens", [64, 600])
@@ -213,16 +236,31 @@ def test_a_layer_without_gradients_takes_less() -> None:
 
 
 def test_the_lab_trains_every_adapter() -> None:
-    settings = recipe(adapter__rank=4)
+    settings = recipe(adapter__rank=4, adapter__targets=["embed_tokens", "o", "qkv_proj", "lm_head"])
     model, _ = build(settings, 2, **SHAPES["mini"])
     loss_of(model, settings, documents([32])).backward()
     assert all(p.grad is not None for p in trained(model))
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize(("shape", "lengths"), [("mini", [300]), ("gqa", [700]), ("tied", [1300])])
-def test_peak_of_scoring(shape: str, lengths: list[int], quantization: str) -> None:
-    settings = recipe(adapter__rank=8, model__quantization=quantization, data__eval={"path": "eval.jsonl"})
+@pytest.mark.parametrize(
+    ("shape", "lengths", "targets"),
+    [
+        ("mini", [300], "all-linear"),
+        ("gqa", [700], "all-linear"),
+        ("tied", [1300], "all-linear"),
+        ("tied", [1300], ["o", "embed_tokens", "lm_head"]),
+        ("tied", [700, 700], ["lm_head"]),
+    ],
+)
+def test_peak_of_scoring(
+    shape: str, lengths: list[int], targets: Any, quantization: str, method: str
+) -> None:
+    if method == "dora" and targets != "all-linear":
+        pytest.skip("dora is for the layers' linears")
+    keys = {"adapter__targets": targets, "adapter__method": method, "data__eval": {"path": "eval.jsonl"}}
+    settings = recipe(adapter__rank=8, model__quantization=quantization, **keys)
     model, geometry = build(settings, 3, **SHAPES[shape])
     tracked = TrackedBytes()
     tracked.claim("weights", model_tensors(model))

@@ -186,7 +186,7 @@ def test_target_missing_in_one_layer(
     assert trained_table(base.model) == []
 
 
-@pytest.mark.parametrize("target", ["q_proj", "lm_head", "embed_tokens", "norm", "proj", "", "q"])
+@pytest.mark.parametrize("target", ["q_proj", "norm", "proj", "", "q"])
 def test_names_that_are_no_linear_of_a_layer(base: Base, target: str) -> None:
     with pytest.raises(ModelError, match=f"^adapter.targets: {target} exists in 0 of 2 layers"):
         check_targets(base.model, ["o_proj", target], 2)
@@ -196,7 +196,9 @@ def test_llama_names_mean_all_of_them() -> None:
     assert recipe(targets=LLAMA, split_fused=True).adapter.pairs == recipe(split_fused=True).adapter.pairs
 
 
-@pytest.mark.parametrize("targets", [LLAMA, ["q_proj"], ["o_proj", "gate_proj"], ["lm_head"]], ids="+".join)
+@pytest.mark.parametrize(
+    "targets", [LLAMA, ["q_proj"], ["o_proj", "gate_proj"], ["lm_head", "up_proj"]], ids="+".join
+)
 def test_names_that_passed_the_recipe_by_are_refused_too(base: Base, targets: list[str]) -> None:
     """`model_copy` checks nothing; each target is trained, or none is."""
     unchecked = recipe().adapter.model_copy(update={"targets": tuple(targets)})
@@ -481,3 +483,141 @@ def test_an_adapter_of_another_base_is_refused(checkpoints: Callable[[str], Path
 def test_no_adapter_there(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         attach(load_base(checkpoints("gqa")), recipe(init=str(tmp_path / "nowhere")))
+
+
+# --- the embedding and the head ----------------------------------------------------------------------------
+
+BESIDE = [["lm_head"], ["embed_tokens"], ["q", "v", "lm_head", "embed_tokens"]]
+
+
+def trained_all(base: Base, **adapter: Any) -> Any:
+    """An adapter as after training: nothing of it is zero."""
+    torch.manual_seed(0)
+    model = attach(base, recipe(split_fused=True, **adapter))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("targets", BESIDE, ids="+".join)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_table_of_embedding_and_head(
+    checkpoints: Callable[[str], Path], geometry: str, targets: list[str]
+) -> None:
+    base = load_base(checkpoints(geometry))
+    sizes = base.checkpoint.geometry
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tie_word_embeddings")
+        model = attach(base, recipe(targets=targets, split_fused=True))
+    table = trained_table(model)
+    order = [row.part for row in table]
+    assert order == [name for name in ("embed_tokens", "q", "v", "lm_head") if name in targets]
+    for row in table:
+        assert (row.out_features, row.in_features) == sizes.pair_shape(row.part)
+        assert row.num_modules == (2 if row.part in "qv" else 1)
+        assert row.num_parameters == sizes.lora_parameters((row.part,), rank=4)
+        assert (row.rank, row.dtype) == (4, "float32")
+    assert ParameterCounts.of(model).trainable == sum(row.num_parameters for row in table)
+    assert table[-1].describe().startswith(f"{table[-1].target}: 1 of rank 4, ")
+    check_dtypes(model, compute=torch.bfloat16, quantized=True)
+
+
+@pytest.mark.parametrize("targets", BESIDE, ids="+".join)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_stock_peft_loads_embedding_and_head(
+    checkpoints: Callable[[str], Path],
+    tmp_path: Path,
+    geometry: str,
+    quantization: str,
+    targets: list[str],
+    method: str,
+) -> None:
+    from peft import PeftModel
+
+    base = load_base(checkpoints(geometry), quantization)
+    untrained, embedding = logits(base.model), base.model.model.embed_tokens.weight.clone()
+    live = trained_all(base, targets=targets, method=method)
+    tied = live.get_base_model().lm_head.weight is live.get_base_model().model.embed_tokens.weight
+    assert tied == (geometry == "tied")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(live, base, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / WEIGHTS_NAME)
+    assert all(".lora_" in name for name in saved), "no weight of the base"
+    fresh = load_base(checkpoints(geometry), quantization).model
+    stock = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(stock), logits(live), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(logits(live), untrained)
+    with live.disable_adapter():
+        assert torch.equal(logits(live), untrained)
+    assert torch.equal(base.model.model.embed_tokens.weight, embedding)
+
+
+def test_tied_adapters_are_independent(checkpoints: Callable[[str], Path]) -> None:
+    """Logits of both are those of the two updates written into two matrices by hand."""
+    base = load_base(checkpoints("tied"), "none")
+    base.model.float()
+    model = trained_all(base, targets=["embed_tokens", "lm_head"])
+    by_hand = load_base(checkpoints("tied"), "none").model.float()
+    causal = model.get_base_model()
+    head, embedding = causal.lm_head, causal.model.embed_tokens
+    weight = by_hand.lm_head.weight.detach()
+    for layer, inner in ((by_hand.lm_head, head), (by_hand.model.embed_tokens, embedding)):
+        layer.weight = torch.nn.Parameter(weight + inner.get_delta_weight("default"))
+    torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("targets", BESIDE, ids="+".join)
+@pytest.mark.parametrize("geometry", ["gqa", "tied"])
+def test_it_goes_on_with_embedding_and_head(
+    checkpoints: Callable[[str], Path], tmp_path: Path, layout: str, targets: list[str], geometry: str
+) -> None:
+    base = load_base(checkpoints(geometry), "none")
+    model = trained_all(base, targets=targets)
+    live = logits(model)
+    if geometry == "tied" and layout in ("loralib", "mlx"):
+        with pytest.raises(ModelError, match="ties embedding and head"):
+            written(model, base, layout, tmp_path / "old")
+        return
+    folder = written(model, base, layout, tmp_path / "old")
+    settings = recipe(targets=targets, split_fused=True, init=str(folder))
+    again = attach(load_base(checkpoints(geometry), "none"), settings)
+    torch.testing.assert_close(logits(again), live, rtol=1e-2, atol=1e-2)
+    assert all(p.any() and p.dtype == torch.float32 for p in again.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        (
+            {"targets": ["lm_head"], "rank": 8},
+            "lm_head has rank 4 scaled by 2; the recipe makes that 8 and 1",
+        ),
+        ({"targets": ["lm_head"], "method": "rslora"}, "lm_head has rank 4 scaled by 2; .* 4 and 4"),
+        ({"targets": ["embed_tokens"]}, "trains lm_head, the recipe embed_tokens"),
+        ({"targets": ["lm_head", "o"]}, "trains lm_head, the recipe lm_head, o_proj"),
+    ],
+    ids=str,
+)
+def test_another_adapter_than_that_of_the_head_is_refused(
+    checkpoints: Callable[[str], Path], tmp_path: Path, adapter: dict[str, Any], reason: str
+) -> None:
+    base = load_base(checkpoints("tied"))
+    save(trained_all(base, targets=["lm_head"]), base, tmp_path / "old")
+    with pytest.raises(ModelError, match=reason):
+        attach(load_base(checkpoints("tied")), recipe(init=str(tmp_path / "old"), **adapter))
+
+
+def test_a_rank_above_the_width_of_the_head(base: Base) -> None:
+    with pytest.raises(ModelError, match=r"adapter.rank: 65 is above 64, the smaller side of lm_head"):
+        attach(base, recipe(rank=65, targets=["lm_head"]))
+
+
+def test_a_base_without_a_head(base: Base) -> None:
+    del base.model.lm_head
+    with pytest.raises(ModelError, match=r"adapter.targets: the base has 0 modules called lm_head, not one"):
+        check_targets(base.model, ["o_proj", "lm_head"], 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,150 @@ def test_a_mix_with_a_share_is_examined(place: Path) -> None:
     assert answer.returncode == 0
     assert 40 < sizes["train"] < 83 and 0 < sizes["eval"] < 25
     assert [one["code"] for one in found["findings"]] in ([], ["short-answer"])
+
+
+# Adapters to go on from
+
+
+def saved_adapter(base: Path, folder: Path) -> Path:
+    """A trained adapter of rank 4 on o_proj and the head, as a run saves it."""
+    import torch
+
+    from qlora_phi3 import adapters, model, weights
+    from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
+
+    settings = Model(base=str(base), quantization="none")
+    loaded = model.load(weights.locate(settings), settings, torch.device("cpu"))
+    adapter = Adapter(rank=4, alpha=8, targets=("o_proj", "lm_head"))
+    recipe = Recipe(version=1, name="t", adapter=adapter, data=Data(train=Source(path="unused.jsonl")))
+    tuned = adapters.attach(loaded, recipe)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapters.save(tuned, loaded, folder)
+    return folder
+
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+Spoil = Callable[[Path], None]
+
+
+def tensors(change: Callable[[dict[str, Any]], object]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        found = load_file(folder / WEIGHTS)
+        change(found)
+        save_file(found, folder / WEIGHTS)
+
+    return spoil
+
+
+def settings(**values: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        found = json.loads((folder / SETTINGS).read_text())
+        (folder / SETTINGS).write_text(json.dumps(found | values))
+
+    return spoil
+
+
+HEAD = "base_model.model.lm_head.lora_{}.weight"
+
+
+def widen(found: dict[str, Any]) -> None:
+    found[HEAD.format("A")] = found[HEAD.format("A")].repeat(17, 1)
+    found[HEAD.format("B")] = found[HEAD.format("B")].repeat(1, 17).contiguous()
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def linked(name: str, target: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return spoil
+
+
+def of_another_base(folder: Path) -> None:
+    note = json.loads((folder / "base_provenance.json").read_text())
+    (folder / "base_provenance.json").write_text(json.dumps({**note, "config_sha256": "0" * 64}))
+
+
+ADAPTERS: dict[str, tuple[Spoil, list[str]]] = {
+    "other": (of_another_base, ["other: the adapter was trained on", "Set model.base to that one."]),
+    "half": (
+        tensors(lambda found: found.pop(HEAD.format("B"))),
+        [f"{HEAD.format('B')}: is missing beside its other half."],
+    ),
+    "nan": (
+        tensors(lambda found: found[HEAD.format("A")].view(-1)[-1:].fill_(float("nan"))),
+        [f"{HEAD.format('A')}: holds NaN or infinity."],
+    ),
+    "cut": (cut, [f"cut/{WEIGHTS}: is cut short or no safetensors file: "]),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b"") and None, ["is cut short"]),
+    "pickled": (pickled, ["adapter_model.bin: is a pickle, which can run code."]),
+    "linked": (
+        linked(WEIGHTS, f"../good/{WEIGHTS}"),
+        [f"linked/{WEIGHTS}: ", "Copy the file itself into the folder (cp -L)."],
+    ),
+    "linked-settings": (
+        linked(SETTINGS, f"../good/{SETTINGS}"),
+        [f"linked-settings/{SETTINGS}: ", "Copy the file itself into the folder (cp -L)."],
+    ),
+    "loose": (linked(WEIGHTS, "nowhere"), [f"loose/{WEIGHTS}: "]),
+    "wide": (tensors(widen), ["lm_head: rank 68 is above 64, the most that a linear of 64 to 261 can use."]),
+    "vera": (settings(peft_type="VERA"), ["peft_type is 'VERA', not LORA."]),
+    "dora": (settings(use_dora=True), ["the adapter uses DoRA, which is no plain LoRA."]),
+    "list": (lambda folder: (folder / SETTINGS).write_text("[]") and None, ["is not a JSON object."]),
+    "scaled": (settings(lora_alpha=16), ["scaled by 4; the recipe makes that 4 and 2."]),
+}
+"""Folder: what is wrong with its adapter, and words of the message."""
+
+INITS: dict[str, tuple[list[str], list[str]]] = {
+    "nowhere": (["adapter.init=nowhere"], ["/nowhere: "]),
+    "up and out": (["adapter.init=good/../.."], [f"holds no {WEIGHTS}."]),
+    "a text": (["adapter.init=notes.md"], ["/notes.md: is no .safetensors file"]),
+    "a rank above the width": (
+        ["adapter.init=good", "adapter.rank=65"],
+        ["adapter.rank: 65 is above 64, the smaller side of o_proj."],
+    ),
+    "other targets": (["adapter.init=good", "adapter.targets=[o]"], ["good: trains lm_head, o_proj, the"]),
+}
+
+
+@pytest.fixture(scope="module")
+def inits(place: Path, checkpoints: Callable[[str], Path]) -> dict[str, Answer]:
+    """What `recipe` answers to each adapter, from one process; nothing is left behind."""
+    good = saved_adapter(checkpoints("gqa"), place / "good")
+    for name, (spoil, _) in ADAPTERS.items():
+        spoil(shutil.copytree(good, place / name))
+    wanted = {name: [f"adapter.init={name}"] for name in ADAPTERS}
+    wanted |= {name: overrides for name, (overrides, _) in INITS.items()}
+    own = ["adapter.rank=4", "adapter.alpha=8", "adapter.targets=[o, lm_head]", "model.quantization=none"]
+    before = listing(place)
+    runs = [["recipe", "tiny.yaml", *own, *overrides] for overrides in wanted.values()]
+    found = several(runs, cwd=place)
+    assert listing(place) == before
+    return {name: answer for name, (answer, _) in zip(wanted, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, *INITS])
+def test_adapters_that_cannot_be_gone_on_from(inits: dict[str, Answer], name: str) -> None:
+    done, words = inits[name], (ADAPTERS | INITS)[name][1]  # type: ignore[operator]
+    message = "\n".join(
+        row for row in done.stderr.splitlines() if not row.startswith(("looking up", "loading", "Loading"))
+    )
+    check_refused(Answer([], done.returncode, done.stdout, message), *words)
+    assert len(message) < LONGEST_MESSAGE
+
+
+def test_a_method_that_nobody_knows_is_refused_at_once(place: Path) -> None:
+    done = command("recipe", "tiny.yaml", "adapter.method=vera", "adapter.init=good", "--dry-run", cwd=place)
+    check_refused(done, "command line: adapter.method: 'vera' is not allowed", "lora, rslora, dora")

@@ -97,17 +97,19 @@ def test_training_mode_is_restored(model: Any, split: Split, training: bool) -> 
     assert model.training is training
 
 
-def test_loss_through_an_adapter(checkpoints: Callable[[str], Path], split: Split) -> None:
+@pytest.mark.parametrize("targets", [["qkv_proj", "down_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("geometry", ["gqa", "tied"])
+def test_loss_through_an_adapter(
+    checkpoints: Callable[[str], Path], split: Split, geometry: str, targets: list[str]
+) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Phi3ForCausalLM
 
     base = Phi3ForCausalLM.from_pretrained(
-        checkpoints("gqa"), dtype=torch.float32, attn_implementation=attention.register()
+        checkpoints(geometry), dtype=torch.float32, attn_implementation=attention.register()
     )
     expected_base = loss_of_transformers(base, split.rows)
-    config = LoraConfig(
-        r=4, target_modules=["qkv_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False
-    )
+    config = LoraConfig(r=4, target_modules=targets, lora_dropout=0.5, init_lora_weights=False)
     tuned = get_peft_model(base, config).train()
     found = mean_loss(tuned, split.rows, 3)
     with tuned.disable_adapter():

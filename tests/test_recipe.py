@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from qlora_phi3 import strict_yaml
+from qlora_phi3 import phi3, strict_yaml
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe import (
     ARMS,
@@ -56,8 +56,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "model.revision": {"null": None, "": None, "abc123": "abc123", "'1234567'": "1234567"},
     "model.quantization": {"nf4": "nf4", "none": "none"},
     "model.double_quant": {"true": True, "false": False},
+    "model.cache": {"true": True, "false": False},
     "model.compute_dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"},
-    "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora"},
+    "adapter.method": {"lora": "lora", "rslora": "rslora", "dora": "dora", "loftq": "loftq"},
     "adapter.rank": {"16": 16, "1": 1, "012": 12},
     "adapter.alpha": {"32": 32, "1": 1},
     "adapter.dropout": {"0.0": 0.0, "0": 0.0, "0.99": 0.99, "1e-3": 1e-3},
@@ -67,6 +68,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "[down, gate_up_proj, o]": ("down_proj", "gate_up_proj", "o_proj"),
         "[q, k, v, gate, up]": ("q", "k", "v", "gate", "up"),
         "[q_proj, k_proj, v_proj, gate_proj, up_proj]": ("q", "k", "v", "gate", "up"),
+        "[lm_head, q, embed_tokens]": ("lm_head", "q", "embed_tokens"),
     },
     "adapter.split_fused": {"true": True, "false": False},
     "adapter.init": {"null": None, "/adapters/a": "/adapters/a"},
@@ -217,9 +219,18 @@ REFUSED: dict[str, dict[str, str]] = {
     "model.revision": NOT_TEXT_OR_NULL,
     "model.quantization": NO_CHOICE,
     "model.double_quant": NOT_BOOL,
+    "model.cache": NOT_BOOL,
     "model.compute_dtype": {**NO_CHOICE, "bf16": "Did you mean 'bfloat16'?"},
     "adapter": {"lora": KEYS, "null": KEYS, "[lora]": KEYS},
-    "adapter.method": {**NO_CHOICE, "Lora": "Did you mean 'lora'? Allowed: lora, rslora, dora."},
+    "adapter.method": {
+        **NO_CHOICE,
+        "Lora": "Did you mean 'lora'? Allowed: lora, rslora, dora, loftq.",
+        "pissa": "'pissa' moves the largest directions out of the base's weights: what is saved would fit no",
+        "olora": "Use loftq, which starts from the base's weights too and leaves them as they are. "
+        "Allowed: lora, rslora, dora, loftq.",
+        "PiSSA": "'PiSSA' is not allowed. Allowed: lora, rslora, dora, loftq.",
+        "pissa_niter_4": "'pissa_niter_4' is not allowed.",
+    },
     "adapter.rank": COUNT,
     "adapter.alpha": COUNT,
     "adapter.dropout": {**NO_FLOAT, "-0.1": "must be 0.0 or more", "1": "must be below 1.0"},
@@ -325,7 +336,6 @@ REFUSED_ITEMS = {
 }
 
 LATER: dict[str, list[str]] = {
-    "adapter.method": ["pissa", "olora", "loftq"],
     "data.train.format": ["preference"],
     "data.eval.format": ["preference"],
     "train.task": ["dpo"],
@@ -337,7 +347,6 @@ LATER: dict[str, list[str]] = {
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
 }
 LATER_ITEMS = {
-    "adapter.targets": ["embed_tokens", "lm_head"],
     "evaluate.metrics": ["rouge"],
 }
 
@@ -436,9 +445,7 @@ def test_refused_items(tmp_path: Path, key: str, text: str, words: str) -> None:
 def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
     assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
-    assert remedy.startswith(
-        ("Today: ", "pissa, olora and loftq change", "Its rows are for train.task dpo", "Every logged step")
-    )
+    assert remedy.startswith(("Today: ", "Its rows are for train.task dpo", "Every logged step"))
 
 
 @pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
@@ -472,6 +479,22 @@ def test_a_projection_needs_a_pair_of_its_own(targets: list[str]) -> None:
 )
 def test_pairs(targets: list[str], split: bool, pairs: list[tuple[str, str]]) -> None:
     assert recipe(adapter__targets=targets, adapter__split_fused=split).adapter.pairs == tuple(pairs)
+
+
+@pytest.mark.parametrize(
+    ("targets", "embeddings", "parts"),
+    [
+        ("all-linear", (), ("q", "k", "v", "o_proj", "gate", "up", "down_proj")),
+        (["lm_head"], ("lm_head",), ("lm_head",)),
+        (["lm_head", "v", "embed_tokens"], ("embed_tokens", "lm_head"), ("v", "embed_tokens", "lm_head")),
+    ],
+)
+def test_the_embedding_and_the_head_are_beside_the_layers(
+    targets: Any, embeddings: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    adapter = recipe(adapter__targets=targets).adapter
+    assert (adapter.embeddings, adapter.parts) == (embeddings, parts)
+    assert not set(adapter.trained) & set(phi3.EMBEDDINGS)
 
 
 def parts(kind: Any) -> list[type[BaseModel]]:
@@ -554,6 +577,26 @@ def recipe(**changes: Any) -> Recipe:
             {"adapter__targets": ["q", "qkv_proj"]},
             "adapter.targets",
             "names a projection twice: q, qkv_proj.",
+        ),
+        (
+            {"adapter__method": "loftq", "adapter__init": "/adapters/a"},
+            "adapter.init",
+            "says where training starts, and so does adapter.method loftq.",
+        ),
+        (
+            {"adapter__method": "loftq", "model__quantization": "none"},
+            "adapter.method",
+            "'loftq' starts from what quantization lost, and with model.quantization none nothing is lost.",
+        ),
+        (
+            {"adapter__targets": ["q", "lm_head"], "adapter__method": "dora"},
+            "adapter.method",
+            "dora on lm_head would build a whole matrix of the vocabulary in every pass",
+        ),
+        (
+            {"adapter__targets": ["lm_head", "q", "lm_head"]},
+            "adapter.targets",
+            "names a projection twice: lm_head, q, lm_head.",
         ),
         ({"train__warmup": 1.5}, "train.warmup", "1.5 is neither a fraction below 1 nor a whole number"),
         ({"data__eval": None, "train__eval_every": 5}, "train.eval_every", "data.eval is null."),

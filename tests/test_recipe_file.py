@@ -54,7 +54,7 @@ def refusals(path: Path, *overrides: str) -> list[str]:
 
 # Messages
 
-MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype"
+MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype, cache"
 ADAPTER_KEYS = "method, rank, alpha, dropout, targets, split_fused, init"
 PATH_HELP = (
     "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -69,6 +71,29 @@ def test_weights_are_byte_exact(shape: str, double_quant: bool) -> None:
     assert rest == sum(p.num_bytes for p in load.parts if p.name in ("embedding", "head", "norms"))
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(256, 128), (200, 64), (1000, 2112)])
+def test_quantizing_on_a_cpu(shape: tuple[int, int], double_quant: bool) -> None:
+    """bitsandbytes makes its copies inside one operation: torch's own profiler counts what it allocates."""
+    from bitsandbytes.functional import quantize_4bit
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    options = {"blocksize": 64, "compress_statistics": double_quant, "quant_type": "nf4"}
+    quantize_4bit(weight, **options)  # makes its code books
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        quantize_4bit(weight, **options)
+    found = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    sizes_of_moments = accumulate(one.nbytes() for one in sorted(found, key=lambda one: one.start_ns()))
+    rows, columns = shape
+    geometry = replace(MINI, hidden_size=rows, intermediate_size=columns)
+    assert geometry.linear_shape("down_proj") == shape
+    settings = recipe(model__double_quant=double_quant)
+    predicted = sizes.quantizing_bytes(settings, geometry, "down_proj", "cpu")
+    result = rows * columns // 2 + (0 if double_quant else 4 * rows * columns // 64)
+    assert max(sizes_of_moments) + weight.nbytes == predicted + result
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_unquantized_weights_are_byte_exact(dtype: str) -> None:
     model, geometry = tiny(dtype=getattr(torch, dtype), **SHAPES["gqa"])
@@ -77,7 +102,10 @@ def test_unquantized_weights_are_byte_exact(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("targets", ["all-linear", ["o_proj"], ["down", "qkv_proj"]])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["o_proj"], ["down", "qkv_proj"], ["lm_head"], ["embed_tokens", "qkv_proj", "lm_head"]],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_are_byte_exact(shape: str, targets: Any, split: bool) -> None:
     model, geometry = tiny(**SHAPES[shape])
@@ -96,9 +124,10 @@ def test_elements_at_once(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
 @pytest.mark.parametrize("rank", [1, 8])  # at 1 every tensor is too small for 8-bit states, at 8 some are
-def test_optimizer_states_are_byte_exact(name: str, rank: int) -> None:
-    base, geometry = tiny(**SHAPES["untied"])
-    settings = recipe(adapter__rank=rank, train__optimizer=name)
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "o", "lm_head"]])
+def test_optimizer_states_are_byte_exact(name: str, rank: int, targets: Any) -> None:
+    base, geometry = tiny(**SHAPES["untied"], vocab_size=1024)
+    settings = recipe(adapter__rank=rank, adapter__targets=targets, train__optimizer=name)
     parameters = trained(adapt(base, settings))
     optimizer = optimizer_of(name, parameters)
     for parameter in parameters:

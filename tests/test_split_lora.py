@@ -18,6 +18,7 @@ from qlora_phi3 import adapters, phi3, sizes
 from qlora_phi3.errors import ModelError
 from qlora_phi3.model import Base, load
 from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
+from qlora_phi3.split_lora import blocks
 from qlora_phi3.weights import locate
 
 IDS = torch.arange(48).view(2, 24) % 30 + 3
@@ -74,7 +75,9 @@ def by_hand(model: Any, geometry: phi3.Geometry, scale: float) -> nn.Module:
         linear = name.rsplit(".", 1)[-1]
         trained = getattr(module.lora_B["default"], "trained", (True,))
         rows = [at for at, on in zip(geometry.slices(linear).values(), trained, strict=True) if on]
-        pairs = zip(rows, adapters._blocks(module.lora_A), adapters._blocks(module.lora_B), strict=True)
+        pairs = zip(
+            rows, *(blocks(found["default"]) for found in (module.lora_A, module.lora_B)), strict=True
+        )
         found.set_submodule(name, ByHand(module.base_layer, list(pairs), scale))
     return found
 
@@ -134,6 +137,45 @@ def test_it_trains_as_separate_adapters_do(
         linear = name.split(".")[-4]
         if "lora_B" in name and linear in phi3.FUSED:
             check_off_diagonal(weight, linear, base.checkpoint.geometry, trained)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "v", "up"]], ids=str)
+def test_resumed_training_is_exact(checkpoints: Callable[[str], Path], optimizer: str, targets: Any) -> None:
+    """Four steps, adapter and optimizer states into a fresh model and optimizer, four more; or eight at once.
+
+    With train's weight decay; rank 64 makes tensors that are large enough for 8-bit states.
+    """
+
+    def fresh(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        base = load_base(checkpoints("untied"))
+        torch.manual_seed(seed)
+        model = adapters.attach(base, recipe(rank=64, targets=targets))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return model, optimizers()[optimizer](parameters, lr=1e-3, weight_decay=0.1)
+
+    def go_on(model: Any, made: torch.optim.Optimizer, steps: int) -> list[float]:
+        return train(model, lambda *_, **__: made, steps)
+
+    geometry = locate(Model(base=str(checkpoints("untied")))).geometry
+    whole, states = fresh(0)
+    expected = go_on(whole, states, 8)
+    first, states = fresh(0)
+    found = go_on(first, states, 4)
+    weights = {n: t.clone() for n, t in first.state_dict().items() if "lora_" in n}
+    saved = copy.deepcopy(states.state_dict())
+    again, states = fresh(1)
+    assert not again.load_state_dict(weights, strict=False).unexpected_keys
+    states.load_state_dict(saved)
+    found += go_on(again, states, 4)
+    assert found == expected
+    trained = {p for names in recipe(targets=targets).adapter.trained.values() for p in names}
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+        linear = name.split(".")[-4]
+        if "lora_B" in name and linear in phi3.FUSED:
+            check_off_diagonal(weight, linear, geometry, trained)
 
 
 def check_off_diagonal(weight: torch.Tensor, linear: str, geometry: phi3.Geometry, trained: set[str]) -> None:

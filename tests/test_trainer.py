@@ -228,6 +228,166 @@ def test_lora_plus_trains_b_faster(
     assert plain[2] != plus[2]  # the first step of a warm-up has learning rate 0
 
 
+# The embedding and the head
+
+
+BESIDE = "adapter.targets=[embed_tokens, q, v, down, lm_head]"
+
+
+@pytest.mark.parametrize("targets", [BESIDE, "adapter.targets=[lm_head]", "adapter.targets=[embed_tokens]"])
+@pytest.mark.parametrize("split_fused", ["true", "false"])
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("geometry", ["untied", "tied"])
+def test_a_step_with_embedding_and_head_is_that_of_stock_transformers(
+    recipe: Callable[..., Recipe], tmp_path: Path, targets: str, split_fused: str, method: str, geometry: str
+) -> None:
+    if split_fused == "false":
+        targets = targets.replace("q, v", "qkv_proj")
+    keys = [targets, f"adapter.split_fused={split_fused}", f"adapter.method={method}", "train.micro_batch=2"]
+    settings = recipe(*EXACT, *keys, geometry=geometry)
+    ours, tuned, splits = built(settings, tmp_path)
+    torch.manual_seed(5)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    check_step(ours, tuned, splits)
+
+
+def check_step(ours: trainer.PhiTrainer, tuned: Any, splits: data.Splits) -> None:
+    """Loss and every gradient of one optimizer step against a padded batch through `model(labels=...)`."""
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    tuned.set_attn_implementation("eager")
+    stock = tuned(**padded(list(splits.train.rows[:4]))).loss
+    expected = torch.autograd.grad(stock, trained)
+    tuned.set_attn_implementation(attention.NAME)
+    batch = trainer.Rows(splits.train.rows)([{"row": i} for i in range(4)])
+    loss = ours.training_step(tuned, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(loss, stock.detach(), rtol=1e-5, atol=1e-6)
+    for parameter, other in zip(trained, expected, strict=True):
+        assert other.any()
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-5, atol=1e-5)
+
+
+def stock_losses(settings: Recipe, tuned: Any, splits: data.Splits, steps: int) -> list[float]:
+    """A plain loop of full batches over PEFT's modules with transformers' loss and torch's AdamW."""
+    tuned.set_attn_implementation("eager")
+    tuned.train()
+    optimizer = torch.optim.AdamW(
+        [p for p in tuned.parameters() if p.requires_grad], lr=settings.train.learning_rate, weight_decay=0.0
+    )
+    found = []
+    for _ in range(steps):
+        loss = tuned(**padded(list(splits.train.rows))).loss
+        loss.backward()
+        norm = settings.train.max_grad_norm
+        torch.nn.utils.clip_grad_norm_([p for p in tuned.parameters() if p.requires_grad], norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("geometry", ["gqa", "tied"])
+def test_twenty_steps_with_embedding_and_head_are_those_of_a_plain_loop(
+    recipe: Callable[..., Recipe], tmp_path: Path, quantization: str, geometry: str
+) -> None:
+    keys = ["train.scheduler=constant", "train.warmup=0", "train.effective_batch=12", "train.micro_batch=3"]
+    keys += ["train.max_steps=20", "train.weight_decay=0", f"model.quantization={quantization}", BESIDE]
+    exact = [key for key in EXACT if "quantization" not in key]
+    settings = recipe(*exact, *keys, geometry=geometry)
+    found = losses(run(settings, tmp_path / "a"))
+    tuned, _, splits = ready(settings)
+    expected = stock_losses(settings, tuned, splits, 20)
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert found[:5] == pytest.approx(expected[:5], rel=2e-5)
+    assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_reaches_the_embedding_too(
+    recipe: Callable[..., Recipe], tmp_path: Path, dropout: float
+) -> None:
+    found = []
+    for policy in ("keep", "recompute"):
+        settings = recipe(*EXACT, BESIDE, f"adapter.dropout={dropout}", f"train.activations={policy}")
+        ours, tuned, splits = built(settings, tmp_path)
+        if policy == "recompute":
+            tuned.enable_input_require_grads()
+            tuned.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        embedding = tuned.get_base_model().model.embed_tokens
+        torch.manual_seed(3)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        batch = trainer.Rows(splits.train.rows)([{"row": i} for i in range(4)])
+        ours.training_step(tuned, batch, num_items_in_batch=40)
+        assert embedding.lora_embedding_A["default"].grad.any()
+        assert embedding.lora_embedding_B["default"].grad.any()
+        found.append([p.grad for p in tuned.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("targets", ["[lm_head]", "[embed_tokens]", "[embed_tokens, o, lm_head]"])
+def test_recomputing_with_embedding_and_head_does_not_change_the_losses(
+    recipe: Callable[..., Recipe], tmp_path: Path, targets: str
+) -> None:
+    keep, recompute = (
+        losses(run(recipe(f"adapter.targets={targets}", f"train.activations={name}"), tmp_path / name))
+        for name in ("keep", "recompute")
+    )
+    assert keep == recompute
+    assert keep[0] != keep[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
+def test_lora_plus_trains_the_embedding_at_the_recipes_rate(
+    recipe: Callable[..., Recipe], tmp_path: Path, optimizer: str
+) -> None:
+    settings = recipe(f"train.optimizer={optimizer}", "train.lora_plus_ratio=8", BESIDE)
+    ours, tuned, _ = built(settings, tmp_path)
+    names = {id(p): name for name, p in tuned.named_parameters() if p.requires_grad}
+    rates = {
+        names[id(p)]: group["lr"] for group in ours.create_optimizer().param_groups for p in group["params"]
+    }
+    assert len(rates) == len(names)
+    for name, rate in rates.items():
+        faster = "lora_B" in name
+        assert rate == pytest.approx(8e-2 if faster else 1e-2)
+    assert sum("embedding" in name for name in rates) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("geometry", ["gqa", "tied"])
+def test_8_bit_states_of_embedding_and_head_and_the_way_to_disk_and_back(
+    recipe: Callable[..., Recipe], tmp_path: Path, geometry: str
+) -> None:
+    """Rank 16 makes tensors of 4096 elements, from which on bitsandbytes' states are 8-bit."""
+    targets = ["adapter.targets=[embed_tokens, lm_head]", "adapter.rank=16", "adapter.alpha=16"]
+    settings = recipe(*targets, "train.optimizer=paged_adamw_8bit", geometry=geometry)
+    tuned, base, splits = ready(settings)
+    meter = Meter("cpu")
+    (tmp_path / "checkpoints").mkdir()
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+    with meter.phase("x"), quiet().steps("t", 3) as steps:
+        watch = trainer._Watch(settings, meter, steps, io.StringIO(), None)
+        ours = trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
+        ours.train()
+    optimizer = ours.optimizer.optimizer
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            wanted = torch.uint8 if parameter.numel() >= 4096 else torch.float32
+            assert state["state1"].dtype == state["state2"].dtype == wanted
+            assert not torch.equal(parameter, before[name])
+    adapters.save(tuned, base, tmp_path / "adapter")
+    live = evaluate.mean_loss(tuned, splits.train.rows, 4)
+    again, _, _ = ready(recipe(*targets, f"adapter.init={tmp_path / 'adapter'}", geometry=geometry))
+    assert evaluate.mean_loss(again, splits.train.rows, 4) == live
+    plain, _, _ = ready(recipe(*targets, geometry=geometry))
+    assert evaluate.mean_loss(plain, splits.train.rows, 4) != live
+
+
 def test_packing_does_not_change_the_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     keys = [*EXACT, "train.max_steps=6", "data.max_length=100", "train.micro_batch=1"]
     packed, plain = (

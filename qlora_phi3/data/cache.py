@@ -1,7 +1,7 @@
 """Tokenized files that are kept from run to run, in `rows/` of the package's cache folder.
 
-Owns when an entry is the same data, whether it is whole, and how much of the disk the entries take. A wrong
-or damaged entry never changes a result: it is removed and made again. The folder may be deleted at any time.
+Owns when an entry is the same data, and which data is kept at all. A wrong or damaged entry never changes a
+result: it is removed and made again. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from .. import builtin
+from .. import builtin, entries
 from ..errors import DataError
 from ..recipe import Fraction
 from .parts import Part, Reading, build
@@ -29,11 +27,7 @@ MIN_BYTES: Final = 16 * 2**20
 """Fewer bytes are tokenized anew, in seconds: less than a model takes to load, and nothing is left."""
 MAX_BYTES: Final = 8 * 2**30
 """All entries together; those used least recently go first. A million chats of 150 tokens are 0.7 GB."""
-STALE_SECONDS: Final = 24 * 3600
-"""Age of an unfinished entry after which the run that was writing it is taken for dead."""
 
-_MANIFEST: Final = "manifest.json"
-_UNFINISHED: Final = "unfinished-"
 _LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _BLOCK: Final = 2**20
 
@@ -118,11 +112,8 @@ def _stamps(reading: Reading) -> list[tuple[int, int]]:
 def _load(entry: Path, splits: tuple[str, ...]) -> dict[str, Part] | None:
     """None where the entry is missing or damaged; a damaged one is removed."""
     try:
-        if json.loads((entry / _MANIFEST).read_text(encoding="utf-8")) != _hashes(entry):
-            raise ValueError("a file is not what was written")
-        found = {name: Part.open(entry / name) for name in splits}
-        os.utime(entry)  # for `_prune`: used just now
-        return found
+        entries.check(entry)
+        return {name: Part.open(entry / name) for name in splits}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
         shutil.rmtree(entry, ignore_errors=True)
         return None
@@ -132,47 +123,21 @@ def _load(entry: Path, splits: tuple[str, ...]) -> dict[str, Part] | None:
 def _unfinished() -> Iterator[Path]:
     """A folder to make an entry in; where the cache cannot be written, among the temporary files.
 
-    What is still in it goes at the end; arrays that are mapped from it stay readable.
+    Arrays that are mapped from it stay readable when it is gone.
     """
-    try:
-        root().mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root()))
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
-    try:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(entries.unfinished(root()))
+        except OSError:
+            folder = stack.enter_context(entries.unfinished(Path(tempfile.gettempdir())))
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(made: Mapping[str, Part], folder: Path, entry: Path) -> None:
-    """Complete the folder and give it its name at once; another run's entry of that name is as good."""
     with suppress(OSError):  # no room, or no permission: the next run tokenizes again
         for name, part in made.items():
             part.save(folder / name)
-        (folder / _MANIFEST).write_text(json.dumps(_hashes(folder)), encoding="utf-8")
-        folder.rename(entry)
-        _prune(entry)
-
-
-def _hashes(entry: Path) -> dict[str, str]:
-    """By path inside the entry, of all files but the manifest."""
-    files = [path for path in sorted(entry.rglob("*")) if path.is_file() and path != entry / _MANIFEST]
-    return {path.relative_to(entry).as_posix(): sha256(path) for path in files}
-
-
-def _prune(newest: Path) -> None:
-    """Remove the entries used least recently beyond MAX_BYTES, and what dead runs left."""
-    found = {path: path.stat().st_mtime for path in root().iterdir()}
-    room = MAX_BYTES
-    for path in sorted(found, key=lambda path: (path == newest, found[path]), reverse=True):
-        if path.name.startswith(_UNFINISHED):
-            if time.time() - found[path] > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-            continue
-        room -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if room < 0 and path != newest:
-            shutil.rmtree(path, ignore_errors=True)
+        entries.publish(folder, entry, MAX_BYTES)
 
 
 def sha256(path: Path) -> str:

@@ -90,7 +90,7 @@ def convert(row: Any, name: str, place: str) -> Example:
         )
         raise DataError(place, reason, _hint(row) or f"{write} {format_.shape}.")
     for key in format_.refused:
-        if says_something(row.get(key)):
+        if key in row and says_something(row[key]):
             remedy = "Remove it, if the row means the same without it."
             raise DataError(place, f"{key!r} is not available yet.", remedy)
     return format_.build(row, place)

@@ -71,7 +71,7 @@ def _said(row: Row) -> list[str]:
 
 def _hash(parts: list[str]) -> bytes:
     """Of the parts and where they end: each has its length in front."""
-    text = "".join(f"{len(part)} {part}" for part in parts)
+    text = "".join([f"{len(part)} {part}" for part in parts])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

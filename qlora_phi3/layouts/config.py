@@ -113,12 +113,12 @@ def check_config(config: AdapterConfig, place: str) -> None:
             raise ModelError(place, reason, "Name linears (qkv_proj) or their paths instead.")
 
 
-def compress(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """A default and a pattern that say the same as a value for every module.
+def compress(values: Mapping[str, T], default: T | None = None) -> tuple[T, dict[str, T]]:
+    """A default, the commonest where none is given, and a pattern that say the same as every module's value.
 
     Linears that differ in all layers alike are named once; else by their path.
     """
-    default = Counter(values.values()).most_common(1)[0][0]
+    default = Counter(values.values()).most_common(1)[0][0] if default is None else default
     pattern: dict[str, T] = {}
     for name, modules in by_name(values).items():
         found = {values[module] for module in modules}

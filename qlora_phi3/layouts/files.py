@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import ModelError, OutputError, RunError
 from ..phi3 import Geometry
@@ -56,6 +57,8 @@ def read_adapter(
         raise ModelError(place, f"is in {style} names; the config says {config.layout}.", "Correct it.")
     if layout and config.layout in PEFT_LAYOUTS:
         config = replace(config, layout=layout)
+    if style == "mlx":
+        tensors = _narrowed(tensors, config)
     pairs = parse(tensors, config, geometry, place)
     enable_lora = {m: config.blocks_of(m) for m in pairs if config.blocks_of(m)}
     found = describe(pairs, config.layout, geometry, use_rslora=config.use_rslora, enable_lora=enable_lora)
@@ -186,6 +189,7 @@ def write_adapter(
     if folder.exists() or folder.is_symlink():
         raise OutputError(str(folder), "exists already.", "Name another folder, or move this one away.")
     _check_writable(tensors, config, str(folder))
+    tensors = _of_one_rank(tensors) if config.layout == "mlx" else tensors
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -232,6 +236,35 @@ def _write_mlx(folder: Path, tensors: Tensors, config: AdapterConfig) -> Path:
     save_file(tensors, folder / MLX_WEIGHTS, metadata={"format": "mlx"})
     _write_json(folder / CONFIG_NAME, settings)
     return folder / MLX_WEIGHTS
+
+
+def _rank_dim(key: str) -> int:
+    """Which dimension of an MLX tensor is the rank: A is (in, rank), B (rank, out)."""
+    return 1 if key.endswith(key_of("", "A", "mlx")) else 0
+
+
+def _of_one_rank(tensors: Tensors) -> Tensors:
+    """MLX's pairs with zeros up to the widest: mlx-lm makes all of one rank and loads no others.
+
+    Source: mlx-lm 0.32 tuner/utils.py, load_adapters.
+    """
+    widest = max(tensor.shape[_rank_dim(key)] for key, tensor in tensors.items())
+    padded = {}
+    for key, tensor in tensors.items():
+        missing = widest - tensor.shape[_rank_dim(key)]
+        padded[key] = functional.pad(tensor, (0, missing) if _rank_dim(key) else (0, 0, 0, missing))
+    return padded
+
+
+def _narrowed(tensors: Tensors, config: AdapterConfig) -> Tensors:
+    """MLX's pairs of the ranks that the config says, where all behind is zero."""
+    found = dict(tensors)
+    for key, tensor in tensors.items():
+        rank, dim = config.rank_of(key.rpartition(".")[0]), _rank_dim(key)
+        if tensor.ndim == 2 and tensor.shape[dim] > rank:  # what has another shape is refused by parse
+            own, rest = tensor.tensor_split((rank,), dim)
+            found[key] = tensor if rest.any() else own.contiguous()
+    return found
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..errors import ModelError
-from .config import AdapterConfig, Layout, alpha_for
+from .config import AdapterConfig, Layout, alpha_for, compress, match
 
 _REFUSED: Final = {
     "use_dora": "DoRA",
@@ -31,6 +31,9 @@ _REFUSED: Final = {
     "megatron_config": "Megatron's parallel linears",
 }
 """Keys of PEFT 0.21's LoraConfig that make an adapter more than B @ A times a scale, when they are set."""
+
+UNPADDED: Final = "unpadded_ranks"
+"""Our note in MLX's config: linear's name or path -> its rank, where that is less than the file's."""
 
 _MOVED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Initializations that change the base's weights too, so that the adapter fits no stock base."""
@@ -80,16 +83,20 @@ def _names(found: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
 
 
 def from_mlx(found: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> AdapterConfig:
-    """Read an adapter_config.json of mlx-lm: one scale for all, each rank as its tensors have it.
+    """Read an adapter_config.json of mlx-lm: one scale for all; ranks as we noted, else as its tensors have.
 
     Raises:
-        ModelError: not LoRA, or no scale.
+        ModelError: not LoRA, or no scale, or a note of ours that is none.
     """
     if found.get("fine_tune_type", "lora") != "lora":
         reason = f"fine_tune_type is {found['fine_tune_type']!r}, not lora."
         raise ModelError(place, reason, "Give a LoRA adapter.")
     settings = _get(found, "lora_parameters", dict, place)
     scale, rank = _get(settings, "scale", (int, float), place), _get(settings, "rank", int, place)
+    noted = _get(found, UNPADDED, dict, place, {})
+    if not all(isinstance(own, int) and own > 0 for own in noted.values()):
+        raise ModelError(place, f"{UNPADDED} holds other than ranks.", "Write the adapter again.")
+    ranks = {module: match(noted, module, own) for module, own in ranks.items()}
     alphas = {module: alpha_for(scale, own, False) for module, own in ranks.items()}
     return AdapterConfig(rank, alpha_for(scale, rank, False), (), ranks, alphas, layout="mlx")
 
@@ -138,6 +145,8 @@ def to_peft(config: AdapterConfig, **more: Any) -> Any:
 def to_mlx(config: AdapterConfig, modules: list[str], place: str) -> dict[str, Any]:
     """What mlx-lm's `load_adapters` reads. -1 layers are all of them; the keys say which linears.
 
+    It has one rank for all: narrower pairs are padded in their file, and their own rank noted for `from_mlx`.
+
     Raises:
         ModelError: the scales differ, of which mlx-lm knows one.
     """
@@ -146,11 +155,15 @@ def to_mlx(config: AdapterConfig, modules: list[str], place: str) -> dict[str, A
         reason = f"its linears are scaled by {', '.join(sorted(scales))}; MLX has one scale for all."
         raise ModelError(place, reason, "Train with one alpha/rank, or export another layout.")
     keys = {m.split(".", 3)[3] if ".layers." in m else m for m in modules}
-    parameters = {"rank": config.rank, "scale": config.scale_of(modules[0]), "dropout": 0.0}
+    ranks = {module: config.rank_of(module) for module in modules}
+    widest = max(ranks.values())
+    _, narrower = compress(ranks, widest)
+    parameters = {"rank": widest, "scale": config.scale_of(modules[0]), "dropout": 0.0}
     return {
         "fine_tune_type": "lora",
         "num_layers": -1,
         "lora_parameters": {**parameters, "keys": sorted(keys)},
+        **({UNPADDED: narrower} if narrower else {}),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import CHATML_TEMPLATE, chatml_tokenizer, phi3_tokenizer, write_chats
 
+from qlora_phi3 import entries
 from qlora_phi3.data import Prepared, cache, parts, prepare, prompts
 from qlora_phi3.data.tokens import Turns
 from qlora_phi3.recipe import Data, Evaluate, Fraction, Source, Train
@@ -201,14 +202,14 @@ def test_a_cache_that_cannot_be_written(data: Data, tmp_path: Path, monkeypatch:
 
 
 def test_what_was_used_least_recently_goes_first(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    def entries() -> set[str]:
+    def names() -> set[str]:
         return {path.name for path in cache.root().iterdir()}
 
     def make(limit: int) -> str:
-        before = entries() if cache.root().exists() else set()
+        before = names() if cache.root().exists() else set()
         source = data.train.model_copy(update={"limit": limit})
         prepare(data.model_copy(update={"train": source, "eval": None}), PHI3)
-        [name] = entries() - before or {""}
+        [name] = names() - before or {""}
         return name
 
     first, second = make(1), make(2)
@@ -219,9 +220,9 @@ def test_what_was_used_least_recently_goes_first(data: Data, monkeypatch: pytest
     make(2)  # used again, and so it stays
     dead, alive = cache.root() / "unfinished-dead", cache.root() / "unfinished-alive"
     dead.mkdir(), alive.mkdir()
-    os.utime(dead, (time.time() - cache.STALE_SECONDS - 1,) * 2)
+    os.utime(dead, (time.time() - entries.STALE_SECONDS - 1,) * 2)
     third = make(3)
-    assert entries() == {second, third, alive.name}
+    assert names() == {second, third, alive.name}
 
 
 def test_a_newest_entry_over_the_limit_stays(

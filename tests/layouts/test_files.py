@@ -76,6 +76,42 @@ def test_mlx_knows_one_scale(tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "adapter", MINI)[1].rank_pattern == {"o_proj": 2}
 
 
+def test_mlx_has_one_rank(tmp_path: Path) -> None:
+    """mlx-lm makes all pairs of one rank, and loads tensors of no other shape."""
+    settings = {"rank_pattern": {"qkv_proj": 12}, "alpha_pattern": {"qkv_proj": 24}}
+    tensors, config = convert(*adapter(MINI, **settings), "mlx", MINI)
+    write_adapter(tmp_path / "a", tensors, config)
+    saved = load_file(tmp_path / "a" / MLX_WEIGHTS)
+    ranks = {t.shape[1 if key.endswith("lora_a") else 0] for key, t in saved.items()}
+    written = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
+    assert ranks == {written["lora_parameters"]["rank"]} == {12}
+    key = "model.layers.0.mlp.down_proj.lora_"
+    assert not saved[f"{key}a"][:, 4:].any() and not saved[f"{key}b"][4:].any()
+    found, described = read_adapter(tmp_path / "a", MINI)
+    assert described == config
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k], t) for k, t in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("note", "match"),
+    [
+        ({"down_proj": 0}, "holds other than ranks"),
+        ({"down_proj": "4"}, "holds other than ranks"),
+        ([4], "unpadded_ranks is"),
+        ({"down_proj": 3}, "rank 12, but the config says 3"),
+        ({"down_proj": 13}, "rank 12, but the config says 13"),
+    ],
+    ids=str,
+)
+def test_notes_about_ranks_that_are_not_true(tmp_path: Path, note: Any, match: str) -> None:
+    settings = {"rank_pattern": {"qkv_proj": 12}, "alpha_pattern": {"qkv_proj": 24}}
+    write_adapter(tmp_path / "a", *convert(*adapter(MINI, **settings), "mlx", MINI))
+    path = tmp_path / "a" / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unpadded_ranks": note}))
+    with pytest.raises(ModelError, match=match):
+        read_adapter(tmp_path / "a", MINI)
+
+
 def test_the_base_is_named(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", *adapter(MINI), base="microsoft/Phi-3-mini-4k-instruct", revision="abc")
     config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
