@@ -194,11 +194,12 @@ def split_linears(model: nn.Module, settings: Adapter, geometry: phi3.Geometry) 
 def keep_dtype(model: nn.Module) -> None:
     """Have DoRA's linears give what they take.
 
-    PEFT 0.21's Linear4bit leaves DoRA's output float32 under CUDA's autocast, and with it attention and the sum
-    of all layers.
+    PEFT 0.21's Linear4bit leaves DoRA's output float32 under CUDA's autocast, and with it attention and the
+    sum of all layers.
     """
     for module in model.modules():
-        if hasattr(module, "lora_magnitude_vector") and len(module.lora_magnitude_vector):
+        lengths: Any = getattr(module, "lora_magnitude_vector", ())
+        if len(lengths):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 

@@ -1,8 +1,8 @@
 """A decoder layer's operations replayed on a tape that only adds and subtracts bytes.
 
-Owns what transformers' Phi-3 layer around its linears and our attention allocate while they run, in their order,
-with gradients and without. A replay follows the source it names line by line: what
-is made, what autograd keeps, what dies when a function returns. No torch.
+Owns what transformers' Phi-3 layer around its linears and our attention allocate while they run, in their
+order, with gradients and without. A replay follows the source it names line by line: what is made, what
+autograd keeps, what dies when a function returns. No torch.
 """
 
 from __future__ import annotations

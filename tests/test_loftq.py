@@ -18,7 +18,6 @@ from qlora_phi3 import adapters, loftq
 from qlora_phi3.errors import ModelError
 from qlora_phi3.model import Base, load
 from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
-from qlora_phi3.split_lora import blocks
 from qlora_phi3.weights import locate, tensor_files
 
 IDS = torch.arange(48).view(2, 24) % 30 + 3
@@ -60,11 +59,7 @@ def update(layer: Any) -> torch.Tensor:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @torch.no_grad()
@@ -276,5 +271,5 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
 def test_a_weight_that_is_not_there(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     files = tensor_files(checkpoints("gqa"))
     del files["model.layers.0.mlp.down_proj.weight"]
-    with pytest.raises(ModelError, match="has no tensor model.layers.0.mlp.down_proj.weight"):
+    with pytest.raises(ModelError, match=r"has no tensor model\.layers\.0\.mlp"):
         loftq._find("model.layers.0.mlp.down_proj.weight", files, tmp_path)

@@ -442,9 +442,7 @@ def test_refused_items(tmp_path: Path, key: str, text: str, words: str) -> None:
 def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     found, _, remedy = refusal(tmp_path, key, text).partition(" is not available yet. ")
     assert strict_yaml.parse_value(found, "message") == strict_yaml.parse_value(text, "recipe")
-    assert remedy.startswith(
-        ("Today: ", "Its rows are for train.task dpo", "Every logged step")
-    )
+    assert remedy.startswith(("Today: ", "Its rows are for train.task dpo", "Every logged step"))
 
 
 @pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
