@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import data
+from . import data, quality
 
-CASES = {"data": data}
+CASES = {"data": data, "quality": quality}
 
 
 def main(arguments: list[str] | None = None) -> int:
