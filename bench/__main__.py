@@ -1,13 +1,16 @@
-"""`python -m bench CASE`: measure, print, and append to bench/results/<machine>/CASE.jsonl."""
+"""`python -m bench CASE`: measure, print, and append to bench/results/<machine>/CASE.jsonl.
+
+`python -m bench report` measures nothing: it makes tables of what is there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import data, quality
+from . import data, quality, report
 
-CASES = {"data": data, "quality": quality}
+CASES = {"data": data, "quality": quality, "report": report}
 
 
 def main(arguments: list[str] | None = None) -> int:
