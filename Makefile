@@ -35,11 +35,12 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
-## mend the format, and the README's generated parts
+## mend the format
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## fill the generated parts of README and docs/
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 

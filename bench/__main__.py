@@ -1,13 +1,16 @@
-"""`python -m bench CASE`: measure, print, and append to bench/results/<machine>/CASE.jsonl."""
+"""`python -m bench CASE`: measure, print, and append to bench/results/<machine>/CASE.jsonl.
+
+`python -m bench report` measures nothing: it makes tables of what is there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import data, startup
+from . import data, quality, report, startup
 
-CASES = {"data": data, "startup": startup}
+CASES = {"data": data, "quality": quality, "report": report, "startup": startup}
 
 
 def main(arguments: list[str] | None = None) -> int:

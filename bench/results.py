@@ -37,6 +37,16 @@ def commit() -> str:
     )
 
 
+def read(case: str) -> list[dict[str, Any]]:
+    """Rows of the case on this machine, oldest first."""
+    return read_file(FOLDER / machine() / f"{case}.jsonl")
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def append(case: str, row: dict[str, Any], libraries: tuple[str, ...]) -> Path:
     """Add `row` to the case's file of this machine."""
     about = {

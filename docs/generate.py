@@ -1,20 +1,20 @@
-"""Fill generated parts of README.md and docs/memory.md from the code: `make docs`; `--check` only compares.
+"""Fill generated parts of README.md and of these pages: `make docs`; `--check` only compares.
 
-Between `<!-- generated: NAME -->` and `<!-- end -->` stands what NAME below gives.
+They come from the code, and the tables of adapters.md from what is in bench/results.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
+from bench import pages, report
 from qlora_phi3 import fit, memory, phi3
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import document_keys, list_recipes, load_recipe
 from qlora_phi3.units import format_bytes
 
-PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).with_name("memory.md"))
+PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).with_name("memory.md"), report.PAGE)
 SHOWN = (
     "microsoft/Phi-3-mini-4k-instruct",
     "microsoft/Phi-3.5-mini-instruct",
@@ -123,22 +123,14 @@ PARTS = {
     "hardware": hardware,
     "parts": parts,
     "published": published,
+    **report.TABLES,
 }
-
-
-def fill(text: str) -> str:
-    """A page with every generated part made anew."""
-
-    def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{PARTS[match[2]]()}{match[3]}"
-
-    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
 def main(check: bool) -> None:
     for page in PAGES:
         current = page.read_text(encoding="utf-8")
-        fresh = fill(current)
+        fresh = pages.fill(current, PARTS)
         if check and fresh != current:
             sys.exit(f"{page.name} is stale: run `make docs`.")
         if not check:

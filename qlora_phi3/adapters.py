@@ -210,8 +210,8 @@ def keep_dtype(model: nn.Module) -> None:
     sum of all layers.
     """
     for module in model.modules():
-        lengths: Any = getattr(module, "lora_magnitude_vector", None)
-        if lengths:
+        lengths: Any = getattr(module, "lora_magnitude_vector", ())
+        if len(lengths):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 

@@ -140,7 +140,7 @@ class Linears:
         self.drop(sum((inputs, hidden, copies, base, update, weight, vectors)), True)
 
     def saved_by_lengths(self, name: str) -> tuple[int, int, int, int]:
-        """Bytes that autograd keeps: the base's output, B's, the weight behind dropout, and lengths.
+        """Bytes that autograd keeps: the base's output, B's, the weight that dropout's input met, lengths.
 
         The last are |W'|, m/|W'|, and that less one.
         """
@@ -256,9 +256,9 @@ class Linears:
         self.tape.free(scratch)
 
     def _through_lengths(self, name: str) -> tuple[int, int]:
-        """Both products; leaves the gradient of B's output, and what it returns: of the base's, and of the
-        input behind dropout.
+        """Both products; leaves B's output's gradient, and two whose bytes it returns.
 
+        They are that of the base's output, and with dropout that of the adapter's input.
         Each product's other gradient, that of the lengths, is as large until it is summed over the tokens.
         """
         case, tape, out = self.case, self.tape, self._output(name)

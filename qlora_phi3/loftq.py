@@ -26,9 +26,8 @@ from .weights import tensor_files
 OVERSAMPLING: Final = 16
 """Directions a sketch has beside twice the rank, and the rounds that turn it to the largest ones.
 
-What quantization lost is noise, whose singular values fall slowly: a sketch of rank + 8 and two rounds
-finds 0.89 of what the best approximation of a 1536 x 576 matrix takes off the squared error at rank 16,
-this one 0.99 or more.
+What quantization lost is noise, whose singular values fall slowly: of the squared error that the best
+approximation of rank 16 takes off 1536 x 576 weights, rank + 8 directions and 2 rounds take 0.88, these 0.99.
 """
 ROUNDS: Final = 8
 

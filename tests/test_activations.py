@@ -80,17 +80,15 @@ def grid(seed: int, adapters: list[tuple[Any, bool]], method: str = "lora") -> l
             "data__max_length": sum(lengths) if packing else max(lengths),
         }
         words = "-".join(targets) if isinstance(targets, list) else targets
-        words += "-split" if split else ""
-        name = (
-            f"{method}-{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
-        )
+        words = f"{method}-{words}" + ("-split" if split else "")
+        name = f"{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
         found.append(pytest.param(shape, lengths, passes, keys, id=name))
     return found
 
 
 ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targets in SPLIT]
 LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])
-LENGTHED = grid(7, [*ADAPTERS[0][:2], *ADAPTERS[1][:2]], "dora")  # its steps take long
+LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")  # its steps take long
 BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])
 
 

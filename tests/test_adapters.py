@@ -158,6 +158,22 @@ def test_dropout_acts_on_the_adapter_in_training_only(base: Base) -> None:
         assert not torch.equal(model(IDS).logits, model(IDS).logits)
 
 
+def test_doras_outputs_have_the_compute_dtype(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT asks for CUDA's autocast only; with that it leaves them float32, as they are before our hook."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*kind) if kind else True)
+    before: set[torch.dtype] = set()
+    after: set[torch.dtype] = set()
+    model = tuned(base, method="dora")
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(lambda _, __, out: before.add(out.dtype), prepend=True)
+            module.register_forward_hook(lambda _, __, out: after.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS)
+    assert (before, after) == ({torch.float32}, {torch.bfloat16})
+
+
 # --- targets that are not there ----------------------------------------------------------------------------
 
 

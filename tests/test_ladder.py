@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -523,3 +525,45 @@ def test_evaluations_adapt_too_and_stay_small(
     assert load_recipe(folder / "recipe.yaml").train.micro_batch == 2
     with pytest.raises(FitError, match="evaluation: out of memory"):
         pipeline.run(load_recipe(write_recipe(), ["memory.on_oom=fail"]), tmp_path / "fails", display)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from qlora_phi3 import cli, trainer
+
+def all_but(room, compare=trainer.compare):
+    def limited(*arguments):
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
+        return compare(*arguments)
+    return limited
+
+trainer.compare = all_but(int(sys.argv.pop(1)))
+cli.main()
+"""
+"""The command, to which the system gives no more than so many bytes once training begins."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+def test_a_computer_out_of_memory(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Really: rows whose pass takes hundreds of megabytes, in a process that may not have them."""
+    long = tmp_path / "long.jsonl"
+    talk = [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 400}]
+    long.write_text((json.dumps({"messages": talk}) + "\n") * 32)
+    keys = [f"data.train.path={long}", "data.eval=", "evaluate.metrics=[loss]", "data.max_length=1024"]
+    keys += ["train.effective_batch=32", "train.micro_batch=32", "train.max_steps=1", "data.packing=false"]
+    arguments = ["recipe", str(write_recipe()), *keys, "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(200 * 2**20), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "before step 1: out of memory; taken again with train.micro_batch=16 instead of 32" in done.stderr
+    assert int(load_recipe(tmp_path / "out" / "recipe.yaml").train.micro_batch) <= 16
+    first = json.loads(done.stdout)["memory"]["adapted"][0]
+    assert "DefaultCPUAllocator: can't allocate memory" in first["error"]

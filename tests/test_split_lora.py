@@ -75,9 +75,8 @@ def by_hand(model: Any, geometry: phi3.Geometry, scale: float) -> nn.Module:
         linear = name.rsplit(".", 1)[-1]
         trained = getattr(module.lora_B["default"], "trained", (True,))
         rows = [at for at, on in zip(geometry.slices(linear).values(), trained, strict=True) if on]
-        pairs = zip(
-            rows, *(blocks(found["default"]) for found in (module.lora_A, module.lora_B)), strict=True
-        )
+        a, b = (blocks(side["default"]) for side in (module.lora_A, module.lora_B))
+        pairs = zip(rows, a, b, strict=True)
         found.set_submodule(name, ByHand(module.base_layer, list(pairs), scale))
     return found
 

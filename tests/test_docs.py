@@ -1,0 +1,62 @@
+"""The Python in docs/adapters.md runs as it stands there, and does what the page says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_phi3 import phi3, pipeline
+from qlora_phi3.layouts import AdapterConfig, Tensors, convert, read_adapter
+from qlora_phi3.recipe_file import load_recipe
+from qlora_phi3.weights import known_geometry
+
+PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+BASE = "microsoft/Phi-3-mini-4k-instruct"
+
+
+def test_the_page_converts_a_run_s_adapter(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = load_recipe(write_recipe(geometry="untied"), ["data.eval=", "evaluate.metrics=[loss]"])
+    geometry = known_geometry(recipe.model)
+    assert geometry is not None
+    pipeline.run(recipe, tmp_path / "run")
+    home = tmp_path / "runs" / "my-chats"
+    home.mkdir(parents=True)
+    (tmp_path / "run" / "adapter").rename(home / "adapter")
+    monkeypatch.setitem(phi3.VARIANTS, BASE, geometry)
+    monkeypatch.chdir(tmp_path)
+
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    assert code.count(f'"{BASE}"') == 2
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    exec(code.replace(f'from_pretrained("{BASE}"', f'from_pretrained("{recipe.model.base}"'), names)
+    assert capsys.readouterr().out == "split 4 {'qkv_proj': 12, 'gate_up_proj': 8}\n"
+
+    def fused(folder: str) -> tuple[Tensors, AdapterConfig]:
+        return convert(*read_adapter(home / folder, geometry), "fused", geometry)
+
+    saved, config = fused("adapter")
+    assert any(bool(tensor.any()) for key, tensor in saved.items() if "lora_B" in key)
+    for name in ("adapter-unfused", "adapter-loralib"):
+        found, settings = fused(name)
+        assert settings == config and all(torch.equal(found[key], saved[key]) for key in saved | found)
+
+    ids = torch.arange(40).view(1, 40)
+    stock = AutoModelForCausalLM.from_pretrained(recipe.model.base, dtype=torch.bfloat16)
+    tuned = PeftModel.from_pretrained(stock, home / "adapter")
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(ids).logits, tuned(ids).logits)
+        with tuned.disable_adapter():
+            assert not torch.equal(names["model"](ids).logits, tuned(ids).logits)
