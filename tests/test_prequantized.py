@@ -385,7 +385,7 @@ def test_a_base_in_use_may_be_deleted(folder: Path) -> None:
 
 
 def test_two_runs_at_once(folder: Path) -> None:
-    """Both wrote; loading itself cannot share a process: transformers changes torch's default dtype for it."""
+    """Both write; they cannot load in one process, for which transformers changes the default dtype."""
     loaded, chosen = [load_base(folder, cache=False)[0] for _ in range(2)], settings_of(folder)
     entry = prequantized.entry_of(locate(chosen), chosen, "cpu")
     assert entry is not None
