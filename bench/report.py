@@ -62,13 +62,13 @@ def _table(rows: Sequence[Row], variants: Sequence[str]) -> str:
 
 
 def _cells(by_seed: dict[int, Row]) -> list[str]:
-    """Of one variant. Spread is the largest less the smallest."""
+    """Of one variant. Spread is the largest less the smallest, and one seed has none."""
     rows = [row for _, row in sorted(by_seed.items())]
     cells = [f"`{rows[0]['variant']}`", str(rows[0]["rank"]), f"{rows[0]['trained_parameters']:,}"]
     for name in METRICS:
         values = [row["eval"][name] for row in rows]
-        shown = [statistics.median(values), max(values) - min(values)]
-        cells += [format_metric(name, value) for value in shown]
+        spread = format_metric(name, max(values) - min(values)) if len(values) > 1 else "-"
+        cells += [format_metric(name, statistics.median(values)), spread]
         cells.append(", ".join(format_metric(name, value) for value in values))
     return cells
 

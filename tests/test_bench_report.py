@@ -98,8 +98,8 @@ def test_only_what_can_be_compared_stands_in_a_table(write: Any, two: None) -> N
         row("fused", 5, 9.0, 0.0, recipe="another", recipe_sha256="newest"),
     )
     assert report.adapters().splitlines()[2:] == [
-        "| `fused` | 12 | 3,000,012 | 0.5 | 0 | 0.5 | 100.0% | 0.0% | 100.0% |",
-        "| `split` | 10 | 3,000,010 | 0.5 | 0 | 0.5 | 100.0% | 0.0% | 100.0% |",
+        "| `fused` | 12 | 3,000,012 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
+        "| `split` | 10 | 3,000,010 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
         "",
         f"2 runs on a-machine, {ORIGIN}",
     ]
