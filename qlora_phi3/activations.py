@@ -153,7 +153,8 @@ def _logits_bytes(case: Case) -> int:
 
     Source: ATen's logsumexp, which has a temporary of its input's size.
     """
-    num, cast = min(case.supervised, LOGIT_TOKENS), case.compute if case.compute != 4 else 0
+    num = min(case.supervised, case.recipe.train.logit_tokens)
+    cast = case.compute if case.compute != 4 else 0
     per_token = case.geometry.vocab_size * (4 + cast) + case.geometry.hidden_size * case.compute
     return num * max(case.geometry.vocab_size * (4 + 4), per_token)
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from .phi3 import Geometry
-from .recipe import Recipe
+from .recipe import Recipe, Train
 from .sizes import compute_dtype_bytes, target_linears
 
 Device = Literal["cuda", "cpu"]
 
-LOGIT_TOKENS: Final = 1024
+LOGIT_TOKENS: Final[int] = Train.model_fields["logit_tokens"].default
 """Supervised tokens whose logits exist at once: 131 MB of float32 for Phi-3-mini."""
 
 EAGER_TOKENS: Final = 512
@@ -33,11 +33,13 @@ class Case:
     training: bool = True
     padded: bool = False
     """Answers: rows padded to `length`, with transformers' own attention and mask."""
+    counted: int | None = None
+    """Supervised tokens of a real pass; None: as many as there can be."""
 
     @property
     def supervised(self) -> int:
-        """Tokens that are predicted: all but the first of each document."""
-        return self.tokens - self.tokens // self.length
+        """Tokens that are predicted: all but the first of each document, unless they were counted."""
+        return self.tokens - self.tokens // self.length if self.counted is None else self.counted
 
     @property
     def compute(self) -> int:

@@ -134,7 +134,8 @@ def _micro_batch(recipe: Recipe, folder: Path, row_tokens: int) -> int:
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
-    return memory.choose_micro_batch(recipe, geometry, usable, row_tokens=row_tokens, device=kind)
+    ways = memory.ways(recipe, geometry, row_tokens=row_tokens, device=kind)
+    return memory.choose(ways, usable).micro_batch
 
 
 def _say(console: Console, text: str | Text) -> None:

@@ -276,14 +276,16 @@ def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> 
     console = Console()
     _print_plan(predicted, console)
     table = Table(title=f"{found.name} on cards", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("card", "fits", "headroom", "largest max_length*", "largest micro batch*"):
+    for column in ("card", "fits", "headroom", "auto becomes", "max_length*", "micro batch*"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in cards:
         largest = [str(number) if number is not None else "-" for number in (one.max_length, one.micro_batch)]
         fits = "yes" if one.fits else "no"
-        table.add_row(f"{one.gib} GB", fits, format_bytes(one.headroom_bytes), *largest)
+        auto = f"{one.way.activations}, {one.way.micro_batch}" if one.fits else "-"
+        table.add_row(f"{one.gib} GB", fits, format_bytes(one.headroom_bytes), auto, *largest)
     console.print(table)
-    console.print("* with everything else as in the recipe", highlight=False)
+    console.print("auto: train.activations, train.micro_batch", highlight=False)
+    console.print("* the largest, with everything else as in the recipe", highlight=False)
 
 
 def _print_plan(plan: memory.Plan, console: Console) -> None:

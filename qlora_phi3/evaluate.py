@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .case import LOGIT_TOKENS
 from .data import Prompt, Split, TokenRow, prompts
 from .engine.documents import Documents, hidden_states, original_context, passes
 from .engine.loss import IGNORE
+from .ladder import Halving
 from .recipe import GENERATION_METRICS, Evaluate
 
 
@@ -56,8 +57,8 @@ def measure(
     settings: Evaluate,
     end: int,
     *,
-    batch_rows: int,
-    batch_tokens: int,
+    batch_rows: int | Halving,
+    batch_tokens: int | Halving,
     done: Callable[[int], None] = lambda _: None,
 ) -> Measured:
     """The recipe's metrics on the first `settings.samples` held-out rows; `end` closes an answer.
@@ -80,7 +81,7 @@ def measure(
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int) -> float:
+def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int | Halving) -> float:
     """Mean negative log-likelihood per supervised token, over all rows together.
 
     Units: nats. Logits exist only for supervised positions.
@@ -88,12 +89,15 @@ def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int) -> float:
     was_training = model.training
     model.eval()
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    total, count = 0.0, 0
+    context, total, count = original_context(causal), 0.0, 0
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    lengths = [len(row.input_ids) for row in ordered]
+
+    def cut(rest: Sequence[TokenRow], size: int) -> Iterator[list[TokenRow]]:
+        for group in passes([len(row.input_ids) for row in rest], size, context=context):
+            yield [rest[i] for i in group]
+
     try:
-        for group in passes(lengths, batch_rows, context=original_context(causal)):
-            nll, num = _nll(causal, [ordered[i] for i in group])
+        for nll, num in Halving.of(batch_rows).each(ordered, cut, lambda group: _nll(causal, group)):
             total, count = total + nll, count + num
     finally:
         model.train(was_training)
@@ -120,7 +124,7 @@ def _samples(
     split: Split,
     settings: Evaluate,
     end: int,
-    batch_tokens: int,
+    batch_tokens: int | Halving,
     done: Callable[[int], None],
 ) -> tuple[Sample, ...]:
     asked = prompts(split, tokenizer, settings.samples)

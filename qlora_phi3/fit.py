@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from . import memory
@@ -26,7 +27,9 @@ SHORTEST: Final = 128
 
 @dataclass(frozen=True)
 class Card:
-    """A recipe on one card. `max_length` and `micro_batch` are the largest that fit, each by itself.
+    """A recipe on one card, and what `auto` becomes there.
+
+    `max_length` and `micro_batch` are the largest that fit, each by itself.
 
     Units: `headroom_bytes` is below zero where it does not fit; `max_length` in tokens, None where none fits.
     """
@@ -36,6 +39,7 @@ class Card:
     headroom_bytes: int
     max_length: int | None
     micro_batch: int | None
+    way: memory.Way
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -44,6 +48,7 @@ class Card:
             "headroom_bytes": self.headroom_bytes,
             "largest_max_length": self.max_length,
             "largest_micro_batch": self.micro_batch,
+            "chosen": {"activations": self.way.activations, "micro_batch": self.way.micro_batch},
         }
 
 
@@ -59,13 +64,13 @@ class Change:
 
 
 def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
-    """The plan of a recipe on a card, at micro batch 1 where that is `auto`."""
+    """The plan of a recipe on a card; what is `auto` as the least it can become: one row, recomputed."""
     explicit = recipe.train.micro_batch
     return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
 
 
 def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
-    """GiB of the smallest card in CARDS_GIB that the run fits, at micro batch 1 or the explicit one."""
+    """GiB of the smallest card in CARDS_GIB that the run fits, `auto` as the least it can become."""
     needed = planned(recipe, geometry).needed_bytes
     return next((card for card in CARDS_GIB if needed <= card * 1024**3), None)
 
@@ -75,7 +80,16 @@ def card(recipe: Recipe, geometry: Geometry, gib: int) -> Card:
     room = gib * 1024**3
     headroom = room - planned(recipe, geometry).needed_bytes
     longest = largest_length(recipe, geometry, room)
-    return Card(gib, headroom >= 0, headroom, longest, largest_micro_batch(recipe, geometry, room))
+    largest = largest_micro_batch(recipe, geometry, room)
+    # as a run chooses where nothing else is on the card
+    way = memory.choose(_ways(recipe, geometry), memory.usable_bytes(room - memory.CONTEXT_BYTES))
+    return Card(gib, headroom >= 0, headroom, longest, largest, way)
+
+
+@lru_cache(maxsize=1)
+def _ways(recipe: Recipe, geometry: Geometry) -> tuple[memory.Way, ...]:
+    """The same for every card."""
+    return tuple(memory.ways(recipe, geometry))
 
 
 def largest_length(recipe: Recipe, geometry: Geometry, room: int) -> int | None:

@@ -5,13 +5,14 @@ Owns batching, stopping and decoding. Sampling and chat build on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .engine.documents import original_context
+from .ladder import Halving
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def answer(
     *,
     stops: list[int],
     max_new_tokens: int,
-    batch_tokens: int,
+    batch_tokens: int | Halving,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """Greedy answers in the order of the prompts; `done` hears how many are finished.
@@ -47,10 +48,22 @@ def answer(
     was_training = model.training
     model.eval()
     found: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+    def cut(rest: Sequence[int], size: int) -> Iterator[list[int]]:
+        for batch in _batches([prompts[i] for i in rest], max_new_tokens, size, original_context(model)):
+            yield [rest[i] for i in batch]
+
+    def take(batch: Sequence[int]) -> dict[int, Answer]:
+        texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], stops, max_new_tokens)
+        return dict(zip(batch, texts, strict=True))
+
+    def weigh(batch: Sequence[int]) -> int:
+        return len(batch) * (len(prompts[batch[-1]]) + max_new_tokens)
+
     try:
-        for batch in _batches(prompts, max_new_tokens, batch_tokens, original_context(model)):
-            texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], stops, max_new_tokens)
-            found.update(zip(batch, texts, strict=True))
+        for answers in Halving.of(batch_tokens).each(order, cut, take, weigh):
+            found |= answers
             done(len(found))
     finally:
         model.train(was_training)

@@ -8,8 +8,9 @@ an estimate. Each part says which. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Final, Literal
 
 from .activations import (
@@ -166,28 +167,51 @@ def training_case(recipe: Recipe, geometry: Geometry, micro_batch: int, longest:
     return Case(recipe, geometry, tokens, longest, device)
 
 
-def choose_micro_batch(
-    recipe: Recipe,
-    geometry: Geometry,
-    free_bytes: int,
-    *,
-    row_tokens: int | None = None,
-    device: Device = "cuda",
-) -> int:
-    """Largest divisor of `effective_batch` whose training fits, at least 1; an explicit one as it is.
+@dataclass(frozen=True)
+class Way:
+    """A way to train. Units: bytes of tensors at the fullest moment."""
+
+    activations: str
+    micro_batch: int
+    peak_bytes: int
+
+    def of(self, usable: int) -> str:
+        """The choice in words."""
+        verb = "keeping" if self.activations == "keep" else "recomputing"
+        sizes = f"{format_bytes(self.peak_bytes)} of {format_bytes(usable)}"
+        return f"{verb} activations, micro batch {self.micro_batch}: {sizes}"
+
+
+def choose(ways: Iterable[Way], usable: int) -> Way:
+    """The first way that fits, the last where none does.
 
     Loading and answering samples do not depend on it: look at the plan's peak for those.
 
-    Units: `free_bytes` as `usable_bytes` gives them.
+    Units: `usable` as `usable_bytes` gives them.
     """
-    if isinstance(recipe.train.micro_batch, int):
-        return recipe.train.micro_batch
-    longest, whole = row_tokens or recipe.data.max_length, recipe.train.effective_batch
-    for size in (n for n in range(whole, 1, -1) if whole % n == 0):
-        case = training_case(recipe, geometry, size, longest, device)
-        if _train_phase(case).peak_bytes <= free_bytes:
-            return size
-    return 1
+    for way in ways:
+        if way.peak_bytes <= usable:
+            break
+    return way
+
+
+def ways(
+    recipe: Recipe, geometry: Geometry, *, row_tokens: int | None = None, device: Device = "cuda"
+) -> Iterator[Way]:
+    """What `auto` can become, the fastest first; explicit settings as they are.
+
+    Kept activations before recomputed ones, which take a third more time; then by the micro batch, a divisor
+    of `effective_batch`.
+    """
+    train, longest = recipe.train, row_tokens or recipe.data.max_length
+    policies = ("keep", "recompute") if train.activations == "auto" else (train.activations,)
+    whole = train.effective_batch
+    sizes = [n for n in range(whole, 0, -1) if whole % n == 0]
+    if isinstance(train.micro_batch, int):
+        sizes = [train.micro_batch]
+    for activations, micro_batch in product(policies, sizes):
+        case = training_case(recipe.settled(activations=activations), geometry, micro_batch, longest, device)
+        yield Way(activations, micro_batch, _train_phase(case).peak_bytes)
 
 
 def usable_bytes(free_bytes: int) -> int:
@@ -240,7 +264,8 @@ def _gradient_part(case: Case, replaced: int) -> Part:
         return whole
     layers = whole.num_bytes - ADAPTER_BYTES * _elements(case, *case.recipe.adapter.embeddings)
     others = layers * (case.geometry.num_layers - 1) // case.geometry.num_layers
-    return replace(whole, num_bytes=max(0, others - replaced), formula=f"{whole.formula}, as activations go")
+    words = f"{whole.formula}, as activations go"
+    return replace(whole, num_bytes=max(0, others - replaced), formula=words, kind="replayed")
 
 
 def _optimizer_part(case: Case) -> Part:
@@ -269,7 +294,12 @@ def _load_phase(case: Case) -> Phase:
 
 
 def _train_phase(case: Case) -> Phase:
-    """Everything; `activations: auto` means recompute in the reference engine.
+    """Everything; `activations: auto` is the least that it can become, recompute."""
+    return pass_phase(case, _optimizer_part(case))
+
+
+def pass_phase(case: Case, *beside: Part) -> Phase:
+    """A forward and backward pass with what is `beside` it.
 
     With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
     are all there from the second on.
@@ -289,7 +319,7 @@ def _train_phase(case: Case) -> Phase:
             "replayed",
         ),
     )
-    states = (_adapter_part(case, "adapters"), gradients, _optimizer_part(case))
+    states = (_adapter_part(case, "adapters"), gradients, *beside)
     return Phase("train", (*_weight_parts(case), *states, *activations))
 
 

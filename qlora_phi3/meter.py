@@ -1,11 +1,13 @@
 """Measured bytes and seconds, per phase of a run.
 
-Owns what is measured and how: on CUDA the allocator's peak, on the CPU the process' resident set,
-sampled in a thread. Predictions are memory.py's.
+Owns what is measured and how: on CUDA the allocator's peak, and what the driver says that the process has
+where nvidia-ml-py is installed; on the CPU the process' resident set, sampled in a thread. Predictions are
+memory.py's.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +23,14 @@ SAMPLE_SECONDS: Final = 0.02
 
 @dataclass(frozen=True)
 class PhaseUse:
-    """What one phase took. Units: seconds; bytes at its highest point."""
+    """What one phase took. Units: seconds; bytes at its highest point.
+
+    `process_bytes`: of the card when the phase ended, with context and caches; None where no driver says it.
+    """
 
     seconds: float
     peak_bytes: int
+    process_bytes: int | None = None
 
 
 @dataclass
@@ -43,7 +49,8 @@ class Meter:
         try:
             yield
         finally:
-            self.phases[name] = PhaseUse(time.perf_counter() - start, self._end())
+            seconds, peak = time.perf_counter() - start, self._end()
+            self.phases[name] = PhaseUse(seconds, peak, self._process_bytes())
 
     def peak_bytes(self) -> int:
         """Highest use since the current phase began.
@@ -55,6 +62,22 @@ class Meter:
 
             return int(torch.cuda.max_memory_allocated())
         return self._sampler.peak() if self._sampler is not None else 0
+
+    def now(self) -> dict[str, int | None]:
+        """Bytes at this moment: resident in the computer's memory, and allocated on the GPU."""
+        allocated = None
+        if self.device == "cuda":
+            import torch
+
+            allocated = int(torch.cuda.memory_allocated())
+        return {"rss_bytes": psutil.Process().memory_info().rss, "allocated_bytes": allocated}
+
+    def _process_bytes(self) -> int | None:
+        if self.device != "cuda":
+            return None
+        import torch
+
+        return process_bytes(str(torch.cuda.get_device_properties(0).uuid))
 
     def to_json(self) -> dict[str, Any]:
         kind = "allocated" if self.device == "cuda" else "resident"
@@ -75,6 +98,27 @@ class Meter:
         self._sampler.stop()
         self._sampler = None
         return peak
+
+
+def process_bytes(uuid: str) -> int | None:
+    """Memory of the card `uuid` that the driver counts as this process', context and caches with it.
+
+    The caching allocator gives nothing back by itself, so the end of a phase is close to its highest point.
+    None without nvidia-ml-py, or where the driver does not tell: on Windows, and in a container that has
+    process ids of its own. Untested on hardware.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    except pynvml.NVMLError:
+        return None
+    used = {one.pid: one.usedGpuMemory for one in processes}.get(os.getpid())
+    return int(used) if used is not None else None
 
 
 class _Sampler:

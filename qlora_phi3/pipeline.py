@@ -5,15 +5,28 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from . import __version__, adapters, data, evaluate, memory, model, report, run_folder, trainer, weights
+from . import (
+    __version__,
+    adapters,
+    data,
+    evaluate,
+    ladder,
+    memory,
+    model,
+    report,
+    run_folder,
+    trainer,
+    weights,
+)
 from .engine import attention
-from .errors import FitError, InputError, RecipeError
+from .errors import FitError, InputError, Problem, RecipeError
 from .meter import Meter
 from .progress import Display
 from .recipe import Recipe
@@ -29,7 +42,7 @@ def run(
     Raises:
         InputError: recipe, data, model or folder cannot be used -> nothing is left behind.
         RunError: the training failed -> the folder keeps what was measured until then.
-        FitError: the GPU's memory did not suffice -> likewise.
+        FitError: memory did not suffice, and `memory.on_oom` could or should not help -> likewise.
     """
     display = display or Display()
     _one_process()
@@ -37,9 +50,13 @@ def run(
     with run_folder.create(out or run_folder.default(recipe)) as folder:
         try:
             return _run(recipe, folder, display), folder
-        except torch.OutOfMemoryError as error:
-            remedy = "Lower train.micro_batch or data.max_length; plan.json has the prediction part by part."
-            raise FitError(str(folder), f"out of memory: {weights.first_line(error)}", remedy) from None
+        except FitError as error:
+            raise _with_plan(error, folder) from None
+        except RuntimeError as error:
+            if not ladder.ran_out(error):
+                raise
+            found = FitError(str(folder), f"out of memory: {weights.first_line(error)}")
+            raise _with_plan(found, folder) from None
 
 
 def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
@@ -51,7 +68,10 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
-    recipe, plan, notes = settle(recipe, checkpoint, splits, device)
+    recipe, plan, notes = settle(recipe, checkpoint, splits, device, display.say)
+    write_inputs(recipe, plan, folder)
+    adapting = _Adapting(recipe, folder, display)
+    evaluation = adapting.evaluation(memory.answer_tokens(recipe, checkpoint.geometry))
     notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
@@ -61,15 +81,14 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         tuned = adapters.attach(base, recipe)
     for row in adapters.trained_table(tuned):
         display.say(f"training {row.describe()}")
-    write_inputs(recipe, plan, folder)
 
     measured: dict[str, evaluate.Measured] = {}
     if splits.eval is not None and recipe.evaluate.compare_base:
         with meter.phase("evaluate base"), tuned.disable_adapter():
-            measured["base"] = _measure("base", tuned, base, splits, recipe, display)
+            measured["base"] = _measure("base", tuned, base, splits, recipe, display, evaluation)
 
     with meter.phase("train"):
-        trained = trainer.train(
+        trained, calibration = trainer.train(
             tuned,
             base,
             splits.train,
@@ -77,12 +96,13 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
             folder,
             meter=meter,
             display=display,
-            held_out_loss=_held_out_loss(tuned, splits, recipe),
+            held_out_loss=_held_out_loss(tuned, splits, recipe, evaluation.rows),
+            adapted=adapting.settle,
         )
 
     if splits.eval is not None:
         with meter.phase("evaluate tuned"):
-            measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display)
+            measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)
         write_json(folder / "eval.json", {name: found.to_json() for name, found in measured.items()})
 
     with meter.phase("save"):
@@ -102,29 +122,96 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         data=_data_json(splits, recipe),
         training=asdict(trained),
         metrics={name: found.metrics for name, found in measured.items()},
-        memory={"predicted": plan.to_json(), "measured": meter.to_json()},
-        recipe=recipe.model_dump(mode="json"),
-        notes=notes,
+        memory={
+            "predicted": plan.to_json(),
+            "measured": meter.to_json(),
+            "calibration": calibration.to_json(),
+            "adapted": [event.to_json() for event in adapting.events],
+        },
+        recipe=adapting.recipe.model_dump(mode="json"),
+        notes=[*notes, *calibration.notes(), *map(str, adapting.events)],
     )
     report.write(done, folder)
     return done
 
 
 def settle(
-    recipe: Recipe, checkpoint: weights.Checkpoint, splits: data.Splits, device: torch.device
+    recipe: Recipe,
+    checkpoint: weights.Checkpoint,
+    splits: data.Splits,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Recipe, memory.Plan, list[str]]:
-    """Replace `auto` by what fits, predict its memory, and note what a user should know."""
+    """Replace `auto` by what fits and say so, predict its memory, and note what a user should know."""
     longest = max(split.longest for split in (splits.train, splits.eval) if split is not None)
-    usable = memory.usable_bytes(allowed_bytes(recipe, device))
-    micro_batch = memory.choose_micro_batch(
-        recipe, checkpoint.geometry, usable, row_tokens=longest, device=device_kind(device)
-    )
-    recipe = recipe.settled(micro_batch)
+    usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
+    ways = memory.ways(recipe, checkpoint.geometry, row_tokens=longest, device=kind)
+    way, notes = memory.choose(ways, usable), []
+    if "auto" in (recipe.train.activations, recipe.train.micro_batch):
+        notes.append(way.of(usable))
+        say(notes[0])
+    recipe = recipe.settled(micro_batch=way.micro_batch, activations=way.activations)
     plan = memory.predict(
-        recipe, checkpoint.geometry, micro_batch=micro_batch, row_tokens=longest, device=device_kind(device)
+        recipe, checkpoint.geometry, micro_batch=way.micro_batch, row_tokens=longest, device=kind
     )
     _hold_to_budget(recipe, plan, device)
-    return recipe, plan, _notes(recipe, splits, device)
+    return recipe, plan, notes + _notes(recipe, splits, device)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """How much is evaluated at once: rows whose loss is measured, tokens of prompts and answers."""
+
+    rows: ladder.Halving
+    tokens: ladder.Halving
+
+
+@dataclass
+class _Adapting:
+    """What changed where memory ran out: said, kept for the report, in training written into the recipe."""
+
+    recipe: Recipe
+    folder: Path
+    display: Display
+    events: list[ladder.Adapted] = field(default_factory=list)
+
+    def settle(self, event: ladder.Adapted, recipe: Recipe) -> None:
+        """Training goes on with `recipe`."""
+        self.recipe = recipe
+        _write_recipe(recipe, self.folder)
+        self._note(event)
+
+    def evaluation(self, answer_tokens: int) -> _Evaluation:
+        """Begins with the micro batch and `answer_tokens`; what had to be halved once stays so."""
+        return _Evaluation(
+            self._halving(int(self.recipe.train.micro_batch), "rows"),
+            self._halving(answer_tokens, "tokens of prompts and answers"),
+        )
+
+    def _halving(self, size: int, unit: str) -> ladder.Halving:
+        if self.recipe.memory.on_oom == "fail":
+            return ladder.Halving(size)
+
+        def told(smaller: int, said: str) -> None:
+            self._note(ladder.Adapted("evaluation", f"{smaller} {unit} at once", said))
+
+        return ladder.Halving(size, told)
+
+    def _note(self, event: ladder.Adapted) -> None:
+        self.events.append(event)
+        self.display.say(str(event))
+
+
+def _with_plan(error: FitError, folder: Path) -> FitError:
+    """The error, and the part of the plan that it is about, where there is one."""
+    path = folder / "plan.json"
+    if not path.exists():
+        return error
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    fullest = max(plan["phases"], key=lambda phase: phase["peak_bytes"])
+    parts = ", ".join(f"{part['name']} {format_bytes(part['bytes'])}" for part in fullest["parts"])
+    reason = f"predicted {format_bytes(fullest['peak_bytes'])} of tensors in {fullest['name']}: {parts}."
+    return FitError.of((*error.problems, Problem(str(path), reason)))
 
 
 def device_kind(device: torch.device) -> Literal["cuda", "cpu"]:
@@ -185,8 +272,12 @@ def _hold_to_budget(recipe: Recipe, plan: memory.Plan, device: torch.device) -> 
 
 def write_inputs(recipe: Recipe, plan: memory.Plan, folder: Path) -> None:
     """The settled recipe and the prediction, before anything is trained."""
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    _write_recipe(recipe, folder)
     write_json(folder / "plan.json", plan.to_json())
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -206,6 +297,7 @@ def _measure(
     splits: data.Splits,
     recipe: Recipe,
     display: Display,
+    evaluation: _Evaluation,
 ) -> evaluate.Measured:
     assert splits.eval is not None
     settings = recipe.evaluate
@@ -217,19 +309,19 @@ def _measure(
             splits.eval,
             settings,
             splits.turns.end,
-            batch_rows=int(recipe.train.micro_batch),
-            batch_tokens=memory.answer_tokens(recipe, base.checkpoint.geometry),
+            batch_rows=evaluation.rows,
+            batch_tokens=evaluation.tokens,
             done=lambda count: steps.update(count, "answers"),
         )
     display.say(f"{which}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()))
     return found
 
 
-def _held_out_loss(tuned: Any, splits: data.Splits, recipe: Recipe) -> Any:
+def _held_out_loss(tuned: Any, splits: data.Splits, recipe: Recipe, at_once: ladder.Halving) -> Any:
     if splits.eval is None or recipe.train.eval_every is None:
         return None
     rows = splits.eval.rows[: recipe.evaluate.samples]
-    return lambda: evaluate.mean_loss(tuned, rows, int(recipe.train.micro_batch))
+    return lambda: evaluate.mean_loss(tuned, rows, at_once)
 
 
 def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[str]:

@@ -292,7 +292,10 @@ class Train(_Part):
     )
     activations: Annotated[
         Literal["auto", "keep", "recompute", "offload"], Today(("auto", "recompute", "keep"))
-    ] = Field(default="auto", description="recompute: gradient checkpointing; keep: faster, more memory")
+    ] = Field(
+        default="auto",
+        description="keep: faster, more memory; recompute: gradient checkpointing; auto: keep where it fits",
+    )
     epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")
     effective_batch: int = Field(
@@ -304,6 +307,11 @@ class Train(_Part):
         Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(auto_or_positive)
     ] = Field(
         default="auto", description="rows of max_length per forward pass; passes per step follow from it"
+    )
+    logit_tokens: int = Field(
+        default=1024,
+        ge=1,
+        description="supervised tokens whose logits exist at once in the loss; fewer take less memory",
     )
     learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
     lora_plus_ratio: float | None = Field(
@@ -339,8 +347,10 @@ class Memory(_Part):
         description="auto: what is free now; or 8GiB, of the device, and no more is taken",
         json_schema_extra=size_schema,
     )
-    on_oom: Annotated[Literal["adapt", "fail"], Today(("fail",))] = Field(
-        default="fail", description="adapt: halve the micro batch and go on; fail: stop with exit code 4"
+    on_oom: Literal["adapt", "fail"] = Field(
+        default="adapt",
+        description="out of memory: adapt takes the same rows again with a smaller micro_batch, then with "
+        "activations recomputed, then with fewer logit_tokens; fail stops with exit code 4",
     )
 
 
@@ -379,6 +389,6 @@ class Recipe(_Part):
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
     ] = Field(default=(), description="experiment trackers")
 
-    def settled(self, micro_batch: int) -> Recipe:
-        """The same recipe with `auto` replaced by what was chosen, so that it repeats anywhere."""
-        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": micro_batch})})
+    def settled(self, **chosen: Any) -> Recipe:
+        """The same recipe with keys of `train` replaced by what was chosen, so that it repeats anywhere."""
+        return self.model_copy(update={"train": self.train.model_copy(update=chosen)})

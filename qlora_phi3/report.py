@@ -182,6 +182,9 @@ def _run_table(report: RunReport) -> Table:
     table.add_row(f"peak memory {MEMORY[measured['kind']]}", format_bytes(peak))
     if measured["kind"] == "allocated":  # the process' memory holds Python and torch, which no plan counts
         table.add_row("peak memory, predicted", format_bytes(report.memory["predicted"]["peak_bytes"]))
+    found = report.memory["calibration"]
+    sizes = (format_bytes(found[key]) for key in ("predicted_bytes", "measured_bytes"))
+    table.add_row("a full pass, predicted -> measured", " -> ".join(sizes))
     for name, use in measured["phases"].items():
         table.add_row(f"time: {name}", f"{use['seconds']:.1f} s")
     return table

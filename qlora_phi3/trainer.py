@@ -4,6 +4,7 @@ Owns the trainer's arguments, the passes an optimizer step is made of, the loss'
 `metrics.jsonl`, and the guard against losses that are not numbers. The loop itself is TRL's, which gets the
 rows of a whole optimizer step at once: the loss is summed over their supervised tokens and divided by the
 number of those, however the step is cut into passes.
+Where memory runs out, ladder.py says how it is cut next.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +24,16 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from .calibration import Calibration, compare
 from .data import Split, TokenRow
-from .engine.documents import Documents, hidden_states, original_context, passes
+from .data.store import Rows as RowArrays
+from .engine.documents import Documents, Layout, hidden_states
 from .engine.loss import IGNORE, HeadLora, supervised_nll
-from .errors import RunError
+from .errors import FitError, RunError
+from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
 from .model import Base, check_dtypes
+from .phi3 import Geometry
 from .progress import Display, Steps
 from .recipe import Recipe
 from .units import format_bytes
@@ -39,6 +45,10 @@ OPTIMIZERS: Final = {
     "adamw_torch": "adamw_torch",
 }
 """Recipe's optimizer -> transformers' name of it."""
+
+
+RECOMPUTING: Final = {"use_reentrant": False}
+"""How layers are recomputed: arguments of torch's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         fp16=recipe.model.compute_dtype == "float16",  # for the loss scaler
         use_cpu=device.type == "cpu",
         activation_checkpointing=train.activations != "keep",
-        activation_checkpointing_kwargs={"use_reentrant": False} if train.activations != "keep" else None,
+        activation_checkpointing_kwargs=RECOMPUTING if train.activations != "keep" else None,
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0 and let the run end "well"
@@ -103,23 +113,40 @@ def train(
     meter: Meter,
     display: Display,
     held_out_loss: Callable[[], float] | None = None,
-) -> Trained:
+    adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
+) -> tuple[Trained, Calibration]:
     """Train the adapters of `model` in place and write `metrics.jsonl` into `out`.
+
+    `adapted` hears where memory ran out, and the recipe as it went on from there.
 
     Raises:
         RunError: a loss or gradient norm is not a number -> the step it came with.
+        FitError: memory ran out where nothing smaller helps, or is not wanted -> the step.
     """
     total = num_steps(recipe, len(split.rows))
     with display.steps("train", total) as steps, (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         watch = _Watch(recipe, meter, steps, lines, held_out_loss)
-        trainer = build(model, base, split, recipe, out, watch)
-        trainer.train()
+        trainer = build(model, base, split, recipe, out, watch, adapted)
+        found = tried(trainer.train)
+    if isinstance(found, RanOut):
+        # its passes have a ladder of their own: what is left are the gradients' norm and the states
+        place, reason = f"step {trainer.state.global_step + 1}", "out of memory in the optimizer's step"
+        remedy = "No smaller pass helps: choose train.optimizer=paged_adamw_8bit, or lower adapter.rank."
+        raise FitError(place, f"{reason}: {found.said}", remedy)
     _unwrap(trainer)
     (out / "checkpoints").rmdir()  # transformers makes it; saving steps is not available yet
-    return watch.summary()
+    return watch.summary(), trainer.calibration
 
 
-def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch: _Watch) -> PhiTrainer:
+def build(
+    model: Any,
+    base: Base,
+    split: Split,
+    recipe: Recipe,
+    out: Path,
+    watch: _Watch,
+    adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
+) -> PhiTrainer:
     """The trainer, with the dtypes as our policy has them."""
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     with _plain_head(model.get_base_model()):
@@ -129,11 +156,13 @@ def build(model: Any, base: Base, split: Split, recipe: Recipe, out: Path, watch
             train_dataset=Dataset.from_dict({"row": range(len(split.rows))}),
             data_collator=Rows(split.rows),
             processing_class=base.tokenizer,
-            callbacks=[watch],
+            callbacks=[_Before(lambda: trainer.calibrate()), watch],
         )
-    trainer.layout, trainer.lora_plus_ratio = Layout.of(recipe, base), recipe.train.lora_plus_ratio
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
+    trainer.rows, trainer.geometry = split.rows, base.checkpoint.geometry
+    trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower), adapted
+    trainer.settle(recipe)
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data = kept[name]  # TRL cast it to bfloat16
@@ -169,36 +198,54 @@ class Rows:
         return {"rows": found, "labels": Documents.of(found, torch.device("cpu")).labels}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the rows of a step are laid out in passes: the arguments of `engine.documents.passes`."""
-
-    micro_batch: int
-    pack_into: int | None
-    context: int | None
-
-    @classmethod
-    def of(cls, recipe: Recipe, base: Base) -> Layout:
-        pack_into = recipe.data.max_length if recipe.data.packing else None
-        return cls(int(recipe.train.micro_batch), pack_into, original_context(base.model))
-
-    def cut(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
-        lengths = [len(row.input_ids) for row in rows]
-        found = passes(lengths, self.micro_batch, pack_into=self.pack_into, context=self.context)
-        return [[rows[i] for i in group] for group in found]
-
-
 class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's trainer, with steps cut into passes without padding and the loss of supervised tokens only."""
 
     watch: _Watch
     compute_dtype: torch.dtype
+    rows: RowArrays
+    geometry: Geometry
     layout: Layout
-    lora_plus_ratio: float | None
+    logit_tokens: int
+    ladder: Ladder
+    adapted: Callable[[Adapted, Recipe], None]
+    calibration: Calibration
+
+    def settle(self, recipe: Recipe) -> None:
+        """Cut steps, and compute their loss, as the recipe says."""
+        self.layout = Layout.of(recipe, self.model)
+        self.logit_tokens = recipe.train.logit_tokens
+
+    def go_lower(self, event: Adapted, recipe: Recipe) -> None:
+        """Go on as a recipe says that has less in memory at once."""
+        self.settle(recipe)
+        if recipe.train.activations == "recompute" and not self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=RECOMPUTING)
+        self.adapted(event, recipe)
+
+    def calibrate(self) -> None:
+        """One pass as full as this data makes it, before the first step, of which nothing stays.
+
+        What the data's longest rows need is known then, not in the middle of a run.
+        """
+        before = RandomState.now()
+        self.model.train()
+        self.calibration = self.ladder.take("before step 1", self._full_pass, self.model.zero_grad)
+        self.model.zero_grad()
+        before.restore()
+
+    def _full_pass(self) -> Calibration:
+        recipe = self.ladder.recipe
+        chosen = self.layout.fullest(self.rows.lengths, recipe.train.effective_batch)
+        documents = Documents.of([self.rows[i] for i in chosen], self.args.device)
+        return compare(
+            recipe, self.geometry, self.model, documents, lambda: self.backward_of(self.model, documents, 1)
+        )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The recipe's, or with LoRA+ PEFT's grouping of it. Source: Hayou et al. 2024, arXiv 2402.12354."""
-        if self.lora_plus_ratio is None:
+        ratio = self.ladder.recipe.train.lora_plus_ratio
+        if ratio is None:
             return super().create_optimizer(model)
         from peft.optimizers import create_loraplus_optimizer
 
@@ -206,7 +253,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         self.optimizer = create_loraplus_optimizer(
             self.model,
             kind,
-            loraplus_lr_ratio=self.lora_plus_ratio,
+            loraplus_lr_ratio=ratio,
             loraplus_weight_decay=self.args.weight_decay,
             loraplus_lr_embedding=self.args.learning_rate,  # PEFT's own, 1e-6, would hardly train them
             **settings,
@@ -222,14 +269,29 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         """
         assert num_items_in_batch is not None, "transformers no longer counts the tokens of a whole step"
         model.train()
-        total = torch.zeros((), device=self.args.device)
-        for rows in self.layout.cut(inputs["rows"]):
-            documents = Documents.of(rows, self.args.device)
-            self.watch.count(documents)
-            loss = self.nll(model, documents) / num_items_in_batch
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        place = f"step {self.state.global_step + 1}"
+        work = partial(self._passes, model, inputs["rows"], num_items_in_batch)
+        total, counts = self.ladder.take(place, work, model.zero_grad)
+        for count in counts:
+            self.watch.count(*count)
         return total
+
+    def _passes(
+        self, model: Any, rows: Sequence[TokenRow], num_items: torch.Tensor | int
+    ) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
+        """All passes of a step: its loss, and (tokens, supervised tokens) of each pass."""
+        total, counts = torch.zeros((), device=self.args.device), []
+        for group in self.layout.cut(rows):
+            documents = Documents.of(group, self.args.device)
+            total += self.backward_of(model, documents, num_items)
+            counts.append((documents.num_tokens, (documents.labels != IGNORE).sum()))
+        return total, counts
+
+    def backward_of(self, model: Any, documents: Documents, num_items: torch.Tensor | int) -> torch.Tensor:
+        """Add a pass' gradients to those there are; returns its share of the step's loss."""
+        loss = self.nll(model, documents) / num_items
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def nll(self, model: Any, documents: Documents) -> torch.Tensor:
         """Summed loss of one pass, in nats."""
@@ -239,10 +301,21 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         ):
             hidden = hidden_states(causal, documents)
             head = causal.lm_head
-            return supervised_nll(hidden, documents.labels, head.weight, HeadLora.of(head))
+            lora = HeadLora.of(head)
+            return supervised_nll(hidden, documents.labels, head.weight, lora, self.logit_tokens)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere about a user's run."""
+
+
+class _Before(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
+    """Calls what has to be done before the first step, when layers recompute and the optimizer is there."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._call()
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
@@ -263,10 +336,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         self._started = self._logged = time.perf_counter()
         self._history: list[dict[str, Any]] = []
 
-    def count(self, documents: Documents) -> None:
+    def count(self, num_tokens: int, num_supervised: torch.Tensor) -> None:
         """Note the tokens of one pass; sums stay on the device until a line is written."""
-        self._tokens.append(documents.num_tokens)
-        self._supervised.append((documents.labels != IGNORE).sum())
+        self._tokens.append(num_tokens)
+        self._supervised.append(num_supervised)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = self._logged = time.perf_counter()
@@ -294,6 +367,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
             "tokens_per_second": tokens / (now - self._logged),
             "step_seconds": (now - self._logged) / max(steps, 1),
             "peak_bytes": self._meter.peak_bytes(),
+            **self._meter.now(),
         }
         self._logged = now
         self._tokens, self._supervised = [], []

@@ -101,7 +101,8 @@ def documents(lengths: Sequence[int]) -> Documents:
 
 
 def loss_of(model: Any, settings: Recipe, found: Documents) -> torch.Tensor:
-    trainer: Any = SimpleNamespace(compute_dtype=getattr(torch, settings.model.compute_dtype))
+    dtype = getattr(torch, settings.model.compute_dtype)
+    trainer: Any = SimpleNamespace(compute_dtype=dtype, logit_tokens=settings.train.logit_tokens)
     return PhiTrainer.nll(trainer, model, found)
 
 

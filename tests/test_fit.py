@@ -65,6 +65,14 @@ def test_the_largest_fits_and_the_next_does_not(gib: int) -> None:
         assert micro_batch == 16 or needs(2048, 2 * micro_batch) > gib * GIB
 
 
+@pytest.mark.parametrize("gib", fit.SHOWN_GIB)
+def test_what_auto_becomes_on_a_card_fits_it(gib: int) -> None:
+    settings = recipe(data__max_length=1024)
+    found = fit.card(settings, MINI, gib)
+    keys = {"train__activations": found.way.activations, "train__micro_batch": found.way.micro_batch}
+    assert (fit.planned(recipe(data__max_length=1024, **keys), MINI).needed_bytes <= gib * GIB) == found.fits
+
+
 def test_no_change_where_it_fits() -> None:
     assert fit.advise(shipped("phi3-mini-chat-8gb"), MINI, 8 * GIB) == ()
 

@@ -165,28 +165,89 @@ def test_rows_are_max_length_until_measured() -> None:
 # Choosing
 
 
+def way(settings: Recipe, geometry: Geometry, usable: int, **keys: Any) -> memory.Way:
+    return memory.choose(memory.ways(settings, geometry, **keys), usable)
+
+
+def chosen(settings: Recipe, geometry: Geometry, usable: int, **keys: Any) -> int:
+    return way(settings, geometry, usable, **keys).micro_batch
+
+
 def test_micro_batch_is_the_largest_divisor_that_fits() -> None:
-    settings = recipe(train__effective_batch=12)
+    settings = recipe(train__effective_batch=12, train__activations="recompute")
     peaks = {n: training(settings, micro_batch=n, row_tokens=512).peak_bytes for n in (1, 2, 3, 4, 6, 12)}
     for size, free in peaks.items():
-        assert memory.choose_micro_batch(settings, MINI, free, row_tokens=512) == size
-    assert memory.choose_micro_batch(settings, MINI, peaks[6] - 1, row_tokens=512) == 4
-    assert memory.choose_micro_batch(settings, MINI, 10**15, row_tokens=512) == 12
+        assert chosen(settings, MINI, free, row_tokens=512) == size
+    assert chosen(settings, MINI, peaks[6] - 1, row_tokens=512) == 4
+    assert chosen(settings, MINI, 10**15, row_tokens=512) == 12
 
 
 def test_micro_batch_is_never_below_one() -> None:
-    assert memory.choose_micro_batch(recipe(), MINI, 0) == 1
+    assert chosen(recipe(), MINI, 0) == 1
 
 
 def test_micro_batch_is_not_held_down_by_the_evaluation() -> None:
     keys = {"data__eval": {"path": "eval.jsonl"}, "evaluate__metrics": ["exact_match"]}
-    assert memory.choose_micro_batch(recipe(**keys), MINI, 8 * GIB) == memory.choose_micro_batch(
-        recipe(), MINI, 8 * GIB
-    )
+    assert chosen(recipe(**keys), MINI, 8 * GIB) == chosen(recipe(), MINI, 8 * GIB)
 
 
-def test_explicit_micro_batch_stays() -> None:
-    assert memory.choose_micro_batch(recipe(train__micro_batch=8), MINI, 0) == 8
+def test_explicit_settings_stay() -> None:
+    assert chosen(recipe(train__micro_batch=8), MINI, 0) == 8
+    kept = recipe(train__micro_batch=8, train__activations="keep")
+    assert way(kept, MINI, 0).activations == "keep"
+    assert way(recipe(train__activations="recompute"), MINI, 10**15).activations == "recompute"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("effective_batch", [1, 7, 12])
+def test_the_choice_is_the_fastest_way_that_fits(device: memory.Device, effective_batch: int) -> None:
+    """Against every way there is, at budgets around each of their peaks."""
+    asked = recipe(train__effective_batch=effective_batch)
+    sizes = [n for n in range(effective_batch, 0, -1) if effective_batch % n == 0]
+    fastest_first = [(policy, size) for policy in ("keep", "recompute") for size in sizes]
+    peaks = [
+        training(
+            recipe(train__effective_batch=effective_batch, train__activations=policy),
+            micro_batch=size,
+            row_tokens=300,
+            device=device,
+        ).peak_bytes
+        for policy, size in fastest_first
+    ]
+    for usable in (n for peak in peaks for n in (peak - 1, peak)):
+        fitting = [way for way, peak in zip(fastest_first, peaks, strict=True) if peak <= usable]
+        found = way(asked, MINI, usable, row_tokens=300, device=device)
+        assert (found.activations, found.micro_batch) == (fitting or [("recompute", 1)])[0]
+        assert found.peak_bytes == peaks[fastest_first.index((found.activations, found.micro_batch))]
+
+
+def test_an_explicit_micro_batch_is_kept_where_it_fits_so() -> None:
+    settings = recipe(train__micro_batch=4)
+    keep = training(recipe(train__activations="keep"), micro_batch=4).peak_bytes
+    assert way(settings, MINI, keep).activations == "keep"
+    least = training(settings, micro_batch=4).peak_bytes
+    assert way(settings, MINI, keep - 1) == memory.Way("recompute", 4, least)
+
+
+def test_the_choice_in_words() -> None:
+    said = memory.Way("keep", 4, 3 * GIB).of(11 * GIB)
+    assert said == "keeping activations, micro batch 4: 3.00 GiB of 11.00 GiB"
+    assert memory.Way("recompute", 1, GIB).of(2 * GIB).startswith("recomputing activations, micro batch 1:")
+
+
+def test_fewer_logit_tokens_take_less() -> None:
+    keys = {"adapter__targets": ["o_proj"], "train__effective_batch": 1}  # where the loss is the fullest
+    big = replace(MINI, vocab_size=400_000)
+    peaks = [training(recipe(**keys, train__logit_tokens=n), big).peak_bytes for n in (1024, 512, 256)]
+    assert peaks[0] - peaks[1] == 512 * 400_000 * 8
+    assert peaks[1] > peaks[2]
+
+
+def test_a_first_pass_has_no_optimizer_states() -> None:
+    settings = recipe(train__effective_batch=1)
+    case = memory.training_case(settings, MINI, 1, 500, "cuda")
+    train = training(settings, row_tokens=500)
+    assert memory.pass_phase(case).peak_bytes == train.peak_bytes - part(train, "optimizer states")
 
 
 def test_what_is_beside_the_tensors() -> None:

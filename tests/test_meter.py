@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from qlora_phi3.meter import Meter, PhaseUse
+from qlora_phi3.meter import Meter, PhaseUse, process_bytes
 
 MB = 1_000_000
 
@@ -69,6 +73,7 @@ def test_phases_keep_their_order() -> None:
     assert found["phases"]["train"] == {
         "seconds": meter.phases["train"].seconds,
         "peak_bytes": meter.phases["train"].peak_bytes,
+        "process_bytes": None,
     }
 
 
@@ -89,6 +94,53 @@ def test_phases_do_not_nest() -> None:
     with pytest.raises(AssertionError, match="do not nest"), meter.phase("outer"), meter.phase("inner"):
         pytest.fail("the inner phase began")
     assert list(meter.phases) == ["outer"]
+
+
+def test_bytes_at_this_moment() -> None:
+    before = Meter("cpu").now()
+    block = bytearray(b"x") * (100 * MB)
+    now = Meter("cpu").now()
+    assert before["rss_bytes"] is not None and now["rss_bytes"] is not None
+    assert now["rss_bytes"] - before["rss_bytes"] > 90 * MB
+    assert now["allocated_bytes"] is None, "there is no GPU"
+    del block
+
+
+class NVMLError(Exception):
+    """As pynvml's."""
+
+
+def driver(processes: list[tuple[int, int | None]], *, fails: bool = False) -> Any:
+    """What nvidia-ml-py looks like from here; no hardware has been asked."""
+
+    def handle(uuid: bytes) -> str:
+        if fails:
+            raise NVMLError("not found")
+        return {b"GPU-1234": "card"}[uuid]
+
+    running = [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in processes]
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetComputeRunningProcesses=lambda card: {"card": running}[card],
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (driver([(1, 5), (os.getpid(), 700 * MB)]), 700 * MB),
+        (driver([(os.getpid(), None)]), None),
+        (driver([(1, 5)]), None),
+        (driver([(os.getpid(), 5)], fails=True), None),
+        (None, None),
+    ],
+    ids=["ours", "Windows", "a container", "no such card", "not installed"],
+)
+def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, module: Any, expected: int | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert process_bytes("1234") == expected
 
 
 def test_no_thread_stays() -> None:

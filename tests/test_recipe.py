@@ -112,12 +112,13 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "adamw_torch": "adamw_torch",
     },
     "train.seed": {"42": 42, "0": 0, "4294967295": 2**32 - 1},
+    "train.logit_tokens": {"1024": 1024, "1": 1},
     "train.log_every": {"1": 1, "10": 10},
     "train.eval_every": {"null": None, "10": 10},
     "train.save_every": {"null": None},
     "train.keep_checkpoints": {"2": 2},
     "memory.budget": {"auto": "auto", "8GiB": "8GiB", "8": "8", "7.5GB": "7.5GB"},
-    "memory.on_oom": {"fail": "fail"},
+    "memory.on_oom": {"adapt": "adapt", "fail": "fail"},
     "evaluate.metrics": {
         "[loss]": ("loss",),
         "[]": (),
@@ -298,6 +299,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "-1": "must be 0 or more",
         "4294967296": "must be below 4294967296",
     },
+    "train.logit_tokens": COUNT,
     "train.log_every": COUNT,
     "train.eval_every": COUNT_OR_NULL,
     "train.save_every": NOT_WHOLE,
@@ -341,7 +343,6 @@ LATER: dict[str, list[str]] = {
     "train.activations": ["offload"],
     "train.save_every": ["1", "100"],
     "train.keep_checkpoints": ["1", "3"],
-    "memory.on_oom": ["adapt"],
     "export": ["[merged]", "[adapter, gguf:q8_0]", "[adapter, adapter]"],
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
 }
@@ -724,9 +725,9 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_settled_replaces_auto_and_nothing_else() -> None:
     made = recipe(train__effective_batch=12)
-    settled = made.settled(4)
-    assert settled == recipe(train__effective_batch=12, train__micro_batch=4)
-    assert made.train.micro_batch == "auto"
+    settled = made.settled(micro_batch=4, activations="keep")
+    assert settled == recipe(train__effective_batch=12, train__micro_batch=4, train__activations="keep")
+    assert (made.train.micro_batch, made.train.activations) == ("auto", "auto")
 
 
 # The JSON schema, which editors check and complete with

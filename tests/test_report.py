@@ -29,7 +29,7 @@ from qlora_phi3.report import RunReport, format_metric, rebuild, show, write
 
 LINE_KEYS = {
     "step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
-    "step_seconds", "peak_bytes",
+    "step_seconds", "peak_bytes", "rss_bytes", "allocated_bytes",
 }  # fmt: skip
 LONG_NAME = "a-recipe-with-quite-a-long-name-for-a-rather-special-purpose"
 LONG_ANSWER = "x" * 3000
@@ -471,7 +471,26 @@ def test_on_a_gpu_the_prediction_stands_beside_the_measurement(run: tuple[RunRep
     done = dataclasses.replace(run[0], memory=run[0].memory | {"measured": measured})
     text = shown(done, Path("run"))
     assert "peak memory on the GPU" in text and "peak memory, predicted" in text
-    assert "predicted" not in shown(run[0], Path("run"))
+    assert "peak memory, predicted" not in shown(run[0], Path("run"))
+
+
+def test_the_full_pass_stands_beside_its_prediction(run: tuple[RunReport, Path]) -> None:
+    found = run[0].memory["calibration"]
+    sizes = [report.format_bytes(found[key]) for key in ("predicted_bytes", "measured_bytes")]
+    assert re.search(rf"a full pass, predicted -> measured +{' -> '.join(sizes)}", shown(run[0], Path("run")))
+    html = (run[1] / "report.html").read_text()
+    assert f"A full pass of {found['pass_tokens']} tokens was predicted to take {sizes[0]}" in html
+    assert abs(found["drift"]) < 0.25, "a model this small is mostly what no tensor of a layer is"
+
+
+def test_where_memory_ran_out_stands_in_the_report(folder: Path) -> None:
+    event = {"place": "step 3", "change": "train.micro_batch=1 instead of 2", "error": "CUDA"}
+    change(folder, "report.json", lambda content: content["memory"].update(adapted=[event]))
+    rebuild(folder)
+    assert "Out of memory at step 3: train.micro_batch=1 instead of 2" in (folder / "report.html").read_text()
+    for key in ("adapted", "calibration"):  # of a run before there were these
+        change(folder, "report.json", lambda content, key=key: content["memory"].pop(key))
+    rebuild(folder)
 
 
 def test_markup_in_names_and_notes_is_text(run: tuple[RunReport, Path]) -> None:

@@ -74,6 +74,8 @@ def test_a_line_has_the_promised_keys_and_true_counts(recipe: Callable[..., Reci
             "tokens_per_second",
             "step_seconds",
             "peak_bytes",
+            "rss_bytes",
+            "allocated_bytes",
         }
         assert 0 < line["supervised_tokens"] < line["tokens"]
         assert line["peak_bytes"] > 10**8

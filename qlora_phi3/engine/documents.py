@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..data import TokenRow
 from ..data.packing import best_fit
+from ..recipe import Recipe
 from .attention import NAME
 from .loss import IGNORE
 
@@ -72,6 +75,51 @@ def original_context(causal: Any) -> int | None:
     rope = causal.config.rope_parameters
     longrope = rope["rope_type"] == "longrope"
     return int(rope["original_max_position_embeddings"]) if longrope else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step are laid out in passes: the arguments of `passes`."""
+
+    micro_batch: int
+    pack_into: int | None
+    context: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, causal: Any) -> Layout:
+        pack_into = recipe.data.max_length if recipe.data.packing else None
+        return cls(int(recipe.train.micro_batch), pack_into, original_context(causal))
+
+    def cut(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
+        lengths = [len(row.input_ids) for row in rows]
+        found = passes(lengths, self.micro_batch, pack_into=self.pack_into, context=self.context)
+        return [[rows[i] for i in group] for group in found]
+
+    def fullest(self, lengths: NDArray[np.int64], effective_batch: int) -> list[int]:
+        """Numbers of rows of such lengths that make a pass as full as a step can have it.
+
+        The longest rows, and when they are packed, the next longest that still fit. Whether they meet in a
+        step is chance; no step's longest document is longer, and without packing no pass is fuller. Packed,
+        others can be fuller by less than a row.
+        """
+        beyond = lengths > (self.context or lengths.max())
+        sides = [np.flatnonzero(side) for side in (~beyond, beyond) if side.any()]
+        found = [self._filled(lengths, side, effective_batch) for side in sides]
+        return max(found, key=lambda rows: int(lengths[rows].sum()))
+
+    def _filled(self, lengths: NDArray[np.int64], rows: NDArray[np.int64], most: int) -> list[int]:
+        ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+        if self.pack_into is None:
+            return [int(row) for row in ordered[: self.micro_batch]]
+        room, chosen = self.micro_batch * self.pack_into, [int(ordered[0])]
+        room -= int(lengths[ordered[0]])
+        for row in ordered[1:]:
+            if len(chosen) == most or room < lengths[ordered[-1]]:
+                break
+            if lengths[row] <= room:
+                chosen.append(int(row))
+                room -= int(lengths[row])
+        return chosen
 
 
 def passes(

@@ -43,19 +43,26 @@ class HeadLora:
 
 
 def supervised_nll(
-    hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor, lora: HeadLora | None = None
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: torch.Tensor,
+    lora: HeadLora | None = None,
+    logit_tokens: int = LOGIT_TOKENS,
 ) -> torch.Tensor:
     """Summed negative log-likelihood of the next tokens that are supervised.
 
     Shape: hidden (rows, length, hidden_size), labels (rows, length) int64 with IGNORE where nothing is
-        trained, head (vocabulary, hidden_size), frozen; returns a float32 scalar.
+        trained, head (vocabulary, hidden_size), frozen; returns a float32 scalar. Logits of at most
+        `logit_tokens` tokens exist at once.
     Units: nats, summed; the caller divides by the tokens of the whole effective batch.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     x = hidden[:, :-1][chosen]
     z, b = (None, None) if lora is None else (lora.narrow(x), lora.b)
-    nll: torch.Tensor = _ChunkedNll.apply(x, targets[chosen], head, z, b)  # type: ignore[no-untyped-call]
+    nll: torch.Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call]
+        x, targets[chosen], head, z, b, logit_tokens
+    )
     return nll
 
 
@@ -73,17 +80,18 @@ class _ChunkedNll(torch.autograd.Function):
         head: torch.Tensor,
         z: torch.Tensor | None,
         b: torch.Tensor | None,
+        logit_tokens: int,
     ) -> torch.Tensor:
         assert not head.requires_grad, "the head is frozen"
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=x.device)
-        for_x, _, _, for_z, for_b = ctx.needs_input_grad
+        for_x, _, _, for_z, for_b, _ = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if for_x else None
         grad_z = torch.empty_like(z) if z is not None and for_z else None
         grad_b = torch.zeros_like(b, dtype=wide) if b is not None and for_b else None
         b_cast = None if b is None else b.to(x.dtype)  # once; autocast would do it in every chunk
-        for at in range(0, len(x), LOGIT_TOKENS):
-            part = slice(at, at + LOGIT_TOKENS)
+        for at in range(0, len(x), logit_tokens):
+            part = slice(at, at + logit_tokens)
             logits = x[part] @ head.T.to(x.dtype)
             if z is not None and b_cast is not None:
                 logits.addmm_(z[part], b_cast.T)
@@ -107,7 +115,7 @@ class _ChunkedNll(torch.autograd.Function):
         for_x, for_z, for_b = (
             None if grad is None else grad * outputs[0].to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return for_x, None, None, for_z, for_b
+        return for_x, None, None, for_z, for_b, None
 
 
 def _nll_and_error(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,10 +47,10 @@ def test_value_and_gradient_equal_cross_entropy(rows, length, hidden, vocabulary
     torch.testing.assert_close(x.grad.double() / scale, twin.grad / scale, rtol=0, atol=tolerance)
 
 
-def test_gradcheck_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_phi3.engine.loss.LOGIT_TOKENS", 3)
+@pytest.mark.parametrize("logit_tokens", [1, 3, 100])
+def test_gradcheck_across_chunks(logit_tokens: int) -> None:
     x, labels, head = case(2, 9, 5, 11, torch.float64)
-    assert torch.autograd.gradcheck(lambda t: supervised_nll(t, labels, head), (x,))
+    assert torch.autograd.gradcheck(lambda t: supervised_nll(t, labels, head, None, logit_tokens), (x,))
 
 
 def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
@@ -147,13 +147,12 @@ def test_an_adapted_head_under_autocast_is_as_near_to_float64_as_stock_peft() ->
         assert ours_off < 1.5 * theirs_off + 1e-3
 
 
-def test_gradcheck_of_an_adapted_head_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_phi3.engine.loss.LOGIT_TOKENS", 3)
+def test_gradcheck_of_an_adapted_head_across_chunks() -> None:
     x, labels, head = case(2, 9, 5, 11, torch.float64)
     a, b = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 5), (11, 2)))
 
     def nll(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return supervised_nll(x, labels, head, HeadLora(lambda t: t @ a.T, b))
+        return supervised_nll(x, labels, head, HeadLora(lambda t: t @ a.T, b), logit_tokens=3)
 
     assert torch.autograd.gradcheck(nll, (x, a, b))
     assert torch.autograd.gradcheck(lambda a, b: nll(x.detach(), a, b), (a, b))  # the head alone is trained
