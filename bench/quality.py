@@ -93,8 +93,12 @@ def measure(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of every key, files of rows by what is in them: equal wherever the checkout stands."""
-    keys = recipe.model_dump(mode="json")
+    """SHA-256 of the keys that are not at their default, files of rows by what is in them.
+
+    Equal wherever the checkout stands, and it outlives keys that are added to the format; a default that
+    changes it does not see.
+    """
+    keys = recipe.model_dump(mode="json", exclude_defaults=True)
     for place, source in recipe.data.sources():
         found = keys
         for step in place:

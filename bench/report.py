@@ -38,11 +38,16 @@ def adapters() -> str:
 
 
 def _comparable(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:
-    """Rows of the variants as they are defined now, on the quickstart as it was measured last."""
+    """Rows of the variants as they are defined now, on the quickstart as it was measured last.
+
+    Of seeds that all variants have: a median over others would compare seeds, not variants.
+    """
     overrides = {name: [*quality.SHARED, *quality.VARIANTS[name]] for name in variants}
     found = [row for row in rows if row["recipe"] == "quickstart"]
     found = [row for row in found if row["overrides"] == overrides.get(row["variant"])]
-    return [row for row in found if row["recipe_sha256"] == found[-1]["recipe_sha256"]]
+    found = [row for row in found if row["recipe_sha256"] == found[-1]["recipe_sha256"]]
+    there = {(row["variant"], row["seed"]) for row in found}
+    return [row for row in found if all((name, row["seed"]) in there for name in variants)]
 
 
 def _table(rows: Sequence[Row], variants: Sequence[str]) -> str:
@@ -52,21 +57,19 @@ def _table(rows: Sequence[Row], variants: Sequence[str]) -> str:
     columns += [column for name in METRICS for column in (f"{name}: median", "spread", by_seed)]
     lines = [_line(columns), "|" + "---|" * len(columns)]
     for variant in variants:
-        found = {row["seed"]: row for row in rows if row["variant"] == variant}
-        if found:
-            lines.append(_line(_cells(variant, found, seeds)))
+        lines.append(_line(_cells({row["seed"]: row for row in rows if row["variant"] == variant})))
     return "\n".join([*lines, "", _origin(rows)]) + "\n"
 
 
-def _cells(variant: str, found: dict[int, Row], seeds: Sequence[int]) -> list[str]:
-    """Spread is the largest less the smallest; a dash stands for a seed without a run."""
-    one = next(iter(found.values()))
-    cells = [f"`{variant}`", str(one["rank"]), f"{one['trained_parameters']:,}"]
+def _cells(by_seed: dict[int, Row]) -> list[str]:
+    """Of one variant. Spread is the largest less the smallest, and one seed has none."""
+    rows = [row for _, row in sorted(by_seed.items())]
+    cells = [f"`{rows[0]['variant']}`", str(rows[0]["rank"]), f"{rows[0]['trained_parameters']:,}"]
     for name in METRICS:
-        values = {seed: row["eval"][name] for seed, row in found.items()}
-        spread = max(values.values()) - min(values.values())
-        cells += [format_metric(name, statistics.median(values.values())), format_metric(name, spread)]
-        cells.append(", ".join(format_metric(name, values[s]) if s in values else "-" for s in seeds))
+        values = [row["eval"][name] for row in rows]
+        spread = format_metric(name, max(values) - min(values)) if len(values) > 1 else "-"
+        cells += [format_metric(name, statistics.median(values)), spread]
+        cells.append(", ".join(format_metric(name, value) for value in values))
     return cells
 
 

@@ -75,18 +75,19 @@ def test_a_variant_changes_the_adapter_and_quantization_only(name: str) -> None:
 
 
 def test_the_fingerprint_sees_rows_and_settings_and_no_folder(tmp_path: Path) -> None:
-    def written(folder: str, answer: str, seed: int = 1) -> str:
+    def written(folder: str, answer: str, train: str = "seed: 1") -> str:
         place = tmp_path / folder
         place.mkdir()
         row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
         (place / "chats.jsonl").write_text(json.dumps(row) + "\n")
-        text = f"version: 1\nname: one\ndata: {{train: {{path: chats.jsonl}}}}\ntrain: {{seed: {seed}}}\n"
+        text = f"version: 1\nname: one\ndata: {{train: {{path: chats.jsonl}}}}\ntrain: {{{train}}}\n"
         (place / "one.yaml").write_text(text)
         return quality.fingerprint(load_recipe(place / "one.yaml"))
 
     here = written("here", "b")
     assert written("there", "b") == here
-    assert len({here, written("rows", "c"), written("settings", "b", seed=2)}) == 3
+    assert written("default", "b", "seed: 1, epochs: 1") == here
+    assert len({here, written("rows", "c"), written("settings", "b", "seed: 2")}) == 3
 
 
 def test_an_unknown_variant_is_named(capsys: pytest.CaptureFixture[str]) -> None:

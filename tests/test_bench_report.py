@@ -47,67 +47,80 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-def test_median_spread_and_every_seed(write: Any) -> None:
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "ADAPTERS", ("fused", "split"))
+
+
+ORIGIN = (
+    "each measured on 32 held-out rows; commit 123456789abc; "
+    "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2."
+)
+
+
+def test_median_spread_and_every_seed_that_is_complete(write: Any, two: None) -> None:
     write(
         row("split", 44, 0.025, 0.8125),
         row("fused", 43, 0.02, 0.75),
         row("split", 42, 0.0125, 0.5),
+        row("fused", 44, 0.04, 1.0),
         row("split", 43, 0.05, 0.78125),
         row("fused", 42, 0.03, 0.5),
+        row("fused", 45, 0.0, 0.0),
     )
     by_seed = "seeds 42, 43, 44"
     assert report.adapters().splitlines() == [
         f"| variant | rank | trained parameters | loss: median | spread | {by_seed} "
         f"| exact_match: median | spread | {by_seed} |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| `fused` | 12 | 3,000,012 | 0.025 | 0.01 | 0.03, 0.02, - | 62.5% | 25.0% | 50.0%, 75.0%, - |",
+        "| `fused` | 12 | 3,000,012 | 0.03 | 0.02 | 0.03, 0.02, 0.04 "
+        "| 75.0% | 50.0% | 50.0%, 75.0%, 100.0% |",
         "| `split` | 10 | 3,000,010 | 0.025 | 0.0375 | 0.0125, 0.05, 0.025 "
         "| 78.1% | 31.2% | 50.0%, 78.1%, 81.2% |",
         "",
-        "5 runs on a-machine, each measured on 32 held-out rows; commit 123456789abc; "
-        "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2.",
+        f"6 runs on a-machine, {ORIGIN}",
     ]
 
 
-def test_only_what_can_be_compared_stands_in_a_table(write: Any) -> None:
+def test_only_what_can_be_compared_stands_in_a_table(write: Any, two: None) -> None:
     tried_out = [*quality.SHARED, "train.max_steps=2", *quality.VARIANTS["fused"]]
     other_rank = [*quality.SHARED, "adapter.split_fused=false", "adapter.rank=99"]
+    both = [row(name, 42, 0.5, 1.0) for name in ("fused", "split")]
     write(
-        row("fused", 1, 9.0, 0.0, recipe_sha256="of other rows"),
-        row("fused", 2, 9.0, 0.0, overrides=tried_out, recipe_sha256="of two steps"),
-        row("fused", 3, 9.0, 0.0, overrides=other_rank),
-        row("fused", 4, 9.0, 0.0, recipe="another"),
-        row("fused", 42, 0.5, 1.0),
+        *(row(name, 1, 9.0, 0.0, recipe_sha256="of other rows") for name in ("fused", "split")),
+        *(row(name, 2, 9.0, 0.0, recipe="another") for name in ("fused", "split")),
+        row("split", 3, 9.0, 0.0),
+        row("fused", 3, 9.0, 0.0, overrides=tried_out, recipe_sha256="of two steps"),
+        row("split", 4, 9.0, 0.0),
+        row("fused", 4, 9.0, 0.0, overrides=other_rank),
+        *both,
         row("qlora", 42, 9.0, 0.0, recipe_sha256="of a later day"),
         row("fused", 5, 9.0, 0.0, recipe="another", recipe_sha256="newest"),
     )
     assert report.adapters().splitlines()[2:] == [
-        "| `fused` | 12 | 3,000,012 | 0.5 | 0 | 0.5 | 100.0% | 0.0% | 100.0% |",
+        "| `fused` | 12 | 3,000,012 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
+        "| `split` | 10 | 3,000,010 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
         "",
-        "1 runs on a-machine, each measured on 32 held-out rows; commit 123456789abc; "
-        "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2.",
+        f"2 runs on a-machine, {ORIGIN}",
     ]
 
 
-def test_versions_that_differ_are_all_named(write: Any) -> None:
-    write(
-        row("qv", 1, 0.5, 1.0), row("qv", 2, 0.5, 1.0, commit="abc", versions=VERSIONS | {"torch": "2.14.0"})
-    )
+def test_versions_that_differ_are_all_named(write: Any, two: None) -> None:
+    newer = {"commit": "abc", "versions": VERSIONS | {"torch": "2.14.0"}}
+    write(row("fused", 1, 0.5, 1.0), row("split", 1, 0.5, 1.0, **newer))
     origin = report.adapters().splitlines()[-1]
     assert "commit 123456789abc and abc" in origin
     assert "torch 2.13.0, transf" in origin and "and torch 2.14.0, transf" in origin
 
 
-def test_a_table_for_each_machine_and_none_without_rows(write: Any) -> None:
+def test_a_table_for_each_machine_and_none_without_rows(write: Any, two: None) -> None:
     assert report.adapters() == "Not measured yet.\n"
-    write(row("qlora", 1, 0.5, 1.0))
+    write(row("fused", 1, 0.5, 1.0), row("split", 2, 0.5, 1.0))
     assert report.adapters() == "Not measured yet.\n"
-    write(row("qv", 1, 0.5, 1.0, machine="b"), machine="b")
-    write(row("split", 1, 0.5, 1.0))
-    assert [line[:11] for line in report.adapters().splitlines() if line.startswith("| `")] == [
-        "| `split` |",
-        "| `qv` | 53",
-    ]
+    for machine in ("b", "a"):
+        write(*(row(name, 1, 0.5, 1.0, machine=machine) for name in ("split", "fused")), machine=machine)
+    found = [line[:8] for line in report.adapters().splitlines() if line.startswith(("| `", "2 runs"))]
+    assert found == ["| `fused", "| `split", "2 runs o"] * 2
 
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
@@ -133,13 +146,14 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_stale_table_fails_the_check(write: Any, generate: ModuleType, tmp_path: Path) -> None:
-    write(row("split", 1, 0.5, 1.0))
+def test_a_stale_table_fails_the_check(write: Any, two: None, generate: ModuleType, tmp_path: Path) -> None:
+    first = [row(name, 1, 0.5, 1.0) for name in ("fused", "split")]
+    write(*first)
     with pytest.raises(SystemExit, match=r"adapters\.md is stale: run `make docs`"):
         generate.main(check=True)
     assert main(["report"]) == 0
     generate.main(check=True)
-    write(row("split", 1, 0.5, 1.0), row("split", 2, 0.7, 0.5))
+    write(*first, *(row(name, 2, 0.7, 0.5) for name in ("fused", "split")))
     with pytest.raises(SystemExit, match="stale"):
         generate.main(check=True)
     generate.main(check=False)
