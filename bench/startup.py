@@ -1,6 +1,6 @@
-"""Loading an NF4 base: seconds and peak memory without the cache, of the load that fills it, of later ones.
+"""Loading an NF4 base: seconds and peak memory of the first load, which fills the cache, and of later ones.
 
-Each load is a process of its own; the three kinds take turns. `random-phi3-mini` is a checkpoint of
+Each load is a process of its own; the two kinds take turns. `random-phi3-mini` is a checkpoint of
 Phi-3-mini's exact sizes with random weights, made once for the measurement and removed after it.
 """
 
@@ -24,10 +24,8 @@ from typing import Any, Final
 from . import results
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
-LOADS: Final = ("uncached", "first", "later")
-"""Without the cache, filling it, reading it."""
-SAID: Final = {"uncached": [], "first": ["keeping"], "later": ["reading"]}
-"""How what each load says begins: it is what it is taken for."""
+SAID: Final = {"first": ["keeping"], "later": ["reading"]}
+"""Kind of load -> how what it says begins: it is what it is taken for."""
 SHARD_BYTES: Final = 5_000_000_000
 """Largest file of the made checkpoint, as on the hub."""
 SAMPLE_SECONDS: Final = 0.01
@@ -38,9 +36,9 @@ _CHECKOUT = Path(__file__).parent.parent
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="builtin", help=f"builtin, {RANDOM}, or a checkpoint's folder")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of the three loads")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of both loads")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each")
-    parser.add_argument("--load", choices=LOADS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", choices=SAID, help=argparse.SUPPRESS)
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -64,12 +62,12 @@ def _base(name: str, folder: Path) -> str:
 
 def _rounds(chosen: argparse.Namespace, base: str, cache: Path) -> Iterator[dict[str, Any]]:
     """A row for each kind of load, with all of its loads."""
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in LOADS}
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in SAID}
     for _ in range(chosen.repeats):
         shutil.rmtree(cache, ignore_errors=True)
-        for kind in LOADS:
+        for kind in SAID:
             found[kind].append(_in_a_process(kind, chosen, base, cache))
-    uncached = statistics.median(one["load_seconds"] for one in found["uncached"])
+    first = statistics.median(one["load_seconds"] for one in found["first"])
     entry_bytes = sum(file.stat().st_size for file in (cache / "bases").rglob("*") if file.is_file())
     for kind, loads in found.items():
         median = statistics.median(one["load_seconds"] for one in loads)
@@ -79,7 +77,7 @@ def _rounds(chosen: argparse.Namespace, base: str, cache: Path) -> Iterator[dict
             "entry_bytes": entry_bytes,
             "load": kind,
             "load_seconds": round(median, 3),
-            "speed_against_uncached": round(uncached / median, 2),
+            "speed_against_first": round(first / median, 2),
             "peak_anonymous_bytes": max(one["peak_anonymous_bytes"] for one in loads),
             "loads": loads,
         }
@@ -164,7 +162,7 @@ def load(chosen: argparse.Namespace) -> dict[str, Any]:
     from qlora_phi3.recipe import Model
 
     prequantized.MIN_BYTES = 0  # whether it gains anything for small bases is a question too
-    settings = Model(base=chosen.model, cache=chosen.load != "uncached")
+    settings = Model(base=chosen.model)
     checkpoint = weights.locate(settings)
     model.load_tokenizer(checkpoint.folder)
     if chosen.cold:

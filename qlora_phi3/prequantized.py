@@ -34,7 +34,8 @@ _FILE_BYTES: Final = 512 * 2**20
 """Of one file: what writing takes of the host's memory when the base is on a GPU."""
 _LIBRARIES: Final = ("bitsandbytes", "torch", "transformers")
 _ABOUT: Final = "about.json"
-_GENERATION: Final = "generation_config.json"
+_CONFIGS: Final = ("generation_config.json", "config.json")
+"""Where transformers looks for the settings of answers, beside the weights; the second where no first is."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
@@ -44,7 +45,7 @@ class Entry:
 
     folder: Path
     about: Mapping[str, Any]
-    generation_config: Path
+    configs: tuple[Path, ...]
 
 
 def root() -> Path:
@@ -62,19 +63,19 @@ def entry_of(checkpoint: Checkpoint, settings: Model, device_type: str) -> Entry
     large = sum(path.stat().st_size for path in files) >= MIN_BYTES
     if not (settings.cache and settings.quantization == "nf4" and large):
         return None
-    known, generation = checkpoint.provenance, checkpoint.folder / _GENERATION
+    known = checkpoint.provenance
+    configs = tuple(path for name in _CONFIGS if (path := checkpoint.folder / name).is_file())
     about = {
         "format": _FORMAT,
         "base": known.base,
         "revision": known.revision,
-        "config_sha256": known.config_sha256,
-        "generation_config_sha256": _sha256(generation.read_bytes()) if generation.is_file() else None,
+        "configs": {path.name: _sha256(path.read_bytes()) for path in configs},
         "weights": [{**one, **_traces(checkpoint.folder / one["file"])} for one in known.weights],
         "settings": settings.model_dump(include={"quantization", "double_quant", "compute_dtype"}),
         "device": device_type,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
-    return Entry(root() / _sha256(json.dumps(about, sort_keys=True).encode()), about, generation)
+    return Entry(root() / _sha256(json.dumps(about, sort_keys=True).encode()), about, configs)
 
 
 def is_whole(entry: Entry, say: Say) -> bool:
@@ -128,8 +129,8 @@ def _write(tensors: dict[str, Any], entry: Entry) -> None:
     with entries.unfinished(root()) as folder:
         save_torch_state_dict(tensors, folder, max_shard_size=_FILE_BYTES)
         (folder / _ABOUT).write_text(json.dumps(entry.about, indent=2), encoding="utf-8")
-        if entry.generation_config.is_file():
-            shutil.copy(entry.generation_config, folder / _GENERATION)
+        for path in entry.configs:
+            shutil.copy(path, folder)
         entries.publish(folder, entry.folder, MAX_BYTES)
 
 

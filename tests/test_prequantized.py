@@ -128,6 +128,14 @@ def test_generation_settings_are_the_checkpoint_s(folder: Path) -> None:
     check_same(first, later)
 
 
+def test_a_checkpoint_without_generation_settings(folder: Path) -> None:
+    """transformers then takes them from config.json, of the folder that it reads."""
+    (folder / "generation_config.json").unlink()
+    first, later = load_base(folder)[0], load_base(folder)[0]
+    check_same(first, later)
+    assert later.model.generation_config.eos_token_id == 256
+
+
 @pytest.mark.parametrize("num_bytes", [20_000, 1])
 def test_several_files(folder: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(prequantized, "_FILE_BYTES", num_bytes)
