@@ -23,8 +23,8 @@ from .units import format_bytes
 from .weights import Checkpoint, Say, first_line
 
 MIN_BYTES: Final = 10**9
-"""Smaller checkpoints are not kept: seconds, beside a training of minutes. The built-in one, 0.27 GB, took 19 s
-on two busy cores, and 1.5 s from 112 MB of cache."""
+"""Smaller checkpoints are not kept: seconds, beside a training of minutes. The built-in one, 0.27 GB, took
+19 s on two busy cores, and 1.5 s from 112 MB of cache."""
 MAX_BYTES: Final = 32 * 2**30
 """All entries together; those used least recently go first. Phi-3-mini is 2.1 GiB, medium 7.1."""
 SPARE: Final = 0.2
