@@ -20,7 +20,7 @@ from qlora_phi3.recipe_file import find_recipe, load_recipe
 
 METHODS = {
     "lora": [],
-    "lora+": ["train.lora_plus_ratio=16"],
+    "lora+": ["train.lora_plus_ratio=16", "train.learning_rate=2e-4"],
     "rslora": ["adapter.method=rslora"],
     "dora": ["adapter.method=dora"],
     "loftq": ["adapter.method=loftq"],
