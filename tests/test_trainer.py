@@ -192,17 +192,7 @@ def test_a_step_is_that_of_stock_transformers(
     settings = recipe(*EXACT, *keys, geometry=geometry)
     ours, tuned, splits = built(settings, tmp_path)
     tuned.config.sliding_window = window
-    rows = list(splits.train.rows[:4])
-    trained = [p for p in tuned.parameters() if p.requires_grad]
-    tuned.set_attn_implementation("eager")
-    stock = tuned(**padded(rows)).loss
-    expected = torch.autograd.grad(stock, trained)
-    tuned.set_attn_implementation(attention.NAME)
-    batch = trainer.Rows(splits.train.rows)([{"row": i} for i in range(4)])
-    loss = ours.training_step(tuned, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
-    torch.testing.assert_close(loss, stock.detach(), rtol=1e-5, atol=1e-6)
-    for parameter, other in zip(trained, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, other, rtol=1e-5, atol=1e-5)
+    check_step(ours, tuned, splits)
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
