@@ -7,7 +7,6 @@ that needs it, so that everything else answers at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, fit, memory, phi3, weights
+from . import __version__, fit, memory, phi3, process, weights
 from .errors import FitError, InputError, ModelError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
@@ -145,13 +144,13 @@ def doctor(
     else:
         found = load_recipe(find_recipe(name), overrides or ())
         _check(found, None)
-    _quiet_machine()
+    process.prepare()
     from . import checkup
 
     if found is None:
         result = checkup.check_machine()
     else:
-        _quiet()
+        process.quiet()
         result = checkup.check_recipe(found, samples or 0, lambda text: typer.echo(text, err=True))
     _print_json(result.to_json()) if as_json else checkup.show(result, Console())
     if result.count("error"):
@@ -317,7 +316,7 @@ def _print_plan(plan: memory.Plan, console: Console) -> None:
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
     _check(found, out)
-    _quiet()
+    process.quiet()
     from . import pipeline, report
     from .progress import Display
 
@@ -326,36 +325,6 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
         _print_json(done.to_json() | {"folder": str(folder)})
     else:
         report.show(done, folder, Console())
-
-
-def _quiet_machine() -> None:
-    """What has to be set before torch and the hub's library are imported."""
-    import logging
-
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
-    # How long threads spin while they wait. On two quiet cores six steps of the quickstart took 27-30 s when
-    # they never did, 21 s at 1000, 18 s at 4000; beside two busy programs 38 s never, 53 s at 4000, 77 s at
-    # 20000, and with OpenMP's own default a step was ten times slower.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers would spread over all of them
-    # bitsandbytes advises to install `kernels`, which would let a checkpoint run code (CVE-2026-4372)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _quiet() -> None:
-    """Libraries without telemetry and chatter; what matters of it is said by the run itself."""
-    import warnings
-
-    _quiet_machine()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # is a note
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _print_json(content: Any) -> None:
