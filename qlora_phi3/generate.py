@@ -6,6 +6,7 @@ Owns batching, stopping and decoding. Sampling and chat build on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +98,32 @@ def _answer_batch(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=pad,
-        use_cache=True,
-    )
+    with _whole_rows(model.get_output_embeddings()):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            use_cache=True,
+        )
     return [_decode(tokenizer, row[width:].tolist(), stops) for row in out]
+
+
+@contextmanager
+def _whole_rows(head: Any) -> Iterator[None]:
+    """The head with its input in one piece.
+
+    transformers 5.23 hands it a slice, each prompt's last position, and torch 2.13 on a CPU then copies the
+    head once for each prompt: 1.7 GiB and 2.5 s more with 32 prompts on the built-in model.
+    """
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _decode(tokenizer: Any, ids: list[int], stops: list[int]) -> Answer:

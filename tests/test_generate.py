@@ -205,3 +205,17 @@ def test_stop_ids(eos: int | None, from_model: Any, end: int, stops: list[int]) 
 
 def test_stop_ids_of_a_checkpoint(model: Any) -> None:
     assert stop_ids(TOKENIZER, model, END) == sorted({TOKENIZER.eos_token_id, END})
+
+
+def test_the_head_gets_its_input_in_one_piece(model: Any) -> None:
+    # of a slice, torch on a CPU makes a copy of the head for each prompt
+    head, pieces = model.get_output_embeddings(), []
+    seen = head.register_forward_hook(lambda _, args, out: pieces.append(args[0].is_contiguous()))
+    try:
+        answer(model, TOKENIZER, PROMPTS, stops=[END], max_new_tokens=2, batch_tokens=10_000)
+        assert pieces and all(pieces)
+        model(torch.tensor([PROMPTS[0]] * 2), logits_to_keep=1)
+        assert not pieces[-1], "without us, it would be a slice still"
+    finally:
+        seen.remove()
+    assert not head._forward_pre_hooks
