@@ -186,9 +186,21 @@ def _load_weights(
         except ModelError as error:  # another run removed it meanwhile, or it never was what we write
             prequantized.remove(entry, error.problems[0].reason, say)
     model = _read(checkpoint.folder, checkpoint, settings, device, attention)
+    if settings.quantization == "nf4":
+        _leave_files(model)
     if entry is not None:
         prequantized.keep(model, entry, say)
     return model
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copies in place of a CPU's views of the checkpoint's files, of which 4-bit weights need nothing more.
+
+    While the embedding is one, all that was read stays resident: 256 MiB of the built-in model.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not is_packed(parameter):
+            parameter.data = parameter.data.clone()
 
 
 def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.device, attention: str) -> Any:
