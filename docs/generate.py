@@ -81,8 +81,7 @@ PUBLISHED = (
     ("litgpt, Phi-3-mini QLoRA", "19.13 GB", phi3.VARIANTS[SHOWN[0]], "nf4", "recompute", 8, 1, 512),
     ("litgpt, Phi-3-mini LoRA", "19.75 GB", phi3.VARIANTS[SHOWN[0]], "none", "recompute", 8, 1, 512),
 )
-"""Run, its published figure, geometry, base, activations, rank, rows in a pass and their tokens as we set them.
-"""
+"""Run, its published figure, geometry, base, activations, rank, rows in a pass, their tokens, as set here."""
 
 
 def published() -> str:
