@@ -24,6 +24,28 @@ def all_saved_bytes(case: Case) -> int:
     return (case.geometry.num_layers - 1) * saved_bytes(case) + saved_beside_input(case, first=True)
 
 
+def held_bytes(case: Case, layer: int) -> int:
+    """What the layers up to this one, counted from 0, hold on the device as its backward begins."""
+    if case.offloads:
+        on_host = parked_inputs(case, layer) if case.device == "cpu" else 0  # there it is the same memory
+        return (inputs_in_flight(case, layer) + on_host) * case.state
+    keeps = case.recipe.train.activations == "keep"
+    return (layer + 1) * (saved_bytes(case) if keeps else case.state)
+
+
+def parked_inputs(case: Case, layer: int) -> int:
+    """How many of the inputs of layers up to this one, counted from 0, are in host memory.
+
+    Not the embedding's output, a leaf that autograd holds, unless an adapter on it makes it none.
+    """
+    return layer + (1 if case.trains_inputs else 0)
+
+
+def inputs_in_flight(case: Case, layer: int) -> int:
+    """Layers' inputs on the device as this one's backward begins: the leaf, its own, the next on its way."""
+    return (0 if case.trains_inputs else 1) + min(2, parked_inputs(case, layer))
+
+
 def embedding_bytes(case: Case) -> int:
     """What the backward of the embedding's adapter needs: A's rows of the tokens, and autocast's copy of B.
 

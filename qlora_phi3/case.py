@@ -115,6 +115,11 @@ class Case:
         return self.trains_inputs or bool(self.recipe.adapter.pairs) or not keeps
 
     @property
+    def offloads(self) -> bool:
+        """Whether layers' inputs are in host memory from forward to backward."""
+        return self.recipe.train.activations == "offload"
+
+    @property
     def one_pass(self) -> bool:
         """Whether a step is one pass, so that there are no gradients before its backward."""
         return self.tokens >= self.recipe.train.effective_batch * self.length

@@ -64,8 +64,10 @@ class Change:
 
 
 def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
-    """The plan of a recipe on a card; what is `auto` as the least it can become: one row, recomputed."""
+    """The plan of a recipe on a card; what is `auto` as the least it can become: one row, offloaded."""
     explicit = recipe.train.micro_batch
+    if recipe.train.activations == "auto":
+        recipe = recipe.settled(activations="offload")
     return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
 
 
@@ -167,6 +169,8 @@ def _ladder(recipe: Recipe, geometry: Geometry) -> Iterator[_Override]:
         yield _Override("train", "micro_batch", 1)
     if recipe.train.activations == "keep":
         yield _Override("train", "activations", "recompute")
+    if recipe.train.activations in ("keep", "recompute"):
+        yield _Override("train", "activations", "offload")
     if recipe.train.optimizer != "paged_adamw_8bit":
         yield _Override("train", "optimizer", "paged_adamw_8bit")
     if recipe.model.quantization == "none":

@@ -77,10 +77,19 @@ def tried(work: Callable[[], Result]) -> Result | RanOut:
         if not ran_out(error):
             raise
         said = first_line(error)
+    _clear_autograd()
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()  # copies of the try on other streams may still write into what is free now
         torch.cuda.empty_cache()
     return RanOut(said)
+
+
+def _clear_autograd() -> None:
+    """Drop what is left of a backward that failed: torch 2.13 keeps its tasks, and with them half a graph, in
+    the queue of this thread until the next one runs."""
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.autograd.backward(torch.zeros((), requires_grad=True).mul(1))
 
 
 @dataclass(frozen=True)
@@ -105,11 +114,12 @@ class RandomState:
             torch.cuda.set_rng_state_all(self.cuda)
 
 
-def lower(recipe: Recipe) -> tuple[Recipe, str] | None:
+def lower(recipe: Recipe, *, host_apart: bool = True) -> tuple[Recipe, str] | None:
     """The recipe with less in memory at once and the key that changed; None where nothing is left to lower.
 
     The effective batch stays: the micro batch becomes its largest divisor that is at most half; from one row
-    on, activations are recomputed, then the loss takes fewer tokens' logits at once.
+    on, activations are recomputed, then offloaded where the host's memory is not the device's, then the loss
+    takes fewer tokens' logits at once.
     """
     train = recipe.train
     assert isinstance(train.micro_batch, int), "the recipe is not settled"
@@ -117,6 +127,7 @@ def lower(recipe: Recipe) -> tuple[Recipe, str] | None:
     rungs: tuple[tuple[bool, str, int | str], ...] = (
         (bool(halves), "micro_batch", max(halves, default=1)),
         (train.activations == "keep", "activations", "recompute"),
+        (train.activations == "recompute" and host_apart, "activations", "offload"),
         (train.logit_tokens > SMALL_LOGIT_TOKENS, "logit_tokens", SMALL_LOGIT_TOKENS),
     )
     for possible, key, value in rungs:
@@ -127,10 +138,14 @@ def lower(recipe: Recipe) -> tuple[Recipe, str] | None:
 
 @dataclass
 class Ladder:
-    """A training's recipe as it stands, and how it goes down; `told` hears of every rung and its recipe."""
+    """A training's recipe as it stands, and how it goes down; `told` hears of every rung and its recipe.
+
+    `host_apart`: whether what is moved to the host leaves the device's memory.
+    """
 
     recipe: Recipe
     told: Callable[[Adapted, Recipe], None]
+    host_apart: bool = True
 
     def take(self, place: str, work: Callable[[], Result], forget: Callable[[], None]) -> Result:
         """What `work` gives; where memory runs out, `forget` drops its tensors and it begins anew, lower.
@@ -153,11 +168,13 @@ class Ladder:
         if self.recipe.memory.on_oom == "fail":
             remedy = "Lower train.micro_batch or data.max_length, or set memory.on_oom to adapt."
             raise FitError(place, f"out of memory: {said}", remedy)
-        found = lower(self.recipe)
+        found = lower(self.recipe, host_apart=self.host_apart)
         if found is None:
-            tokens = self.recipe.train.logit_tokens
-            reason = f"out of memory with one row, recomputed, and {tokens} tokens' logits at once: {said}"
-            raise FitError(place, reason, "Lower data.max_length; `plan --vram` says which keys help.")
+            train = self.recipe.train
+            how = "offloaded" if train.activations == "offload" else "recomputed"
+            reason = f"out of memory with one row, {how}, and {train.logit_tokens} tokens' logits at once"
+            remedy = "Lower data.max_length; `plan --vram` says which keys help."
+            raise FitError(place, f"{reason}: {said}", remedy)
         self.recipe, change = found
         self.told(Adapted(place, change, said), self.recipe)
 

@@ -21,7 +21,10 @@ from .activations import (
     backward_peak,
     embedding_bytes,
     forward_peak,
+    held_bytes,
+    inputs_in_flight,
     loss_peak,
+    parked_inputs,
     row_bytes,
     saved_bytes,
     scoring_peak,
@@ -58,6 +61,12 @@ ANSWER_CACHE: Final = 3 * 1024**3 // 2
 
 ANSWER_TOKENS: Final = 16384
 """Tokens of prompts and answers generated at once, pads too, however small their cache is."""
+
+POLICIES: Final[dict[Device, tuple[str, ...]]] = {
+    "cuda": ("keep", "recompute", "offload"),
+    "cpu": ("keep", "recompute"),
+}
+"""What `train.activations: auto` can become, the fastest first; a CPU has no other memory to move to."""
 
 _COVERS: Final = (
     "Bytes of all tensors on the device at the fullest moment of each phase, with paged optimizer states. "
@@ -177,7 +186,7 @@ class Way:
 
     def of(self, usable: int) -> str:
         """The choice in words."""
-        verb = "keeping" if self.activations == "keep" else "recomputing"
+        verb = {"keep": "keeping", "recompute": "recomputing", "offload": "offloading"}[self.activations]
         sizes = f"{format_bytes(self.peak_bytes)} of {format_bytes(usable)}"
         return f"{verb} activations, micro batch {self.micro_batch}: {sizes}"
 
@@ -200,11 +209,11 @@ def ways(
 ) -> Iterator[Way]:
     """What `auto` can become, the fastest first; explicit settings as they are.
 
-    Kept activations before recomputed ones, which take a third more time; then by the micro batch, a divisor
-    of `effective_batch`.
+    Kept activations before recomputed ones, which take a third more time, and these before offloaded ones,
+    which take copies besides; then by the micro batch, a divisor of `effective_batch`.
     """
     train, longest = recipe.train, row_tokens or recipe.data.max_length
-    policies = ("keep", "recompute") if train.activations == "auto" else (train.activations,)
+    policies = POLICIES[device] if train.activations == "auto" else (train.activations,)
     whole = train.effective_batch
     sizes = [n for n in range(whole, 0, -1) if whole % n == 0]
     if isinstance(train.micro_batch, int):
@@ -254,8 +263,8 @@ def _elements(case: Case, *parts: str) -> int:
     return case.geometry.lora_parameters(parts, case.rank)
 
 
-def _gradient_part(case: Case, replaced: int) -> Part:
-    """Gradients; with a step in one pass what those of all layers but one weigh more than the replaced.
+def _gradient_part(case: Case) -> Part:
+    """Gradients; with a step in one pass what they weigh more, where most, than what of the layers is gone.
 
     The head's are then in the moments from the loss on; the embedding's come when all else is gone.
     """
@@ -263,9 +272,14 @@ def _gradient_part(case: Case, replaced: int) -> Part:
     if not case.one_pass:
         return whole
     layers = whole.num_bytes - ADAPTER_BYTES * _elements(case, *case.recipe.adapter.embeddings)
-    others = layers * (case.geometry.num_layers - 1) // case.geometry.num_layers
+    last, all_held = case.geometry.num_layers - 1, held_bytes(case, case.geometry.num_layers - 1)
+    # what is held falls evenly from the last layer on, offloaded to the third
+    turns = [layer for layer in (0, 1, 2) if layer < last]
+    beyond = [
+        layers * (last - at) // case.geometry.num_layers - (all_held - held_bytes(case, at)) for at in turns
+    ]
     words = f"{whole.formula}, as activations go"
-    return replace(whole, num_bytes=max(0, others - replaced), formula=words, kind="replayed")
+    return replace(whole, num_bytes=max(0, *beyond) if beyond else 0, formula=words, kind="replayed")
 
 
 def _optimizer_part(case: Case) -> Part:
@@ -304,14 +318,11 @@ def pass_phase(case: Case, *beside: Part) -> Phase:
     With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
     are all there from the second on.
     """
-    keep, layers = case.recipe.train.activations == "keep", case.geometry.num_layers
-    held = saved_bytes(case) if keep else case.state
-    words, name = f"{layers} layers x {format_bytes(held)}", "kept activations" if keep else "layer inputs"
-    gradients = _gradient_part(case, (layers - 1) * held)
-    fullest = max(_moments(case, keep, held), key=lambda peak: peak.num_bytes)
+    keep = case.recipe.train.activations == "keep"
+    fullest = max(_moments(case, keep), key=lambda peak: peak.num_bytes)
     activations = (
         Part("rows", row_bytes(case), f"{case.tokens} tokens: ids, labels, positions, RoPE", "replayed"),
-        Part(name, all_saved_bytes(case) if keep else layers * held, words, "replayed"),
+        *_held_parts(case, keep),
         Part(
             "working set",
             fullest.num_bytes + embedding_bytes(case),
@@ -319,18 +330,43 @@ def pass_phase(case: Case, *beside: Part) -> Phase:
             "replayed",
         ),
     )
-    states = (_adapter_part(case, "adapters"), gradients, *beside)
+    states = (_adapter_part(case, "adapters"), _gradient_part(case), *beside)
     return Phase("train", (*_weight_parts(case), *states, *activations))
 
 
-def _moments(case: Case, keep: bool, held: int) -> Iterable[Peak]:
-    """What is there beside `held` of every layer, where it can be most."""
+def _held_parts(case: Case, keep: bool) -> Iterator[Part]:
+    """What the layers hold for their backward when that of the last one begins."""
+    layers = case.geometry.num_layers
+    if keep:
+        words = f"{layers} layers x {format_bytes(saved_bytes(case))}"
+        yield Part("kept activations", all_saved_bytes(case), words, "replayed")
+        return
+    there = inputs_in_flight(case, layers - 1) if case.offloads else layers
+    words = f"{there} of {layers} layers" if case.offloads else f"{layers} layers"
+    words = f"{words} x {format_bytes(case.state)}"
+    yield Part("layer inputs", there * case.state, words, "replayed")
+    if case.offloads and case.device == "cpu":
+        yield _parked_part(case, case.state, "replayed")
+
+
+def _parked_part(case: Case, each: int, kind: Kind) -> Part:
+    """Layer inputs in host memory, of so many bytes each."""
+    parked = parked_inputs(case, case.geometry.num_layers - 1)
+    return Part("offloaded inputs", parked * each, f"{parked} layers x {format_bytes(each)}", kind)
+
+
+def _moments(case: Case, keep: bool) -> Iterable[Peak]:
+    """What is there beside what the layers hold, where it can be most."""
     cached = 0 if keep else autocast_bytes(case)
     forward = forward_peak(case, saving=keep and case.through_layers)
     # the last layer has not saved yet what it will; its input is there, and the embedding's output
-    own = 2 * case.state - held if keep else 0
-    yield Peak(forward.num_bytes + own + cached, forward.stage)
-    yield loss_peak(case, cached)
+    own = 2 * case.state - saved_bytes(case) if keep else 0
+    # offloaded, no input is on its way back yet; the embedding's output is there until all layers are through
+    coming = case.state if case.offloads and parked_inputs(case, case.geometry.num_layers - 1) > 1 else 0
+    own += case.state if case.offloads and case.trains_inputs else 0
+    yield Peak(forward.num_bytes + own + cached - coming, forward.stage)
+    loss = loss_peak(case, cached)
+    yield Peak(loss.num_bytes - coming, loss.stage)
     if case.through_layers:
         backward = backward_peak(case, recomputes=not keep)
         head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and case.one_pass else 0
@@ -393,4 +429,8 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
         return (imports, share), ()
     context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
     rows = Part("written", _adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
-    return (context, share), (imports, rows)
+    if not case.offloads:
+        return (context, share), (imports, rows)
+    # torch's pinned memory comes in powers of two. Source: ATen/core/CachingHostAllocator.h
+    pinned = _parked_part(case, 1 << (case.state - 1).bit_length(), "estimate")
+    return (context, share), (imports, pinned, rows)

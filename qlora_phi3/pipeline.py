@@ -328,6 +328,8 @@ def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[st
     notes = []
     if device.type == "cpu" and recipe.train.optimizer.startswith("paged"):
         notes.append("optimizer states stay where they are on a CPU; paging needs CUDA")
+    if device.type == "cpu" and recipe.train.activations == "offload":
+        notes.append("layer inputs are copied and gain nothing by it on a CPU; offloading them needs CUDA")
     rows, batch = len(splits.train.rows), recipe.train.effective_batch
     notes += _overlong_notes(splits.train, "training", recipe)
     if splits.eval is not None:

@@ -290,11 +290,10 @@ class Train(_Part):
     engine: Annotated[Literal["auto", "native", "reference"], Today(("auto", "reference"))] = Field(
         default="auto", description="reference: transformers + PEFT layers; auto: the fastest that is proven"
     )
-    activations: Annotated[
-        Literal["auto", "keep", "recompute", "offload"], Today(("auto", "recompute", "keep"))
-    ] = Field(
+    activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         default="auto",
-        description="keep: faster, more memory; recompute: gradient checkpointing; auto: keep where it fits",
+        description="keep: faster, more memory; recompute: gradient checkpointing; offload: recompute, the "
+        "layers' inputs in host memory meanwhile (CUDA); auto: the first of these that fits",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")
@@ -350,7 +349,8 @@ class Memory(_Part):
     on_oom: Literal["adapt", "fail"] = Field(
         default="adapt",
         description="out of memory: adapt takes the same rows again with a smaller micro_batch, then with "
-        "activations recomputed, then with fewer logit_tokens; fail stops with exit code 4",
+        "activations recomputed, on CUDA then offloaded, then with fewer logit_tokens; fail stops with exit "
+        "code 4",
     )
 
 

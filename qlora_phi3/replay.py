@@ -186,6 +186,8 @@ class Backward(Layer):
         if self.case.adapted("down_proj"):
             self.linear("down_proj", stops=True)
         self.tape.now = before + saved_beside_input(self.case)
+        if self.case.offloads and self.case.compute != 4:  # else autograd holds the copy for the norm
+            self.tape.free(self.case.state)
 
     def _swiglu(self) -> None:
         wide, tape = self.case.wide, self.tape

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from .calibration import Calibration, compare
 from .data import Split, TokenRow
 from .data.store import Rows as RowArrays
+from .engine import offload
 from .engine.documents import Documents, Layout, hidden_states
 from .engine.loss import IGNORE, HeadLora, supervised_nll
 from .errors import FitError, RunError
@@ -161,7 +162,8 @@ def build(
     trainer.remove_callback(PrinterCallback)
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     trainer.rows, trainer.geometry = split.rows, base.checkpoint.geometry
-    trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower), adapted
+    on_card = base.model.device.type == "cuda"
+    trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower, host_apart=on_card), adapted
     trainer.settle(recipe)
     for name, parameter in model.named_parameters():
         if name in kept:
@@ -219,15 +221,23 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     def go_lower(self, event: Adapted, recipe: Recipe) -> None:
         """Go on as a recipe says that has less in memory at once."""
         self.settle(recipe)
-        if recipe.train.activations == "recompute" and not self.model.is_activation_checkpointing:
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=RECOMPUTING)
+        self.recompute(recipe)
         self.adapted(event, recipe)
+
+    def recompute(self, recipe: Recipe) -> None:
+        """Have layers recomputed as the recipe says, from when transformers has set its own way on."""
+        policy = recipe.train.activations
+        if policy != "keep" and not self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=RECOMPUTING)
+        if policy == "offload":
+            offload.enable(self.model)
 
     def calibrate(self) -> None:
         """One pass as full as this data makes it, before the first step, of which nothing stays.
 
         What the data's longest rows need is known then, not in the middle of a run.
         """
+        self.recompute(self.ladder.recipe)
         before = RandomState.now()
         self.model.train()
         self.calibration = self.ladder.take("before step 1", self._full_pass, self.model.zero_grad)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_phi3 import adapters, memory, phi3
 from qlora_phi3.data import TokenRow
-from qlora_phi3.engine import attention
+from qlora_phi3.engine import attention, offload
 from qlora_phi3.engine.documents import Documents
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
@@ -84,7 +87,27 @@ def build(settings: Recipe, num_layers: int, **sizes: Any) -> tuple[Any, Geometr
     if settings.model.quantization == "nf4":
         quantize(base, settings.model.double_quant)
     model = adapt(base, settings).train()
-    return (model if settings.train.activations == "keep" else recomputing(model)), geometry
+    if settings.train.activations != "keep":
+        recomputing(model)
+    if settings.train.activations == "offload":
+        offload.enable(model)
+    return model, geometry
+
+
+def host_is_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have TrackedBytes count none of what offload.py moves to the host, as on a card."""
+    on_host: dict[int, weakref.ref[torch.Tensor]] = {}
+    copied = offload.copied
+
+    def apart(tensor: torch.Tensor, device: torch.device) -> Any:
+        if (known := on_host.get(id(tensor))) is not None and known() is tensor:
+            return copied(tensor, device)
+        with _disable_current_modes():
+            copy, wait = copied(tensor, device)
+        on_host[id(copy)] = weakref.ref(copy)
+        return copy, wait
+
+    monkeypatch.setattr(offload, "copied", apart)
 
 
 def trained(model: Any) -> list[torch.Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from memory_lab import build, compare, documents, loss_of, recipe, rows, trained
+from memory_lab import build, compare, documents, host_is_apart, loss_of, recipe, rows, trained
 
 from qlora_phi3 import activations, memory, phi3
 from qlora_phi3.case import Case
@@ -56,12 +57,15 @@ LENGTHS = [[256], [64] * 6, [700], [550, 550], [1300]]
 OPTIMIZERS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
 
 
-def grid(seed: int, adapters: list[tuple[Any, bool]], method: str = "lora") -> list[Any]:
+def grid(
+    seed: int,
+    adapters: list[tuple[Any, bool]],
+    method: str = "lora",
+    policies: Sequence[str] = ("recompute", "keep"),
+) -> list[Any]:
     """Every activation policy, base, dropout and adapter; the other settings drawn once and for all."""
     draw, found = random.Random(seed), []
-    for policy, base, (targets, split), dropout in product(
-        ["recompute", "keep"], BASES, adapters, [0.0, 0.1]
-    ):
+    for policy, base, (targets, split), dropout in product(policies, BASES, adapters, [0.0, 0.1]):
         lengths, shape = draw.choice(LENGTHS), draw.choice(sorted(SHAPES))
         packing, passes = draw.random() < 0.3, draw.choice([1, 2])
         keys = {
@@ -90,9 +94,16 @@ ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targe
 LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])
 LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")  # its steps take long
 BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])
+OFFLOADED = [
+    *grid(9, [("all-linear", True)], policies=["offload"]),
+    *grid(2, [(["q", "v", "embed_tokens", "lm_head"], True)], policies=["offload"])[::2],
+    *grid(4, [("all-linear", False)], "dora", ["offload"])[:1],
+]
 
 
-@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS])
+@pytest.mark.parametrize(
+    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED]
+)
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
     assert found.ratio == pytest.approx(1, rel=0.02)
@@ -145,11 +156,12 @@ class OnCuda(Case):
 
 @pytest.mark.parametrize("lengths", [[256], [600]])
 @pytest.mark.parametrize("base", [("nf4", "bfloat16"), ("none", "bfloat16")])
-@pytest.mark.parametrize("policy", ["recompute", "keep"])
+@pytest.mark.parametrize("policy", ["recompute", "keep", "offload"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_peak_as_on_cuda(
     lengths: list[int], base: tuple[str, str], policy: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    host_is_apart(monkeypatch)
     # PEFT's Linear4bit asks for CUDA's autocast only; answer as it would be there
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*kind) if kind else True)

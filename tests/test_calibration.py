@@ -54,7 +54,7 @@ def test_fewer_rows_than_a_pass_takes_and_rows_all_alike() -> None:
     assert Layout(1, 10, None).fullest(np.array([10, 10]), 8) == [0]
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
 @pytest.mark.parametrize("lengths", [[301], [97, 97, 97], [63] * 5])
 @pytest.mark.parametrize("keys", [{}, {"model__quantization": "none"}, {"adapter__split_fused": True}])
 def test_the_prediction_of_a_pass_holds(activations: str, lengths: list[int], keys: dict[str, Any]) -> None:

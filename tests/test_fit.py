@@ -24,7 +24,12 @@ def shipped(name: str, overrides: Sequence[str] = ()) -> Recipe:
     [
         ({}, "builtin:smollm2-135m", 4),
         ({"data__max_length": 1024}, "microsoft/Phi-3-mini-4k-instruct", 4),
-        ({"train__micro_batch": 16}, "microsoft/Phi-3-mini-4k-instruct", 16),
+        ({"train__micro_batch": 16}, "microsoft/Phi-3-mini-4k-instruct", 10),
+        (
+            {"train__micro_batch": 16, "train__activations": "recompute"},
+            "microsoft/Phi-3-mini-4k-instruct",
+            16,
+        ),
         ({"model__quantization": "none"}, "microsoft/Phi-3-mini-4k-instruct", 10),
         ({}, "microsoft/phi-4", 12),
         ({"model__quantization": "none"}, "microsoft/phi-4", 32),
@@ -38,7 +43,7 @@ def test_smallest_card(keys: dict[str, Any], variant: str, card: int | None) -> 
 
 def test_a_card_says_what_predict_says() -> None:
     settings = recipe()
-    plan = memory.predict(settings, MINI, micro_batch=1)
+    plan = memory.predict(settings.settled(activations="offload"), MINI, micro_batch=1)
     for gib in fit.SHOWN_GIB:
         found = fit.card(settings, MINI, gib)
         assert found.headroom_bytes == gib * GIB - plan.needed_bytes
@@ -52,7 +57,8 @@ def test_the_largest_fits_and_the_next_does_not(gib: int) -> None:
     micro_batch = fit.largest_micro_batch(settings, MINI, gib * GIB)
 
     def needs(max_length: int, size: int) -> int:
-        changed = recipe(data__max_length=max_length, train__micro_batch=size)
+        least = {"train__micro_batch": size, "train__activations": "offload"}
+        changed = recipe(data__max_length=max_length, **least)
         return memory.predict(changed, MINI, micro_batch=size).needed_bytes
 
     if length is not None:
@@ -80,11 +86,13 @@ def test_no_change_where_it_fits() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gib", "first"),
     [
-        ([], 3.7, "data.max_length=1024"),
-        (["train.micro_batch=4"], 5, "train.micro_batch=1"),
+        ([], 3.5, "data.max_length=1024"),
+        (["train.micro_batch=4"], 4.5, "train.micro_batch=1"),
         (["train.activations=keep"], 5, "train.activations=recompute"),
+        (["train.activations=keep"], 3.7, "train.activations=offload"),
+        (["train.activations=recompute"], 3.7, "train.activations=offload"),
         (["model.quantization=none"], 6, "model.quantization=nf4"),
-        (["train.optimizer=adamw_torch"], 3.9, "train.optimizer=paged_adamw_8bit"),
+        (["train.optimizer=adamw_torch"], 3.6, "train.optimizer=paged_adamw_8bit"),
     ],
 )
 def test_the_smallest_change_comes_first(overrides: list[str], gib: float, first: str) -> None:

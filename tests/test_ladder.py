@@ -22,6 +22,7 @@ from test_trainer import quiet, ready
 
 from qlora_phi3 import cli, evaluate, generate, pipeline, trainer
 from qlora_phi3.engine.documents import Documents, hidden_states
+from qlora_phi3.engine.offload import Parking
 from qlora_phi3.errors import FitError
 from qlora_phi3.ladder import Adapted, Halving, Ladder, RandomState, RanOut, lower, ran_out, tried
 from qlora_phi3.meter import Meter
@@ -76,12 +77,38 @@ def test_a_failed_try_holds_no_tensor() -> None:
     assert alive[0]() is None
 
 
+def test_a_failed_backward_holds_no_tensor() -> None:
+    """Tasks that torch had queued when it failed would hold the branches that were not gone through."""
+    alive: list[Any] = []
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            always()
+
+    def work() -> None:
+        start = torch.ones(100, requires_grad=True)
+        saved = start.exp()
+        alive.append(weakref.ref(saved))
+        branch = saved.sin()
+        (branch + Fails.apply(start)).sum().backward()
+
+    with torch.inference_mode():  # as where an evaluation fails
+        assert isinstance(tried(lambda: always()), RanOut)
+    assert isinstance(tried(work), RanOut)
+    assert alive[0]() is None
+
+
 # The order
 
 
-def rungs(settings: Recipe) -> list[str]:
+def rungs(settings: Recipe, *, host_apart: bool = True) -> list[str]:
     found = []
-    while (lowered := lower(settings)) is not None:
+    while (lowered := lower(settings, host_apart=host_apart)) is not None:
         settings, change = lowered
         found.append(change)
         assert settings.train.effective_batch % int(settings.train.micro_batch) == 0
@@ -102,12 +129,14 @@ def test_the_micro_batch_goes_down_to_divisors_then_the_rest(
     assert rungs(settings) == [
         *(f"train.micro_batch={new} instead of {old}" for old, new in zip(before, sizes, strict=False)),
         "train.activations=recompute instead of keep",
+        "train.activations=offload instead of recompute",
         "train.logit_tokens=256 instead of 1024",
     ]
+    assert rungs(settings, host_apart=False) == [rung for rung in rungs(settings) if "offload" not in rung]
 
 
 def test_what_is_low_already_stays() -> None:
-    low = {"train__micro_batch": 1, "train__activations": "recompute"}
+    low = {"train__micro_batch": 1, "train__activations": "offload"}
     assert rungs(in_memory(**low, train__logit_tokens=256)) == []
     assert rungs(in_memory(**low, train__logit_tokens=100)) == []
     assert rungs(in_memory(**low)) == ["train.logit_tokens=256 instead of 1024"]
@@ -156,11 +185,12 @@ def always(*_: Any) -> Any:
     ("keys", "said"),
     [
         ({"memory__on_oom": "fail"}, "step 3: out of memory: full Lower train.micro_batch"),
-        ({}, "step 3: out of memory with one row, recomputed, and 256 tokens' logits at once: full"),
+        ({}, "step 3: out of memory with one row, offloaded, and 256 tokens' logits at once: full"),
     ],
 )
 def test_where_nothing_smaller_is_left_or_wanted_it_ends(keys: dict[str, Any], said: str) -> None:
-    ladder = Ladder(in_memory(train__micro_batch=4, train__effective_batch=4, **keys), lambda *_: None)
+    whole = {"train__micro_batch": 4, "train__effective_batch": 4, "train__activations": "keep"}
+    ladder = Ladder(in_memory(**whole, **keys), lambda *_: None)
     with pytest.raises(FitError) as caught:
         ladder.take("step 3", always, lambda: None)
     assert str(caught.value).startswith(said)
@@ -356,6 +386,23 @@ def test_the_last_rungs_change_no_loss(
     assert [event.change.split("=")[0] for event in events] == ["train.activations", "train.logit_tokens"]
     assert settled == settings.settled(activations="recompute", logit_tokens=256)
     assert limit.trainer.model.is_activation_checkpointing
+    assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0])
+
+
+@pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_offloading_changes_no_loss(
+    recipe: Callable[..., Recipe], train: Any, base: list[str], step: int
+) -> None:
+    """As a rung from the full pass or a later step on, and from the beginning; as on a card."""
+    keys = ["train.micro_batch=1", "train.activations=recompute", "adapter.dropout=0.3"]
+    settings = recipe(*base, *keys)
+    limit = Limit(lambda _, made: made.state.global_step == step and limit.failed < 1)
+    lines, events, settled = train(settings, limit, lambda made: setattr(made.ladder, "host_apart", True))
+    assert [event.change for event in events] == ["train.activations=offload instead of recompute"]
+    assert settled == settings.settled(activations="offload")
+    layers = limit.trainer.model.get_base_model().model.layers
+    assert all(isinstance(layer._gradient_checkpointing_func, Parking) for layer in layers)
     assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0])
 
 

@@ -56,7 +56,7 @@ def test_a_nf4_run_takes_less_than_half_of_a_bf16_one() -> None:
     assert 2 * nf4.peak_bytes < bf16.peak_bytes
 
 
-@pytest.mark.parametrize("activations", ["recompute", "keep"])
+@pytest.mark.parametrize("activations", ["recompute", "keep", "offload"])
 def test_activations_grow_with_tokens_and_never_shrink(activations: str) -> None:
     settings = recipe(train__activations=activations)
     peaks = [training(settings, row_tokens=n).peak_bytes for n in (128, 512, 1024, 2048, 4096)]
@@ -72,6 +72,25 @@ def test_activations_are_linear_in_long_rows_without_a_mask(name: str) -> None:
 
 def test_keeping_activations_costs_more_than_recomputing() -> None:
     assert training(recipe(train__activations="keep")).peak_bytes > 2 * training(recipe()).peak_bytes
+
+
+def offloaded(**keys: Any) -> memory.Plan:
+    return memory.predict(recipe(train__activations="offload"), MINI, micro_batch=1, **keys)
+
+
+def test_offloading_takes_layer_inputs_off_the_card() -> None:
+    """Of 32 inputs of 12 MiB three stay; the host has the others, each in 16 MiB, pinned."""
+    plan, recomputed = offloaded(), training(recipe(train__activations="recompute"))
+    assert part(phase(plan, "train"), "layer inputs") == 3 * 12 * MIB
+    assert recomputed.peak_bytes - phase(plan, "train").peak_bytes >= 29 * 12 * MIB
+    assert {found.name: found.num_bytes for found in plan.host}["offloaded inputs"] == 31 * 16 * MIB
+
+
+def test_offloading_on_a_cpu_gains_nothing() -> None:
+    there = phase(offloaded(device="cpu"), "train")
+    assert part(there, "offloaded inputs") == 31 * 12 * MIB
+    assert there.peak_bytes >= training(recipe(train__activations="recompute"), device="cpu").peak_bytes
+    assert all(way.activations != "offload" for way in memory.ways(recipe(), MINI, device="cpu"))
 
 
 def test_auto_activations_are_recomputed() -> None:
@@ -204,7 +223,8 @@ def test_the_choice_is_the_fastest_way_that_fits(device: memory.Device, effectiv
     """Against every way there is, at budgets around each of their peaks."""
     asked = recipe(train__effective_batch=effective_batch)
     sizes = [n for n in range(effective_batch, 0, -1) if effective_batch % n == 0]
-    fastest_first = [(policy, size) for policy in ("keep", "recompute") for size in sizes]
+    policies = ("keep", "recompute", "offload") if device == "cuda" else ("keep", "recompute")
+    fastest_first = [(policy, size) for policy in policies for size in sizes]
     peaks = [
         training(
             recipe(train__effective_batch=effective_batch, train__activations=policy),
@@ -217,7 +237,7 @@ def test_the_choice_is_the_fastest_way_that_fits(device: memory.Device, effectiv
     for usable in (n for peak in peaks for n in (peak - 1, peak)):
         fitting = [way for way, peak in zip(fastest_first, peaks, strict=True) if peak <= usable]
         found = way(asked, MINI, usable, row_tokens=300, device=device)
-        assert (found.activations, found.micro_batch) == (fitting or [("recompute", 1)])[0]
+        assert (found.activations, found.micro_batch) == (fitting or [(policies[-1], 1)])[0]
         assert found.peak_bytes == peaks[fastest_first.index((found.activations, found.micro_batch))]
 
 
@@ -232,6 +252,7 @@ def test_an_explicit_micro_batch_is_kept_where_it_fits_so() -> None:
 def test_the_choice_in_words() -> None:
     said = memory.Way("keep", 4, 3 * GIB).of(11 * GIB)
     assert said == "keeping activations, micro batch 4: 3.00 GiB of 11.00 GiB"
+    assert memory.Way("offload", 1, GIB).of(GIB).startswith("offloading activations, micro batch 1:")
     assert memory.Way("recompute", 1, GIB).of(2 * GIB).startswith("recomputing activations, micro batch 1:")
 
 

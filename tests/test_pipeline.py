@@ -172,6 +172,27 @@ def test_other_geometries_run(
     assert (report["parameters"]["quantized"] > 0) == (quantization == "nf4")
 
 
+def test_offloading_is_recomputing_and_says_that_a_cpu_gains_nothing(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = ["train.micro_batch=1", "adapter.dropout=0.2", "data.eval=", "evaluate.metrics=[loss]"]
+    for policy in ("offload", "recompute"):
+        out = tmp_path / policy
+        done = command("recipe", write_recipe(), *keys, f"train.activations={policy}", "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert ("offloading them needs CUDA" in done.stdout) == (policy == "offload")
+    assert step_losses(tmp_path / "offload") == step_losses(tmp_path / "recompute")
+    offloaded, recomputed = (
+        (tmp_path / policy / "adapter" / "adapter_model.safetensors").read_bytes()
+        for policy in ("offload", "recompute")
+    )
+    assert offloaded == recomputed
+    report = json.loads((tmp_path / "offload" / "report.json").read_text())
+    assert report["recipe"]["train"]["activations"] == "offload"
+    assert "offloaded inputs" in json.dumps(report["memory"]["predicted"])
+    assert abs(report["memory"]["calibration"]["drift"]) < 0.05
+
+
 def test_without_held_out_rows_nothing_is_evaluated_and_said_so(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
