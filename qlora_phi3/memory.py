@@ -8,7 +8,7 @@ an estimate. Each part says which. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final, Literal
@@ -153,27 +153,38 @@ def predict(
     *,
     micro_batch: int,
     row_tokens: int | None = None,
+    longest: Sequence[int] = (),
     device: Device = "cuda",
 ) -> Plan:
-    """Predict a run's memory; `row_tokens` is the longest row, `data.max_length` while it is not known."""
-    longest = row_tokens or recipe.data.max_length
-    case = training_case(recipe, geometry, micro_batch, longest, device)
+    """Predict a run's memory.
+
+    Units: tokens. `row_tokens` is the longest row of all, `data.max_length` while it is not known; `longest`
+    the rows that are trained on, the longest first, as many as a step has; empty while they are not known.
+    """
+    row_tokens = row_tokens or recipe.data.max_length
+    case = training_case(recipe, geometry, micro_batch, longest or [row_tokens], device)
     phases = [_load_phase(case), _train_phase(case)]
     if recipe.data.eval is not None:
-        phases.append(_evaluate_phase(case, micro_batch))
+        phases.append(_evaluate_phase(replace(case, length=row_tokens), micro_batch))
     phases.append(_save_phase(case))
     peak = max(phase.peak_bytes for phase in phases)
     outside, host = _outside(case, peak)
-    return Plan(tuple(phases), micro_batch, longest, case.tokens, outside, host)
+    return Plan(tuple(phases), micro_batch, row_tokens, case.tokens, outside, host)
 
 
-def training_case(recipe: Recipe, geometry: Geometry, micro_batch: int, longest: int, device: Device) -> Case:
-    """The largest pass that `engine.documents.passes` can make of rows no longer than `longest`."""
-    tokens = micro_batch * longest
+def training_case(
+    recipe: Recipe, geometry: Geometry, micro_batch: int, longest: Sequence[int], device: Device
+) -> Case:
+    """The largest pass that `engine.documents.passes` can make of a step with these longest rows.
+
+    Units: tokens, the longest first. Where a step has more rows, they are as long as the last of these.
+    """
+    batch = recipe.train.effective_batch
+    rows = [*longest, *[longest[-1]] * (batch - len(longest))][:batch]
+    tokens = sum(rows[:micro_batch])
     if recipe.data.packing:
-        room, step = micro_batch * recipe.data.max_length, recipe.train.effective_batch * longest
-        tokens = max(longest, min(room, step))
-    return Case(recipe, geometry, tokens, longest, device)
+        tokens = max(rows[0], min(micro_batch * recipe.data.max_length, sum(rows)))
+    return Case(recipe, geometry, tokens, rows[0], device)
 
 
 @dataclass(frozen=True)
@@ -205,14 +216,14 @@ def choose(ways: Iterable[Way], usable: int) -> Way:
 
 
 def ways(
-    recipe: Recipe, geometry: Geometry, *, row_tokens: int | None = None, device: Device = "cuda"
+    recipe: Recipe, geometry: Geometry, *, longest: Sequence[int] = (), device: Device = "cuda"
 ) -> Iterator[Way]:
-    """What `auto` can become, the fastest first; explicit settings as they are.
+    """What `auto` can become, the fastest first; explicit settings as they are. `longest` as in predict.
 
     Kept activations before recomputed ones, which take a third more time, and these before offloaded ones,
     which take copies besides; then by the micro batch, a divisor of `effective_batch`.
     """
-    train, longest = recipe.train, row_tokens or recipe.data.max_length
+    train, longest = recipe.train, longest or [recipe.data.max_length]
     policies = POLICIES[device] if train.activations == "auto" else (train.activations,)
     whole = train.effective_batch
     sizes = [n for n in range(whole, 0, -1) if whole % n == 0]

@@ -143,16 +143,22 @@ def settle(
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Recipe, memory.Plan, list[str]]:
     """Replace `auto` by what fits and say so, predict its memory, and note what a user should know."""
-    longest = max(split.longest for split in (splits.train, splits.eval) if split is not None)
+    row_tokens = max(split.longest for split in (splits.train, splits.eval) if split is not None)
+    longest = splits.train.rows.longest(recipe.train.effective_batch)
     usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
-    ways = memory.ways(recipe, checkpoint.geometry, row_tokens=longest, device=kind)
+    ways = memory.ways(recipe, checkpoint.geometry, longest=longest, device=kind)
     way, notes = memory.choose(ways, usable), []
     if "auto" in (recipe.train.activations, recipe.train.micro_batch):
         notes.append(way.of(usable))
         say(notes[0])
     recipe = recipe.settled(micro_batch=way.micro_batch, activations=way.activations)
     plan = memory.predict(
-        recipe, checkpoint.geometry, micro_batch=way.micro_batch, row_tokens=longest, device=kind
+        recipe,
+        checkpoint.geometry,
+        micro_batch=way.micro_batch,
+        row_tokens=row_tokens,
+        longest=longest,
+        device=kind,
     )
     _hold_to_budget(recipe, plan, device)
     return recipe, plan, notes + _notes(recipe, splits, device)

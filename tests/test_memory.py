@@ -181,6 +181,25 @@ def test_rows_are_max_length_until_measured() -> None:
     assert memory.predict(recipe(data__max_length=512), MINI, micro_batch=1).row_tokens == 512
 
 
+@pytest.mark.parametrize(
+    ("packing", "micro", "longest", "expected"),
+    [
+        (False, 2, [900, 500, 100], 1400),  # the two longest
+        (False, 4, [900, 500, 100], 1600),  # and one more of 100
+        (False, 1, [900, 500], 900),
+        (True, 1, [900, 500, 100], 1024),  # as full as max_length allows
+        (True, 2, [300, 200, 100], 700),  # the whole step: 300, 200, 100, 100
+        (True, 1, [1500], 1500),
+    ],
+)
+def test_rows_that_are_known_make_the_pass(
+    packing: bool, micro: int, longest: list[int], expected: int
+) -> None:
+    settings = recipe(train__effective_batch=4, data__packing=packing, data__max_length=1024)
+    plan = memory.predict(settings, MINI, micro_batch=micro, row_tokens=2000, longest=longest)
+    assert (plan.pass_tokens, plan.row_tokens) == (expected, 2000)
+
+
 # Choosing
 
 
@@ -196,9 +215,9 @@ def test_micro_batch_is_the_largest_divisor_that_fits() -> None:
     settings = recipe(train__effective_batch=12, train__activations="recompute")
     peaks = {n: training(settings, micro_batch=n, row_tokens=512).peak_bytes for n in (1, 2, 3, 4, 6, 12)}
     for size, free in peaks.items():
-        assert chosen(settings, MINI, free, row_tokens=512) == size
-    assert chosen(settings, MINI, peaks[6] - 1, row_tokens=512) == 4
-    assert chosen(settings, MINI, 10**15, row_tokens=512) == 12
+        assert chosen(settings, MINI, free, longest=[512]) == size
+    assert chosen(settings, MINI, peaks[6] - 1, longest=[512]) == 4
+    assert chosen(settings, MINI, 10**15, longest=[512]) == 12
 
 
 def test_micro_batch_is_never_below_one() -> None:
@@ -236,7 +255,7 @@ def test_the_choice_is_the_fastest_way_that_fits(device: memory.Device, effectiv
     ]
     for usable in (n for peak in peaks for n in (peak - 1, peak)):
         fitting = [way for way, peak in zip(fastest_first, peaks, strict=True) if peak <= usable]
-        found = way(asked, MINI, usable, row_tokens=300, device=device)
+        found = way(asked, MINI, usable, longest=[300], device=device)
         assert (found.activations, found.micro_batch) == (fitting or [(policies[-1], 1)])[0]
         assert found.peak_bytes == peaks[fastest_first.index((found.activations, found.micro_batch))]
 
@@ -266,7 +285,7 @@ def test_fewer_logit_tokens_take_less() -> None:
 
 def test_a_first_pass_has_no_optimizer_states() -> None:
     settings = recipe(train__effective_batch=1)
-    case = memory.training_case(settings, MINI, 1, 500, "cuda")
+    case = memory.training_case(settings, MINI, 1, [500], "cuda")
     train = training(settings, row_tokens=500)
     assert memory.pass_phase(case).peak_bytes == train.peak_bytes - part(train, "optimizer states")
 

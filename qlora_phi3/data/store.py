@@ -118,6 +118,10 @@ class Rows(Sequence[TokenRow]):
         """Shape: (rows,), tokens of each row."""
         return np.diff(self.starts)
 
+    def longest(self, num: int) -> list[int]:
+        """Tokens of the longest rows, the longest first."""
+        return [int(length) for length in np.sort(self.lengths)[::-1][:num]]
+
     @property
     def num_tokens(self) -> int:
         return int(self.starts[-1] - self.starts[0])
