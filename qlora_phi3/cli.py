@@ -291,8 +291,8 @@ def _print_plan(plan: memory.Plan, console: Console) -> None:
     """Parts down, phases across, and how each part is computed."""
     title = f"predicted memory: micro batch {plan.micro_batch}, rows of {plan.row_tokens} tokens"
     table = Table("part", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    # saving takes less than training, and a terminal is narrow
-    phases = [one for one in plan.phases if one.name != "save"]
+    # the others take less than training, and a terminal is narrow
+    phases = [one for one in plan.phases if one.name in ("load", "train", "evaluate")]
     for phase in phases:
         table.add_column(phase.name, justify="right", no_wrap=True)
     table.add_column("how")

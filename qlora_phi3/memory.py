@@ -56,6 +56,10 @@ IMPORTS_BYTES: Final = 500 * 1024**2
 With the CPU build of torch; CUDA's libraries take more, by how much is not measured.
 """
 
+HEAP_BYTES: Final = 400 * 1024**2
+"""Resident bytes of a CPU's process beside tensors and imports: oneDNN's compiled kernels, about 100 MiB, and
+gaps that freed tensors left. Measured in three runs of the quickstart."""
+
 ANSWER_CACHE: Final = 3 * 1024**3 // 2
 """Bytes of KV cache that answers generated at once may take: 4096 tokens on Phi-3-mini."""
 
@@ -92,7 +96,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is in memory together at the fullest moment of "load", "train", "evaluate" or "save"."""
+    """What is in memory together at the fullest moment of "load", "attach" (the adapters), "first step" (no
+    optimizer states yet), "train" (every later step), "evaluate" or "save"."""
 
     name: str
     parts: tuple[Part, ...]
@@ -163,7 +168,7 @@ def predict(
     """
     row_tokens = row_tokens or recipe.data.max_length
     case = training_case(recipe, geometry, micro_batch, longest or [row_tokens], device)
-    phases = [_load_phase(case), _train_phase(case)]
+    phases = [_load_phase(case), _attach_phase(case), _first_step_phase(case), _train_phase(case)]
     if recipe.data.eval is not None:
         phases.append(_evaluate_phase(replace(case, length=row_tokens), micro_batch))
     phases.append(_save_phase(case))
@@ -318,6 +323,15 @@ def _load_phase(case: Case) -> Phase:
     return Phase("load", (*_weight_parts(case), *quantizing))
 
 
+def _attach_phase(case: Case) -> Phase:
+    return Phase("attach", (*_weight_parts(case), _adapter_part(case, "adapters")))
+
+
+def _first_step_phase(case: Case) -> Phase:
+    """A step's only or last pass; optimizer states are made after it."""
+    return replace(pass_phase(case), name="first step")
+
+
 def _train_phase(case: Case) -> Phase:
     """Everything; `activations: auto` is the least that it can become, recompute."""
     return pass_phase(case, _optimizer_part(case))
@@ -437,7 +451,8 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
     share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
     imports = Part("imports", IMPORTS_BYTES, "Python and its libraries", "estimate")
     if case.device == "cpu":
-        return (imports, share), ()
+        heap = Part("heap", HEAP_BYTES, "compiled kernels, gaps between tensors", "estimate")
+        return (imports, heap, share), ()
     context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
     rows = Part("written", _adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
     if not case.offloads:

@@ -20,6 +20,7 @@ from . import (
     ladder,
     memory,
     model,
+    process,
     report,
     run_folder,
     trainer,
@@ -79,6 +80,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         base = model.load(checkpoint, recipe.model, device, attention.register(), display.say)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
+    process.give_back()
     for row in adapters.trained_table(tuned):
         display.say(f"training {row.describe()}")
 
@@ -100,6 +102,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
             adapted=adapting.settle,
         )
 
+    process.give_back()
     if splits.eval is not None:
         with meter.phase("evaluate tuned"):
             measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)

@@ -7,6 +7,7 @@ nobody. What a user has set in the environment stays. No torch before it is aske
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import warnings
@@ -51,6 +52,14 @@ def _give_back_large() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_MMAP_THRESHOLD, MMAP_BYTES)
+
+
+def give_back() -> None:
+    """Have what was freed leave the process, where glibc keeps it: after a phase that took much."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def quiet() -> None:

@@ -180,8 +180,9 @@ def _run_table(report: RunReport) -> Table:
     )
     peak = max(use["peak_bytes"] for use in measured["phases"].values())
     table.add_row(f"peak memory {MEMORY[measured['kind']]}", format_bytes(peak))
-    if measured["kind"] == "allocated":  # the process' memory holds Python and torch, which no plan counts
-        table.add_row("peak memory, predicted", format_bytes(report.memory["predicted"]["peak_bytes"]))
+    # the process' memory holds Python and its libraries, the allocator's only tensors
+    counted = "peak_bytes" if measured["kind"] == "allocated" else "needed_bytes"
+    table.add_row("peak memory, predicted", format_bytes(report.memory["predicted"][counted]))
     found = report.memory["calibration"]
     sizes = (format_bytes(found[key]) for key in ("predicted_bytes", "measured_bytes"))
     table.add_row("a full pass, predicted -> measured", " -> ".join(sizes))

@@ -138,10 +138,17 @@ def test_gradients_of_a_step_in_one_pass_replace_layer_inputs() -> None:
 
 def test_evaluation_is_planned_only_with_held_out_rows() -> None:
     names = [p.name for p in memory.predict(recipe(), MINI, micro_batch=1).phases]
-    assert names == ["load", "train", "save"]
+    assert names == ["load", "attach", "first step", "train", "save"]
     with_eval = memory.predict(recipe(data__eval={"path": "eval.jsonl"}), MINI, micro_batch=1)
-    assert [p.name for p in with_eval.phases] == ["load", "train", "evaluate", "save"]
+    assert [p.name for p in with_eval.phases] == ["load", "attach", "first step", "train", "evaluate", "save"]
     assert "KV cache" not in [p.name for p in with_eval.phases[-2].parts]
+
+
+def test_adapters_then_a_pass_then_optimizer_states() -> None:
+    plan = memory.predict(recipe(), MINI, micro_batch=1, row_tokens=256)
+    attach, first, later = (phase(plan, name) for name in ("attach", "first step", "train"))
+    assert attach.peak_bytes + part(first, "working set") < first.peak_bytes
+    assert first.peak_bytes + part(later, "optimizer states") == later.peak_bytes
 
 
 def test_answers_need_a_cache() -> None:
@@ -293,7 +300,7 @@ def test_a_first_pass_has_no_optimizer_states() -> None:
 def test_what_is_beside_the_tensors() -> None:
     cuda, cpu = (memory.predict(recipe(), MINI, micro_batch=1, device=d) for d in ("cuda", "cpu"))
     assert [p.name for p in cuda.outside] == ["CUDA context", "allocator slack"]
-    assert [p.name for p in cpu.outside] == ["imports", "allocator slack"]
+    assert [p.name for p in cpu.outside] == ["imports", "heap", "allocator slack"]
     assert (len(cuda.host), len(cpu.host)) == (2, 0)
     for plan in (cuda, cpu):
         assert plan.needed_bytes == plan.peak_bytes + sum(p.num_bytes for p in plan.outside)

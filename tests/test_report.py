@@ -23,6 +23,7 @@ from rich.console import Console
 from qlora_phi3 import pipeline, report
 from qlora_phi3.errors import InputError, OutputError
 from qlora_phi3.progress import Display
+from qlora_phi3.units import format_bytes
 from qlora_phi3.recipe import METRICS
 from qlora_phi3.recipe_file import load_recipe
 from qlora_phi3.report import RunReport, format_metric, rebuild, show, write
@@ -466,12 +467,14 @@ def test_nothing_is_cut_on_80_columns(run: tuple[RunReport, Path], name: str) ->
     assert [part for part in whole if part not in text] == []
 
 
-def test_on_a_gpu_the_prediction_stands_beside_the_measurement(run: tuple[RunReport, Path]) -> None:
-    measured = run[0].memory["measured"] | {"kind": "allocated"}
+@pytest.mark.parametrize(("kind", "counted"), [("allocated", "peak_bytes"), ("resident", "needed_bytes")])
+def test_the_prediction_stands_beside_what_it_is_of(
+    run: tuple[RunReport, Path], kind: str, counted: str
+) -> None:
+    measured = run[0].memory["measured"] | {"kind": kind}
     done = dataclasses.replace(run[0], memory=run[0].memory | {"measured": measured})
-    text = shown(done, Path("run"))
-    assert "peak memory on the GPU" in text and "peak memory, predicted" in text
-    assert "peak memory, predicted" not in shown(run[0], Path("run"))
+    line = next(line for line in shown(done, Path("run")).splitlines() if "memory, predicted" in line)
+    assert format_bytes(done.memory["predicted"][counted]) in line
 
 
 def test_the_full_pass_stands_beside_its_prediction(run: tuple[RunReport, Path]) -> None:
