@@ -23,10 +23,10 @@ from rich.console import Console
 from qlora_phi3 import pipeline, report
 from qlora_phi3.errors import InputError, OutputError
 from qlora_phi3.progress import Display
-from qlora_phi3.units import format_bytes
 from qlora_phi3.recipe import METRICS
 from qlora_phi3.recipe_file import load_recipe
 from qlora_phi3.report import RunReport, format_metric, rebuild, show, write
+from qlora_phi3.units import format_bytes
 
 LINE_KEYS = {
     "step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
