@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, fit, memory, phi3, process, weights
+from . import __version__, fit, memory, meter, phi3, process, weights
 from .errors import FitError, InputError, ModelError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
@@ -111,7 +111,9 @@ def plan(
         raise ModelError(found.model.base, reason, "Run the recipe, or name a checkpoint that is here.")
     room = _room(vram) if vram is not None else None
     changes = fit.advise(found, geometry, room) if room is not None else ()
-    cards = [fit.card(found, geometry, gib) for gib in fit.SHOWN_GIB]
+    present = meter.card_bytes()
+    sizes = [*fit.SHOWN_GIB, *([present / 1024**3] if present else [])]
+    cards = [fit.card(found, geometry, gib) for gib in sizes]
     predicted = fit.planned(found, geometry)
     if as_json:
         answer = _answer_json(predicted, room, changes) if room is not None else None
@@ -281,8 +283,12 @@ def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> 
         largest = [str(number) if number is not None else "-" for number in (one.max_length, one.micro_batch)]
         fits = "yes" if one.fits else "no"
         auto = f"{one.way.activations}, {one.way.micro_batch}" if one.fits else "-"
-        table.add_row(f"{one.gib} GB", fits, format_bytes(one.headroom_bytes), auto, *largest)
+        name = f"{one.gib} GB" if one.gib in fit.SHOWN_GIB else "here"
+        table.add_row(name, fits, format_bytes(one.headroom_bytes), auto, *largest)
     console.print(table)
+    for one in cards:
+        if one.gib not in fit.SHOWN_GIB:
+            console.print(f"here: this computer's card, {one.gib:.1f} GiB in all", highlight=False)
     console.print("auto: train.activations, train.micro_batch", highlight=False)
     console.print("* the largest, with everything else as in the recipe", highlight=False)
 

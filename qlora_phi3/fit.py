@@ -34,7 +34,7 @@ class Card:
     Units: `headroom_bytes` is below zero where it does not fit; `max_length` in tokens, None where none fits.
     """
 
-    gib: int
+    gib: float
     fits: bool
     headroom_bytes: int
     max_length: int | None
@@ -77,9 +77,9 @@ def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
     return next((card for card in CARDS_GIB if needed <= card * 1024**3), None)
 
 
-def card(recipe: Recipe, geometry: Geometry, gib: int) -> Card:
+def card(recipe: Recipe, geometry: Geometry, gib: float) -> Card:
     """How a recipe does on a card of so many GiB."""
-    room = gib * 1024**3
+    room = int(gib * 1024**3)
     headroom = room - planned(recipe, geometry).needed_bytes
     longest = largest_length(recipe, geometry, room)
     largest = largest_micro_batch(recipe, geometry, room)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -107,18 +107,35 @@ def process_bytes(uuid: str) -> int | None:
     None without nvidia-ml-py, or where the driver does not tell: on Windows, and in a container that has
     process ids of its own. Untested on hardware.
     """
+    return _ask_driver(
+        lambda nvml: {
+            one.pid: one.usedGpuMemory
+            for one in nvml.nvmlDeviceGetComputeRunningProcesses(
+                nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            )
+        }.get(os.getpid())
+    )
+
+
+def card_bytes() -> int | None:
+    """All memory of the first card, asked without torch; None without nvidia-ml-py or a card.
+
+    Untested on hardware.
+    """
+    return _ask_driver(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(0)).total)
+
+
+def _ask_driver(question: Callable[[Any], int | None]) -> int | None:
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+        found = question(pynvml)
     except pynvml.NVMLError:
         return None
-    used = {one.pid: one.usedGpuMemory for one in processes}.get(os.getpid())
-    return int(used) if used is not None else None
+    return int(found) if found is not None else None
 
 
 class _Sampler:

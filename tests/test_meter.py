@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_phi3.meter import Meter, PhaseUse, process_bytes
+from qlora_phi3.meter import Meter, PhaseUse, card_bytes, process_bytes
 
 MB = 1_000_000
 
@@ -124,6 +124,8 @@ def driver(processes: list[tuple[int, int | None]], *, fails: bool = False) -> A
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=handle,
         nvmlDeviceGetComputeRunningProcesses=lambda card: {"card": running}[card],
+        nvmlDeviceGetHandleByIndex=lambda index: handle(b"GPU-1234") if index == 0 else None,
+        nvmlDeviceGetMemoryInfo=lambda card: {"card": SimpleNamespace(total=24 * 1024**3)}[card],
     )
 
 
@@ -141,6 +143,16 @@ def driver(processes: list[tuple[int, int | None]], *, fails: bool = False) -> A
 def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, module: Any, expected: int | None) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert process_bytes("1234") == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [(driver([]), 24 * 1024**3), (driver([], fails=True), None), (None, None)],
+    ids=["a card", "none", "not installed"],
+)
+def test_how_large_the_card_is(monkeypatch: pytest.MonkeyPatch, module: Any, expected: int | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert card_bytes() == expected
 
 
 def test_no_thread_stays() -> None:

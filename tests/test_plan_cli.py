@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli_surface import check_refused, command, output
+from test_cli_surface import ENVIRONMENT, check_refused, command, output
 
 RECIPE = "phi3-mini-chat-8gb"
 
@@ -17,6 +17,19 @@ def test_every_card_has_a_row() -> None:
     assert [(row[0], row[2]) for row in rows][-1] == ("24", "yes")
     assert [row[0] for row in rows] == ["4", "6", "8", "10", "12", "16", "24"]
     assert "CUDA" in text and "the device needs" in text
+
+
+def test_the_card_that_is_here_has_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as nvidia-ml-py would tell of one
+    (tmp_path / "pynvml.py").write_text(
+        "from types import SimpleNamespace\nNVMLError = OSError\nnvmlInit = lambda: None\n"
+        "nvmlDeviceGetHandleByIndex = int\n"
+        "nvmlDeviceGetMemoryInfo = lambda card: SimpleNamespace(total=23 * 2**29)\n"
+    )
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    text = output("plan", RECIPE)
+    assert "here: this computer's card, 11.5 GiB in all" in text
+    assert next(line.split() for line in text.splitlines() if line.split()[:1] == ["here"])[1] == "yes"
 
 
 def test_it_fits() -> None:
