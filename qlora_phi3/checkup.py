@@ -90,8 +90,8 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
     folder = weights.locate_tokenizer(recipe.model, say)
     tokenizer = model.load_tokenizer(folder)
     found = data.prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
-    longest = found.parts["train"].rows.longest(recipe.train.effective_batch)
-    settings = (recipe.data.max_length, _micro_batch(recipe, folder, longest), recipe.train.seed)
+    known = found.parts["train"].rows.fullest_step(recipe.train.effective_batch)
+    settings = (recipe.data.max_length, _micro_batch(recipe, folder, known), recipe.train.seed)
     shown = found.parts["train"].rows[:num_samples]
     return Checkup(
         recipe.name,
@@ -124,7 +124,7 @@ def show(found: Checkup, console: Console) -> None:
     _say(console, f"{found.name}: {words}")
 
 
-def _micro_batch(recipe: Recipe, folder: Path, longest: list[int]) -> int:
+def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) -> int:
     """What a run would choose here and now."""
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
@@ -134,7 +134,7 @@ def _micro_batch(recipe: Recipe, folder: Path, longest: list[int]) -> int:
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
-    ways = memory.ways(recipe, geometry, longest=longest, device=kind)
+    ways = memory.ways(recipe, geometry, known=known, device=kind)
     return memory.choose(ways, usable).micro_batch
 
 

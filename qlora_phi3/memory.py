@@ -8,7 +8,7 @@ an estimate. Each part says which. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final, Literal
@@ -50,15 +50,18 @@ CONTEXT_BYTES: Final = 600 * 1024**2
 ALLOCATOR_SLACK: Final = 0.05
 """Share of the rest lost to rounding and fragmentation; a cautious guess until measured."""
 
-IMPORTS_BYTES: Final = 500 * 1024**2
-"""Resident bytes of a process that has imported all a run needs, before any weight: 496 MiB measured.
+IMPORTS_BYTES: Final = 540 * 1024**2
+"""Resident bytes of a process that has imported all a run needs and read its rows, before any weight.
 
 With the CPU build of torch; CUDA's libraries take more, by how much is not measured.
 """
 
-HEAP_BYTES: Final = 400 * 1024**2
+HEAP_BYTES: Final = 360 * 1024**2
 """Resident bytes of a CPU's process beside tensors and imports: oneDNN's compiled kernels, about 100 MiB, and
-gaps that freed tensors left. Measured in three runs of the quickstart."""
+gaps that freed tensors left.
+
+So in three runs of the quickstart, whose tensors took 0.3 to 1.3 GiB: it does not grow with them.
+"""
 
 ANSWER_CACHE: Final = 3 * 1024**3 // 2
 """Bytes of KV cache that answers generated at once may take: 4096 tokens on Phi-3-mini."""
@@ -75,8 +78,8 @@ POLICIES: Final[dict[Device, tuple[str, ...]]] = {
 _COVERS: Final = (
     "Bytes of all tensors on the device at the fullest moment of each phase, with paged optimizer states. "
     "exact: weights, adapters, gradients, optimizer states. replayed: activations, operation by operation, "
-    "for passes as full as they can be with rows of row_tokens, trained on every token. estimate: answers, "
-    "and what is outside of tensors (the CUDA context or the libraries, the allocator's slack). Other "
+    "for passes as full as the rows that are known allow, else of row_tokens each. estimate: answers, and "
+    "what is outside of tensors (the CUDA context or the libraries, the allocator's slack). Other "
     "programs are not counted."
 )
 
@@ -152,22 +155,34 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """The most that an optimizer step can have, row by row; where it has more rows, they are as the last.
+
+    Units: `longest` in tokens, the longest row first; `supervised` in tokens that are trained on, the row
+    with most of them first; empty: all but the first of each row.
+    """
+
+    longest: tuple[int, ...]
+    supervised: tuple[int, ...] = ()
+
+
 def predict(
     recipe: Recipe,
     geometry: Geometry,
     *,
     micro_batch: int,
     row_tokens: int | None = None,
-    longest: Sequence[int] = (),
+    known: StepRows | None = None,
     device: Device = "cuda",
 ) -> Plan:
     """Predict a run's memory.
 
-    Units: tokens. `row_tokens` is the longest row of all, `data.max_length` while it is not known; `longest`
-    the rows that are trained on, the longest first, as many as a step has; empty while they are not known.
+    Units: tokens. `row_tokens` is the longest row of all, `data.max_length` while it is not known; `known`
+    what is known of the rows that are trained on.
     """
     row_tokens = row_tokens or recipe.data.max_length
-    case = training_case(recipe, geometry, micro_batch, longest or [row_tokens], device)
+    case = training_case(recipe, geometry, micro_batch, known or StepRows((row_tokens,)), device)
     phases = [_load_phase(case), _attach_phase(case), _first_step_phase(case), _train_phase(case)]
     if recipe.data.eval is not None:
         phases.append(_evaluate_phase(replace(case, length=row_tokens), micro_batch))
@@ -178,18 +193,17 @@ def predict(
 
 
 def training_case(
-    recipe: Recipe, geometry: Geometry, micro_batch: int, longest: Sequence[int], device: Device
+    recipe: Recipe, geometry: Geometry, micro_batch: int, known: StepRows, device: Device
 ) -> Case:
-    """The largest pass that `engine.documents.passes` can make of a step with these longest rows.
-
-    Units: tokens, the longest first. Where a step has more rows, they are as long as the last of these.
-    """
-    batch = recipe.train.effective_batch
-    rows = [*longest, *[longest[-1]] * (batch - len(longest))][:batch]
-    tokens = sum(rows[:micro_batch])
+    """The largest pass that `engine.documents.passes` can make of a step with these rows."""
+    batch, rows = recipe.train.effective_batch, known.longest
+    rows = (*rows, *[rows[-1]] * (batch - len(rows)))[:batch]
+    at_once = batch if recipe.data.packing else micro_batch
+    tokens = sum(rows[:at_once])
     if recipe.data.packing:
-        tokens = max(rows[0], min(micro_batch * recipe.data.max_length, sum(rows)))
-    return Case(recipe, geometry, tokens, rows[0], device)
+        tokens = max(rows[0], min(micro_batch * recipe.data.max_length, tokens))
+    counted = min(tokens, sum(known.supervised[:at_once])) if known.supervised else None
+    return Case(recipe, geometry, tokens, rows[0], device, counted=counted)
 
 
 @dataclass(frozen=True)
@@ -221,21 +235,21 @@ def choose(ways: Iterable[Way], usable: int) -> Way:
 
 
 def ways(
-    recipe: Recipe, geometry: Geometry, *, longest: Sequence[int] = (), device: Device = "cuda"
+    recipe: Recipe, geometry: Geometry, *, known: StepRows | None = None, device: Device = "cuda"
 ) -> Iterator[Way]:
-    """What `auto` can become, the fastest first; explicit settings as they are. `longest` as in predict.
+    """What `auto` can become, the fastest first; explicit settings as they are.
 
     Kept activations before recomputed ones, which take a third more time, and these before offloaded ones,
     which take copies besides; then by the micro batch, a divisor of `effective_batch`.
     """
-    train, longest = recipe.train, longest or [recipe.data.max_length]
+    train, known = recipe.train, known or StepRows((recipe.data.max_length,))
     policies = POLICIES[device] if train.activations == "auto" else (train.activations,)
     whole = train.effective_batch
     sizes = [n for n in range(whole, 0, -1) if whole % n == 0]
     if isinstance(train.micro_batch, int):
         sizes = [train.micro_batch]
     for activations, micro_batch in product(policies, sizes):
-        case = training_case(recipe.settled(activations=activations), geometry, micro_batch, longest, device)
+        case = training_case(recipe.settled(activations=activations), geometry, micro_batch, known, device)
         yield Way(activations, micro_batch, _train_phase(case).peak_bytes)
 
 
@@ -447,12 +461,12 @@ def _save_phase(case: Case) -> Phase:
 
 def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """What the device holds beside tensors, and what a host holds that is not the device."""
-    slack = int(peak * ALLOCATOR_SLACK / (1 - ALLOCATOR_SLACK))
-    share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
     imports = Part("imports", IMPORTS_BYTES, "Python and its libraries", "estimate")
     if case.device == "cpu":
         heap = Part("heap", HEAP_BYTES, "compiled kernels, gaps between tensors", "estimate")
-        return (imports, heap, share), ()
+        return (imports, heap), ()
+    slack = int(peak * ALLOCATOR_SLACK / (1 - ALLOCATOR_SLACK))
+    share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
     context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
     rows = Part("written", _adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
     if not case.offloads:

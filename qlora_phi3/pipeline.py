@@ -147,9 +147,9 @@ def settle(
 ) -> tuple[Recipe, memory.Plan, list[str]]:
     """Replace `auto` by what fits and say so, predict its memory, and note what a user should know."""
     row_tokens = max(split.longest for split in (splits.train, splits.eval) if split is not None)
-    longest = splits.train.rows.longest(recipe.train.effective_batch)
+    known = splits.train.rows.fullest_step(recipe.train.effective_batch)
     usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
-    ways = memory.ways(recipe, checkpoint.geometry, longest=longest, device=kind)
+    ways = memory.ways(recipe, checkpoint.geometry, known=known, device=kind)
     way, notes = memory.choose(ways, usable), []
     if "auto" in (recipe.train.activations, recipe.train.micro_batch):
         notes.append(way.of(usable))
@@ -160,7 +160,7 @@ def settle(
         checkpoint.geometry,
         micro_batch=way.micro_batch,
         row_tokens=row_tokens,
-        longest=longest,
+        known=known,
         device=kind,
     )
     _hold_to_budget(recipe, plan, device)
@@ -249,7 +249,8 @@ def allowed_bytes(recipe: Recipe, device: torch.device) -> int:
     if budget > total:
         reason = f"{recipe.memory.budget} is more than the {format_bytes(total)} of this {device.type}."
         raise RecipeError("memory.budget", reason, "Lower it, or write auto.")
-    beside = memory.CONTEXT_BYTES if device.type == "cuda" else memory.IMPORTS_BYTES
+    on_cpu = memory.IMPORTS_BYTES + memory.HEAP_BYTES
+    beside = memory.CONTEXT_BYTES if device.type == "cuda" else on_cpu
     return min(free, budget - beside)
 
 

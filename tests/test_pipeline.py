@@ -302,7 +302,9 @@ def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return Recipe.model_validate({"version": 1, "name": "b", "data": data, "memory": {"budget": text}})
 
     assert pipeline.allowed_bytes(budget("auto"), cpu) == 12 * 1024**3
-    assert pipeline.allowed_bytes(budget("8GiB"), cpu) == 8 * 1024**3 - memory.IMPORTS_BYTES
+    assert (
+        pipeline.allowed_bytes(budget("8GiB"), cpu) == 8 * 1024**3 - memory.IMPORTS_BYTES - memory.HEAP_BYTES
+    )
     assert pipeline.allowed_bytes(budget("14GiB"), cpu) == 12 * 1024**3
     with pytest.raises(RecipeError, match=r"memory\.budget: 32GiB is more than the 16\.00 GiB of this cpu"):
         pipeline.allowed_bytes(budget("32GiB"), cpu)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OutputError
+from ..memory import StepRows
 from .tokens import Marked, TokenRow
 
 SPILL: Final = 4 * 2**20
@@ -25,6 +26,10 @@ SPILL: Final = 4 * 2**20
 _IDS: Final = "ids.int32"
 _ARRAYS: Final = "arrays.npz"
 _PREFIXES: Final = "prefixes.json"
+
+
+def _largest(numbers: NDArray[np.int64], num: int) -> tuple[int, ...]:
+    return tuple(int(number) for number in np.sort(numbers)[::-1][:num])
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,13 @@ class Rows(Sequence[TokenRow]):
         """Shape: (rows,), tokens of each row."""
         return np.diff(self.starts)
 
-    def longest(self, num: int) -> list[int]:
-        """Tokens of the longest rows, the longest first."""
-        return [int(length) for length in np.sort(self.lengths)[::-1][:num]]
+    def fullest_step(self, num: int) -> StepRows | None:
+        """The most that a step of so many rows can have; None without rows."""
+        if not len(self):
+            return None
+        until = np.concatenate(([0], np.cumsum(self.runs[:, 1] - self.runs[:, 0], dtype=np.int64)))
+        trained = until[self.run_starts[1:]] - until[self.run_starts[:-1]]
+        return StepRows(_largest(self.lengths, num), _largest(trained, num))
 
     @property
     def num_tokens(self) -> int:

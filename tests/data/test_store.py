@@ -39,6 +39,11 @@ def check(found: Rows, expected: list[TokenRow]) -> None:
     assert found.num_tokens == sum(len(row.input_ids) for row in expected)
     assert found.num_supervised == sum(row.num_supervised for row in expected)
     assert list(found.places) == [row.place for row in expected]
+    most = found.fullest_step(3)
+    assert (most is None) == (not expected)
+    if most is not None:
+        assert list(most.longest) == sorted((len(row.input_ids) for row in expected), reverse=True)[:3]
+        assert list(most.supervised) == sorted((row.num_supervised for row in expected), reverse=True)[:3]
 
 
 @settings(max_examples=200, deadline=None, database=None)
