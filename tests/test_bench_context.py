@@ -122,11 +122,13 @@ def test_a_measurement_goes_card_by_card_and_keeps_one_checkpoint(
 ) -> None:
     """With a fake process in place of a GPU's."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setattr(results, "commit", lambda: "1234")
     monkeypatch.setattr(context, "_has_cuda", lambda: True)
     lines: list[list[str]] = []
+    real = subprocess.run
 
     def fake(line: list[str], **settings: Any) -> Any:
+        if "context" not in line:
+            return real(line, **settings)
         lines.append([*line, settings["env"]["QLORA_PHI3_CACHE"]])
         options = dict(word[2:].split("=") for word in line if word.startswith("--"))
         if options["methods"] == "lora-bf16":
