@@ -19,6 +19,8 @@ SETTING_OF_A_RUN: Final = (*SETTING, "steps", "activations")
 YARDSTICK: Final = "trl-qlora"
 """The method that speeds are told against."""
 
+REFUSED: Final = "its rows are of another comparison: other tokens, batch, rank or optimizer."
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -63,7 +65,7 @@ class Block:
     rows: tuple[Row, ...]
     summaries: tuple[Summary, ...]
     errors: dict[str, str]
-    """Method -> why there is nothing measured."""
+    """Method -> why it has no summary."""
 
     @property
     def title(self) -> str:
@@ -95,7 +97,11 @@ def _block(machine: str, rows: Sequence[Row]) -> Block:
     last = max((row for found in good.values() for row in found), key=rows.index, default=None)
     group = last.get("group") if last else None
     same = {name: [row for row in found if row.get("group") == group] for name, found in good.items()}
-    errors = {name: str(found[-1]["error"]) for name, found in series.items() if not good[name] and found}
+    errors = {
+        name: REFUSED if good[name] else str(series[name][-1]["error"])
+        for name, found in same.items()
+        if not found
+    }
     kept = [row for row in rows if any(row in found for found in same.values())]
     summaries = tuple(summarise(found) for found in same.values() if found)
     return Block(machine, tuple(kept or rows), summaries, errors)
@@ -229,7 +235,7 @@ def _tables(found: Sequence[Block], columns: Sequence[str]) -> str:
 
 def _table(block: Block, columns: Sequence[str]) -> str:
     lines = [[COLUMNS[name](one, block) for name in columns] for one in block.summaries]
-    notes = [f"`{name}` was not measured: {why}" for name, why in block.errors.items()]
+    notes = [f"`{name}` is not shown: {why}" for name, why in block.errors.items()]
     if block.summaries:
         repeats = markdown.join({str(one.repeats) for one in block.summaries})
         warm = f"{block.rows[-1]['steps']} steps, the first {block.rows[-1]['warmup_steps']} not timed"

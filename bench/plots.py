@@ -20,7 +20,7 @@ from .compare_table import Block, blocks
 
 FOLDER: Final = Path(__file__).parent.parent / "docs" / "plots"
 SUFFIXES: Final = (".svg", ".png")
-TEXT: Final = "#70777f"
+TEXT: Final = "#737a83"
 COLORS: Final = {
     "qlora": "#2f7fd0",
     "lora-bf16": "#c8641e",
@@ -193,7 +193,7 @@ def draw_memory(axis: Any, item: dict[str, Any]) -> None:
         heights = [found.get(phase, 0) / GIB for phase in phases]
         places = [number + (at - (len(methods) - 1) / 2) * width for number in range(len(phases))]
         bars = axis.bar(places, heights, width * 0.92, color=_color(method), label=method)
-        axis.bar_label(bars, fmt="%.2f", fontsize=7, color=TEXT)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7.5, color=TEXT)
     axis.set_xticks(range(len(phases)), phases)
     axis.set_ylabel("peak, GiB")
     axis.margins(y=0.12)
@@ -237,14 +237,14 @@ def draw_context(axis: Any, item: dict[str, Any]) -> None:
     width = 0.84 / len(lengths)
     for at, (name, found) in enumerate(lengths.items()):
         method, how = name.split(", ")
-        heights = [found.get(card, 0) / 1024 for card in cards]
+        heights = [found.get(card, 0) / 1000 for card in cards]
         places = [number + (at - (len(lengths) - 1) / 2) * width for number in range(len(cards))]
         look = {"color": _color(method)} if how == "measured" else _hatched(_color(method))
         bars = axis.bar(places, heights, width * 0.9, label=name, **look)
-        shown = ["" if card not in found else f"{found[card] / 1024:.3g}k" for card in cards]
-        axis.bar_label(bars, shown, fontsize=7, color=TEXT)
+        shown = ["" if card not in found else f"{found[card] / 1000:.3g}k" for card in cards]
+        axis.bar_label(bars, shown, fontsize=7.5, color=TEXT)
     axis.set_xticks(range(len(cards)), [f"{card} GB" for card in cards])
-    axis.set_ylabel("longest row, 1024 tokens")
+    axis.set_ylabel("longest row, 1000 tokens")
     axis.margins(y=0.12)
     _legend(axis)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_rows import context_row
 
 from bench import pages, plots, quality, quality_table, report, results
 from bench.__main__ import main
@@ -161,3 +162,29 @@ def test_a_stale_table_fails_the_check(write: Any, two: None, generate: ModuleTy
     generate.main(check=True)
     text = (tmp_path / "adapters.md").read_text()
     assert text.startswith("# Title") and text.endswith("Text.\n") and "| 0.6 | 0.2 | 0.5, 0.7 |" in text
+
+
+def test_a_stale_plot_fails_the_check(write: Any, generate: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "a-machine" / "context.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(context_row("qlora", 8, 12800)) + "\n")
+    generate.main(check=False)
+    generate.main(check=True)
+    path.write_text(json.dumps(context_row("qlora", 8, 12928)) + "\n")
+    with pytest.raises(SystemExit, match=r"docs/plots/context\.png is stale: run `make docs`"):
+        generate.main(check=True)
+
+
+def test_a_report_leaves_parts_of_others_as_they_are(
+    write: Any, generate: ModuleType, tmp_path: Path
+) -> None:
+    other = "<!-- generated: recipes -->\nkept\n<!-- end -->\n"
+    (tmp_path / "adapters.md").write_text(other)
+    assert main(["report"]) == 0
+    assert (tmp_path / "adapters.md").read_text() == other
+
+
+def test_every_part_of_the_pages_is_made_by_somebody(generate: ModuleType) -> None:
+    for page in (Path(__file__).parent.parent / "docs").glob("*.md"):
+        names = [match[2] for match in pages.PART.finditer(page.read_text(encoding="utf-8"))]
+        assert set(names) <= set(generate.PARTS)
