@@ -12,14 +12,11 @@ from qlora_phi3.units import format_bytes
 from . import markdown
 from .markdown import Row
 
-SETTING: Final = ("model", "device", "device_name", "max_length", "micro_batch", "effective_batch")
-SETTING_OF_A_RUN: Final = (*SETTING, "steps", "activations")
-"""Rows that differ in one of these answer different questions."""
+SETTING: Final = ("model", "device", "max_length", "micro_batch", "effective_batch", "steps", "activations")
+"""Runs that differ in one of these, or in the device's name, answer different questions."""
 
 YARDSTICK: Final = "trl-qlora"
 """The method that speeds are told against."""
-
-REFUSED: Final = "its rows are of another comparison: other tokens, batch, rank or optimizer."
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Block:
-    """What may stand in one table: one setting on one machine, and one token stream."""
+    """What stands in one table: one run of `bench compare`, whose methods took turns on the same tokens."""
 
     machine: str
     rows: tuple[Row, ...]
     summaries: tuple[Summary, ...]
-    errors: dict[str, str]
-    """Method -> why it has no summary."""
+    notes: tuple[str, ...]
+    """What could not be measured, or not be compared."""
 
     @property
     def title(self) -> str:
@@ -80,42 +77,48 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Every setting that was measured, by machine."""
-    found = []
+    """Of every setting on every machine the run with the most methods, of such the newest."""
+    best: dict[tuple[Any, ...], Block] = {}
     for machine, rows in markdown.by_machine("compare").items():
-        settings: dict[tuple[Any, ...], list[Row]] = {}
+        runs: dict[Any, list[Row]] = {}
         for row in rows:
-            settings.setdefault(tuple(row.get(key) for key in SETTING_OF_A_RUN), []).append(row)
-        found += [_block(machine, same) for same in settings.values()]
-    return found
+            runs.setdefault(row.get("run"), []).append(row)
+        for run in runs.values():
+            key, block = (machine, *_setting(run)), _block(machine, run)
+            if key not in best or len(block.summaries) >= len(best[key].summaries):
+                best[key] = block
+    return list(best.values())
 
 
-def _block(machine: str, rows: Sequence[Row]) -> Block:
-    """The newest series of each method, and of those measured only what has the newest one's group."""
-    series = _newest_series(rows)
-    good = {name: [row for row in found if not row.get("error")] for name, found in series.items()}
-    last = max((row for found in good.values() for row in found), key=rows.index, default=None)
-    group = last.get("group") if last else None
-    same = {name: [row for row in found if row.get("group") == group] for name, found in good.items()}
-    errors = {
-        name: REFUSED if good[name] else str(series[name][-1]["error"])
-        for name, found in same.items()
-        if not found
-    }
-    kept = [row for row in rows if any(row in found for found in same.values())]
-    summaries = tuple(summarise(found) for found in same.values() if found)
-    return Block(machine, tuple(kept or rows), summaries, errors)
+def _setting(run: Sequence[Row]) -> tuple[Any, ...]:
+    names = (row["device_name"] for row in run if row.get("device_name"))
+    return (next(names, None), *(run[0].get(key) for key in SETTING))
 
 
-def _newest_series(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Method -> its rows since it was last begun anew: where a repeat comes that was there already."""
-    found: dict[str, list[Row]] = {}
+def _block(machine: str, run: Sequence[Row]) -> Block:
+    good, notes = [row for row in run if not row.get("error")], []
+    for name in dict.fromkeys(row["method"] for row in run):
+        own = [row for row in run if row["method"] == name]
+        failed = [str(row["error"]) for row in own if row.get("error")]
+        if failed:
+            share = "" if len(failed) == len(own) else f" {len(failed)} of {len(own)} times"
+            notes.append(f"`{name}` was not measured{share}: {failed[-1]}")
+    reasons = refusals(good)
+    if reasons:
+        return Block(machine, tuple(run), (), (*notes, f"Refused, not comparable: {'; '.join(reasons)}."))
+    names = dict.fromkeys(row["method"] for row in good)
+    summaries = tuple(summarise([row for row in good if row["method"] == name]) for name in names)
+    return Block(machine, tuple(good or run), summaries, tuple(notes))
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """Why the measured rows of a run may not stand beside each other: they were not fed the same."""
+    streams: dict[str, set[str]] = {}
     for row in rows:
-        series = found.setdefault(row["method"], [])
-        if any(one.get("repeat") == row.get("repeat") for one in series):
-            series.clear()
-        series.append(row)
-    return found
+        streams.setdefault(f"{row['group']}{row['token_stream']}", set()).add(row["method"])
+    if len(streams) < 2:
+        return []
+    return ["different token streams, " + " against ".join(markdown.join(one) for one in streams.values())]
 
 
 def summarise(rows: Sequence[Row]) -> Summary:
@@ -235,7 +238,7 @@ def _tables(found: Sequence[Block], columns: Sequence[str]) -> str:
 
 def _table(block: Block, columns: Sequence[str]) -> str:
     lines = [[COLUMNS[name](one, block) for name in columns] for one in block.summaries]
-    notes = [f"`{name}` is not shown: {why}" for name, why in block.errors.items()]
+    notes = list(block.notes)
     if block.summaries:
         repeats = markdown.join({str(one.repeats) for one in block.summaries})
         warm = f"{block.rows[-1]['steps']} steps, the first {block.rows[-1]['warmup_steps']} not timed"

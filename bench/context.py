@@ -30,7 +30,8 @@ METHODS: Final = {"qlora": "nf4", "lora-bf16": "none"}
 """Method -> `model.quantization`; all else is the same."""
 
 MINI: Final = "microsoft/Phi-3-mini-128k-instruct"
-"""What phi3-mini means here: the 4k model's weights have the same sizes, and rows may be longer."""
+MADE: Final = "microsoft/Phi-3-mini-4k-instruct"
+"""What phi3-mini means here, and whose random weights are made: of the same sizes, for shorter rows."""
 
 STEP: Final = 128
 """Lengths are multiples of so many tokens."""
@@ -54,6 +55,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     close = "measured: stop where the answer is known to this share of itself"
     parser.add_argument("--tolerance", type=float, default=0.01, help=close)
     parser.add_argument("--minutes", type=float, help="measured: stop after so many")
+    kept = "measured: where phi3-mini's random weights are kept, or found"
+    parser.add_argument("--random-base", type=Path, metavar="FOLDER", help=kept)
     parser.add_argument("--probe", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
 
@@ -205,7 +208,7 @@ class ProbeError(Exception):
 def measured(chosen: argparse.Namespace) -> Iterator[Row]:
     """A row for each method and card, the methods by turns; without time left none for the rest."""
     deadline = time.monotonic() + 60 * chosen.minutes if chosen.minutes else float("inf")
-    with _made_base(chosen.model) as (base, environment):
+    with _made_base(chosen) as (base, environment):
         for gib in chosen.vram:
             for method in chosen.methods:
                 if time.monotonic() >= deadline:
@@ -245,15 +248,31 @@ def measure(attempt: Callable[[int], Row], prediction: Search, deadline: float, 
 
 
 @contextmanager
-def _made_base(model: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _made_base(chosen: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     """The checkpoint, and an environment in which its quantized weights are kept from try to try."""
     from .data import _empty
 
-    with tempfile.TemporaryDirectory(prefix="bench-context-") as folder:
-        base = _base_name(model)[0]
-        if model == "phi3-mini":
-            base = str(startup.write_random(Path(folder) / "base", MINI))
-        yield base, os.environ | {"QLORA_PHI3_CACHE": _empty(Path(folder) / "cache", base)}
+    with tempfile.TemporaryDirectory(prefix="bench-context-") as name:
+        folder, base = Path(name), _base_name(chosen.model)[0]
+        if chosen.model == "phi3-mini":
+            made = chosen.random_base or folder / "made"
+            if not (made / "config.json").is_file():
+                startup.write_random(made, MADE)
+            base = str(lengthened(made, folder / "base", phi3.VARIANTS[MINI].max_positions))
+        yield base, os.environ | {"QLORA_PHI3_CACHE": _empty(folder / "cache", base)}
+
+
+def lengthened(made: Path, folder: Path, positions: int) -> Path:
+    """The checkpoint `made` for rows of so many tokens: another config.json beside links to its files."""
+    folder.mkdir()
+    for file in made.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.absolute())
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    config |= dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), positions)
+    config["sliding_window"] = phi3.VARIANTS[MINI].sliding_window
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def _in_a_process(

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,21 @@ GRACE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and its share of the time against those behind it. `bounded`: it takes `--minutes`."""
+    """A command, and its share of the time against those behind it.
+
+    `bounded`: it takes `--minutes`. `base`: how it is told the folder of the random weights, which are made
+    once for all.
+    """
 
     words: tuple[str, ...]
     share: float
     bounded: bool = True
+    base: str = "--random-base"
+
+    def line(self, seconds: float, base: Path) -> list[str]:
+        """Its arguments, where it has so many seconds."""
+        minutes = [f"--minutes={seconds / 60:.2f}"] if self.bounded else []
+        return [*self.words, f"{self.base}={base}", *minutes]
 
 
 def _compare(methods: str, max_length: int, micro_batch: int, activations: str, share: float) -> Step:
@@ -45,8 +56,8 @@ PLAN: Final = (
     _compare("qlora,lora-bf16,trl-qlora", 512, 4, "recompute", 1.5),
     _compare("qlora,trl-qlora", 4096, 1, "recompute", 1.0),
     _compare("qlora,trl-qlora", 2048, 1, "keep", 1.0),
-    Step(("startup", f"--model={startup.RANDOM}", "--repeats=1"), 0.7, bounded=False),
     Step(("context", "--device=cuda", "--methods=lora-bf16", "--vram=24,16,12", "--tolerance=0.05"), 0.5),
+    Step(("startup", "--repeats=1"), 0.5, bounded=False, base="--model"),
 )
 """What is measured, by importance. What a step leaves of its time goes to those behind it."""
 
@@ -61,10 +72,11 @@ def run(chosen: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("No CUDA device here: there is nothing to measure.", file=sys.stderr)
         return 2
-    return go_through(PLAN, 60 * chosen.minutes)
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        return go_through(PLAN, 60 * chosen.minutes, Path(folder) / startup.RANDOM)
 
 
-def go_through(plan: Sequence[Step], seconds: float) -> int:
+def go_through(plan: Sequence[Step], seconds: float, base: Path) -> int:
     """Every step within its share of what is left; 1 where one of them failed or had no time."""
     deadline, whole = time.monotonic() + seconds, True
     for number, step in enumerate(plan):
@@ -75,21 +87,19 @@ def go_through(plan: Sequence[Step], seconds: float) -> int:
             whole = False
             continue
         print(f"{own / 60:.1f} min for {' '.join(step.words)}", flush=True)
-        code = call(step, own, min(own + GRACE_SECONDS, left))
+        code = call(step.line(own, base), min(own + GRACE_SECONDS, left))
         if code:
             print(f"ended with {code}: {' '.join(step.words)}", flush=True)
             whole = False
     return 0 if whole else 1
 
 
-def call(step: Step, own: float, at_most: float) -> int:
-    """Exit code of the step's command, which is told its `own` seconds and ended after `at_most`."""
-    line = [sys.executable, "-m", "bench", *step.words]
-    if step.bounded:
-        line.append(f"--minutes={own / 60:.2f}")
+def call(words: Sequence[str], seconds: float) -> int:
+    """Exit code of a command of this suite, which is ended after so many seconds."""
+    line = [sys.executable, "-m", "bench", *words]
     process = subprocess.Popen(line, cwd=_CHECKOUT, start_new_session=True)
     try:
-        return process.wait(at_most)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         # with the processes it has started, which would keep the card
         os.killpg(process.pid, signal.SIGTERM)

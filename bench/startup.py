@@ -111,8 +111,6 @@ def write_random(folder: Path, name: str) -> Path:
         num_attention_heads=geometry.num_heads,
         num_key_value_heads=geometry.num_kv_heads,
         sliding_window=geometry.sliding_window,
-        max_position_embeddings=geometry.max_positions,
-        original_max_position_embeddings=geometry.max_positions,
         tie_word_embeddings=geometry.tied_embeddings,
         architectures=["Phi3ForCausalLM"],
         dtype="bfloat16",

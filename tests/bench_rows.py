@@ -13,6 +13,7 @@ def compare_row(method: str, repeat: int = 0, seconds: float = 2.0, **changes: A
     """Two warm-up steps of 9 s and four timed ones of `seconds`, 200 tokens each, half of them trained on."""
     row = {
         **ABOUT,
+        "run": "2026-01-01T00:00:00+00:00",
         "method": method,
         "model": "builtin",
         "weights": "pretrained",
@@ -47,7 +48,7 @@ def compare_row(method: str, repeat: int = 0, seconds: float = 2.0, **changes: A
 
 def error_row(method: str, error: str, **changes: Any) -> dict[str, Any]:
     """What is measured is absent."""
-    measured = ("group", "token_stream", "losses", "step_seconds", "tokens", "supervised_tokens")
+    measured = ("device_name", "token_stream", "losses", "step_seconds", "tokens", "supervised_tokens")
     measured += ("load_seconds", "attach_seconds", "phases", "allocated", "linear_bytes", "mfu")
     row = compare_row(method, error=error, **changes)
     return {key: value for key, value in row.items() if key not in measured}

@@ -178,3 +178,16 @@ def test_without_cuda_nothing_is_measured(
     monkeypatch.setattr(context, "_has_cuda", lambda: False)
     assert main(["context", "--device=cuda"]) == 2
     assert "No CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_made_checkpoint_is_lengthened_without_a_copy(
+    tmp_path: Path, checkpoints: Callable[[str], Path]
+) -> None:
+    from qlora_phi3 import weights
+
+    made = checkpoints("gqa")
+    folder = context.lengthened(made, tmp_path / "base", 131072)
+    geometry = weights.known_geometry(context.recipe_of(str(folder), "qlora", 128).model)
+    assert geometry is not None and geometry.max_positions == 131072
+    assert all(file.is_symlink() for file in folder.glob("*.safetensors"))
+    assert context.probe(str(folder), "lora-bf16", 640, 8, "cpu")["fits"]  # longer than what it was made for

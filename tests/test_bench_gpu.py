@@ -27,27 +27,31 @@ def test_the_plan_names_commands_of_this_suite() -> None:
         if step.words[0] in CASES:  # as the commands themselves understand their words
             parser = gpu.argparse.ArgumentParser()
             CASES[step.words[0]].options(parser)
-            parser.parse_args([*step.words[1:], *(["--minutes=1"] if step.bounded else [])])
+            chosen = parser.parse_args(step.line(60, Path("base"))[1:])
+            assert str(chosen.model if step.base == "--model" else chosen.random_base) == "base"
 
 
 def test_time_is_shared_and_what_is_left_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     now, given = [1000.0], []
 
-    def call(step: gpu.Step, own: float, at_most: float) -> int:
-        given.append((step.words[0], round(own), round(at_most)))
-        now[0] += {"a": 10.0, "b": 200.0, "c": 300.0, "d": 1.0}[step.words[0]]
-        return int(step.words[0] == "b")
+    def call(words: list[str], seconds: float) -> int:
+        given.append((*words, round(seconds)))
+        now[0] += {"a": 10.0, "b": 200.0, "c": 300.0, "d": 1.0}[words[0]]
+        return int(words[0] == "b")
 
     monkeypatch.setattr(gpu, "call", call)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     plan = [gpu.Step((name,), share) for name, share in (("a", 2), ("b", 1), ("c", 1), ("d", 1))]
-    assert gpu.go_through(plan, 500) == 1
-    assert given == [("a", 200, 210), ("b", 163, 173), ("c", 145, 155)]  # nothing was left for d
+    assert gpu.go_through(plan, 500, Path("made")) == 1
+    base = "--random-base=made"
+    assert given == [  # nothing was left for d
+        ("a", base, "--minutes=3.33", 210),
+        ("b", base, "--minutes=2.72", 173),
+        ("c", base, "--minutes=2.42", 155),
+    ]
 
 
-def test_a_command_hears_its_minutes_and_is_ended_with_what_it_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, popen = tmp_path / "said", subprocess.Popen
     code = (
         "import subprocess, sys, time\n"
@@ -60,10 +64,10 @@ def test_a_command_hears_its_minutes_and_is_ended_with_what_it_started(
 
     monkeypatch.setattr(gpu.subprocess, "Popen", stand_in)
     started = time.monotonic()
-    assert gpu.call(gpu.Step(("context", "--vram=8"), 1.0), 90.0, 3.0) != 0
+    assert gpu.call(["context", "--vram=8"], 3.0) != 0
     assert time.monotonic() - started < 20
     child, words = said.read_text().split(" ", 1)
-    assert words == "['context', '--vram=8', '--minutes=1.50']"
+    assert words == "['context', '--vram=8']"
     for _ in range(100):
         if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
             break

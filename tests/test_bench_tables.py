@@ -66,28 +66,43 @@ def test_warm_up_steps_are_not_timed(rows: Any) -> None:
 
 def test_an_error_is_a_line_that_says_so(rows: Any) -> None:
     rows("compare", compare_row("qlora"), error_row("unsloth", "not installed: No module named 'unsloth'"))
-    assert "`unsloth` is not shown: not installed: No module named 'unsloth'" in compare_table.compare()
+    assert "`unsloth` was not measured: not installed: No module named 'unsloth'" in compare_table.compare()
     assert [one.method for one in only().summaries] == ["qlora"]
     rows("compare", error_row("unsloth", "not installed"))
-    assert "`unsloth` is not shown: not installed\n" in compare_table.compare()
+    assert "`unsloth` was not measured: not installed\n" in compare_table.compare()
     assert compare_table.compare().startswith("**builtin,") and "| method" not in compare_table.compare()
 
 
-def test_a_method_measured_anew_replaces_what_was_there(rows: Any) -> None:
-    old = [compare_row("qlora", repeat, 9.0) for repeat in range(5)]
-    rows("compare", *old, error_row("trl-qlora", "broken"), compare_row("qlora", 0, 1.0))
-    [summary] = only().summaries
-    assert summary.repeats == 1 and summary.tokens_per_second == 200
-    rows("compare", *old, error_row("trl-qlora", "broken"), compare_row("trl-qlora", 0))
-    assert [one.method for one in only().summaries] == ["qlora", "trl-qlora"] and not only().errors
+def test_some_repeats_that_failed_are_counted(rows: Any) -> None:
+    rows("compare", compare_row("qlora"), error_row("qlora", "killed", repeat=1), compare_row("qlora", 2))
+    assert "`qlora` was not measured 1 of 3 times: killed" in compare_table.compare()
+    assert [one.repeats for one in only().summaries] == [2]
 
 
-def test_another_token_stream_never_stands_in_the_same_table(rows: Any) -> None:
-    rows("compare", compare_row("trl-qlora", group="other"), compare_row("qlora", group="one"))
-    assert [one.method for one in only().summaries] == ["qlora"]
-    assert only().errors == {"trl-qlora": compare_table.REFUSED}
-    assert f"`trl-qlora` is not shown: {compare_table.REFUSED}" in compare_table.compare()
-    assert "| 100 | 50 | - |" in compare_table.compare()
+def test_a_table_is_one_run_with_the_most_methods_of_such_the_newest(rows: Any) -> None:
+    def run(name: str, seconds: float, *methods: str) -> list[dict[str, Any]]:
+        return [compare_row(method, seconds=seconds, run=name) for method in methods]
+
+    rows(
+        "compare",
+        *run("1", 9.0, "qlora", "trl-qlora"),
+        *run("2", 4.0, "trl-qlora", "qlora"),
+        *run("3", 1.0, "qlora"),
+        error_row("trl-qlora", "broken", run="3"),
+    )
+    assert [(one.method, one.tokens_per_second) for one in only().summaries] == [
+        ("trl-qlora", 50),
+        ("qlora", 50),
+    ]
+    assert not only().notes
+
+
+def test_another_token_stream_is_refused(rows: Any) -> None:
+    other = compare_row("trl-qlora", token_stream="of other rows")
+    rows("compare", compare_row("qlora"), other, compare_row("lora-bf16"))
+    found = compare_table.compare()
+    assert "| method |" not in found and only().summaries == ()
+    assert "Refused, not comparable: different token streams, lora-bf16 and qlora against trl-qlora." in found
 
 
 def test_settings_have_blocks_of_their_own(rows: Any) -> None:
@@ -97,7 +112,7 @@ def test_settings_have_blocks_of_their_own(rows: Any) -> None:
         {"activations": "recompute"},
         {"model": "phi3-mini", "weights": "random"},
     )
-    rows("compare", *(compare_row("qlora", **change) for change in changes))
+    rows("compare", *(compare_row("qlora", run=str(at), **change) for at, change in enumerate(changes)))
     rows("compare", compare_row("qlora"), machine="b-machine")
     found = compare_table.compare()
     assert found.count("| method |") == 5 and "phi3-mini (random weights)" in found
