@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import context, results
+from bench import context, context_probe, results
 from bench.__main__ import main
 from qlora_phi3 import memory, phi3
 
@@ -164,7 +164,7 @@ def test_a_try_without_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(context, "_train", broken)
+    monkeypatch.setattr(context_probe, "_train", broken)
     assert context.probe("base", "qlora", 128, 8, "cpu") == {
         "fits": False,
         "said": "CUDA out of memory. Tried to allocate 2 GiB",
