@@ -13,6 +13,8 @@ from .markdown import Row
 METRICS = ("loss", "exact_match")
 PRECISION = ("qlora", "lora-bf16")
 """Variants that differ in the base's precision alone."""
+REFERENCE = "full"
+"""What stands beside them where it was measured."""
 
 
 def adapters() -> str:
@@ -21,8 +23,9 @@ def adapters() -> str:
 
 
 def precision() -> str:
-    """A quantized base beside an unquantized one on the quickstart."""
-    return _tables(PRECISION)
+    """A quantized beside an unquantized base on the quickstart, and full fine-tuning where there is one."""
+    with_reference = _tables((*PRECISION, REFERENCE))
+    return _tables(PRECISION) if with_reference == markdown.NONE else with_reference
 
 
 def _tables(variants: Sequence[str]) -> str:
@@ -57,7 +60,8 @@ def _table(rows: Sequence[Row], variants: Sequence[str]) -> str:
 def _cells(by_seed: dict[int, Row]) -> list[str]:
     """Of one variant. Spread is the largest less the smallest, and one seed has none."""
     rows = [row for _, row in sorted(by_seed.items())]
-    cells = [f"`{rows[0]['variant']}`", str(rows[0]["rank"]), f"{rows[0]['trained_parameters']:,}"]
+    one = rows[0]
+    cells = [f"`{one['variant']}`", str(one["rank"] or "-"), f"{one['trained_parameters']:,}"]
     for name in METRICS:
         values = [row["eval"][name] for row in rows]
         spread = format_metric(name, max(values) - min(values)) if len(values) > 1 else "-"

@@ -15,7 +15,7 @@ from bench import pages, plots, quality, quality_table, report, results
 from bench.__main__ import main
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
-RANKS = {"fused": 12, "split": 10, "qv": 53, "qlora": 16}
+RANKS = {"fused": 12, "split": 10, "qv": 53, "qlora": 16, "lora-bf16": 16, "full": 0}
 
 
 def row(variant: str, seed: int, loss: float, right: float, **changes: Any) -> dict[str, Any]:
@@ -122,6 +122,14 @@ def test_a_table_for_each_machine_and_none_without_rows(write: Any, two: None) -
         write(*(row(name, 1, 0.5, 1.0, machine=machine) for name in ("split", "fused")), machine=machine)
     found = [line[:8] for line in quality_table.adapters().splitlines() if line.startswith(("| `", "2 runs"))]
     assert found == ["| `fused", "| `split", "2 runs o"] * 2
+
+
+def test_full_fine_tuning_stands_beside_them_where_it_is_there(write: Any) -> None:
+    both = [row("qlora", 1, 0.5, 1.0), row("lora-bf16", 1, 0.4, 1.0, rank=16)]
+    write(*both)
+    assert quality_table.precision().count("| `") == 2
+    write(*both, row("full", 1, 0.3, 1.0, rank=None))
+    assert "| `full` | - | " in quality_table.precision() and quality_table.precision().count("| `") == 3
 
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
