@@ -8,9 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import data, quality, report, startup
+from . import context, data, gpu, quality, quickstart, report, startup
 
-CASES = {"data": data, "quality": quality, "report": report, "startup": startup}
+CASES = {
+    "context": context,
+    "data": data,
+    "gpu": gpu,
+    "quality": quality,
+    "quickstart": quickstart,
+    "report": report,
+    "startup": startup,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,8 +33,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "qv": ("adapter.targets=[q, v]", "adapter.rank=53", "adapter.alpha=106"),
     "qlora": ("adapter.rank=16", "adapter.alpha=32"),
     "lora-bf16": ("model.quantization=none", "adapter.rank=16", "adapter.alpha=32"),
+    "full": ("model.quantization=none", "train.learning_rate=1e-4"),
 }
-"""Name -> what it changes in the recipe; all else is the recipe's."""
+"""Name -> what it changes in the recipe; all else is the recipe's. full: every weight, by plain transformers
+(full.py), at a learning rate usual for that; it is not tuned, nor is any other's."""
 
 SHARED = ("evaluate.compare_base=false",)
 """The base model is the same for all, and measuring it takes time."""
@@ -62,7 +64,8 @@ def run(chosen: argparse.Namespace) -> int:
             if _key(row) in there:
                 print(f"{variant}, seed {seed}: measured before; remove its row to repeat it", flush=True)
                 continue
-            row |= measure(path, [*row["overrides"], f"train.seed={seed}"])
+            work = measure_full if variant == "full" else measure
+            row |= work(path, [*row["overrides"], f"train.seed={seed}"])
             print(json.dumps(row), flush=True)
             results.append("quality", row, VERSIONED)
     return 0
@@ -90,6 +93,15 @@ def measure(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
         "train_seconds": round(phases["train"]["seconds"], 1),
         "peak_bytes": max(phase["peak_bytes"] for phase in phases.values()),
     }
+
+
+def measure_full(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """The same of full fine-tuning."""
+    start = time.perf_counter()
+    line = [sys.executable, "-m", "bench.full", str(path.resolve()), *overrides]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, cwd=_CHECKOUT)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -1,20 +1,19 @@
 """Fill generated parts of README.md and of these pages: `make docs`; `--check` only compares.
 
-They come from the code, and the tables of adapters.md from what is in bench/results.
+They come from the code, tables of measurements and the plots from what is in bench/results.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from bench import pages, report
+from bench import pages, plots, report
 from qlora_phi3 import fit, memory, phi3
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import document_keys, list_recipes, load_recipe
 from qlora_phi3.units import format_bytes
 
-PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).with_name("memory.md"), report.PAGE)
+PAGES = report.PAGES
 SHOWN = (
     "microsoft/Phi-3-mini-4k-instruct",
     "microsoft/Phi-3.5-mini-instruct",
@@ -112,6 +111,20 @@ def parts() -> str:
     return "\n".join([*rows, f"| **the device needs** | **{format_bytes(plan.needed_bytes)}** | | |"]) + "\n"
 
 
+def adapter_sizes() -> str:
+    """Fused and split adapters of Phi-3-mini at rank 16: what is trained and what is saved."""
+    geometry, rank = phi3.VARIANTS[SHOWN[0]], 16
+    fused = geometry.lora_parameters(phi3.LINEARS, rank)
+    split = geometry.lora_parameters(tuple(phi3.PROJECTIONS), rank)
+    ranks = {name: rank * len(phi3.inside(name)) for name in phi3.LINEARS}
+    saved = sum(geometry.lora_parameters((name,), own) for name, own in ranks.items())
+    in_file = ", ".join(f"`{name}` {own}" for name, own in ranks.items())
+    rows = ["| | trained parameters | saved, float32 | rank in the saved file |", "|---|---|---|---|"]
+    for name, trained, kept, words in (("fused", fused, fused, str(rank)), ("split", split, saved, in_file)):
+        rows.append(f"| {name} | {trained:,} | {format_bytes(4 * kept)} | {words} |")
+    return "\n".join(rows) + "\n"
+
+
 def _plain(overrides: list[str]) -> Recipe:
     """phi3-mini-chat-8gb without packing and evaluation."""
     path = next(p for p in list_recipes() if p.stem == "phi3-mini-chat-8gb")
@@ -125,11 +138,16 @@ PARTS = {
     "hardware": hardware,
     "parts": parts,
     "published": published,
+    "adapter_sizes": adapter_sizes,
     **report.TABLES,
 }
 
 
 def main(check: bool) -> None:
+    if check and (old := plots.stale()):
+        sys.exit(f"docs/plots/{old[0]} is stale: run `make docs`.")
+    if not check:
+        plots.write()
     for page in PAGES:
         current = page.read_text(encoding="utf-8")
         fresh = pages.fill(current, PARTS)

@@ -64,7 +64,7 @@ def test_the_variants_of_the_table_cost_the_same_on_the_built_in_model() -> None
     assert found == {"fused": 30 * 101_376, "split": 30 * 101_760, "qv": 30 * 101_760}
 
 
-@pytest.mark.parametrize("name", quality.VARIANTS)
+@pytest.mark.parametrize("name", [name for name in quality.VARIANTS if name != "full"])
 def test_a_variant_changes_the_adapter_and_quantization_only(name: str) -> None:
     path = find_recipe("quickstart")
     changed = load_recipe(path, quality.VARIANTS[name]).model_dump(exclude={"adapter": True})
@@ -93,4 +93,18 @@ def test_the_fingerprint_sees_rows_and_settings_and_no_folder(tmp_path: Path) ->
 def test_an_unknown_variant_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["quality", "--variants=fused,slit"])
-    assert "'slit' is none of fused, split, qv, qlora, lora-bf16" in capsys.readouterr().err
+    assert "'slit' is none of fused, split, qv, qlora, lora-bf16, full" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_sees_the_same_rows_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    line = ["quality", f"--recipe={write_recipe()}", "--steps=2", "--seeds=42"]
+    assert main([*line, "--variants=lora-bf16,full"]) == 0
+    lora, full = rows(tmp_path / "results")
+    assert full["training"]["first_loss"] == pytest.approx(lora["training"]["first_loss"], rel=0.01)
+    assert full["training"]["num_steps"] == 2 and set(full["eval"]) == set(lora["eval"])
+    assert full["trained_parameters"] > 10 * 2 * 64 * 64 and full["rank"] is None
+    assert full["eval_samples"] == 4 and full["peak_bytes"] > 2**20
+    assert full["seconds"] > full["train_seconds"]

@@ -9,12 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_rows import context_row
 
-from bench import pages, quality, report, results
+from bench import pages, plots, quality, quality_table, report, results
 from bench.__main__ import main
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
-RANKS = {"fused": 12, "split": 10, "qv": 53, "qlora": 16}
+RANKS = {"fused": 12, "split": 10, "qv": 53, "qlora": 16, "lora-bf16": 16, "full": 0}
 
 
 def row(variant: str, seed: int, loss: float, right: float, **changes: Any) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_median_spread_and_every_seed_that_is_complete(write: Any, two: None) ->
         row("fused", 45, 0.0, 0.0),
     )
     by_seed = "seeds 42, 43, 44"
-    assert report.adapters().splitlines() == [
+    assert quality_table.adapters().splitlines() == [
         f"| variant | rank | trained parameters | loss: median | spread | {by_seed} "
         f"| exact_match: median | spread | {by_seed} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -97,7 +98,7 @@ def test_only_what_can_be_compared_stands_in_a_table(write: Any, two: None) -> N
         row("qlora", 42, 9.0, 0.0, recipe_sha256="of a later day"),
         row("fused", 5, 9.0, 0.0, recipe="another", recipe_sha256="newest"),
     )
-    assert report.adapters().splitlines()[2:] == [
+    assert quality_table.adapters().splitlines()[2:] == [
         "| `fused` | 12 | 3,000,012 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
         "| `split` | 10 | 3,000,010 | 0.5 | - | 0.5 | 100.0% | - | 100.0% |",
         "",
@@ -108,19 +109,27 @@ def test_only_what_can_be_compared_stands_in_a_table(write: Any, two: None) -> N
 def test_versions_that_differ_are_all_named(write: Any, two: None) -> None:
     newer = {"commit": "abc", "versions": VERSIONS | {"torch": "2.14.0"}}
     write(row("fused", 1, 0.5, 1.0), row("split", 1, 0.5, 1.0, **newer))
-    origin = report.adapters().splitlines()[-1]
+    origin = quality_table.adapters().splitlines()[-1]
     assert "commit 123456789abc and abc" in origin
     assert "torch 2.13.0, transf" in origin and "and torch 2.14.0, transf" in origin
 
 
 def test_a_table_for_each_machine_and_none_without_rows(write: Any, two: None) -> None:
-    assert report.adapters() == "Not measured yet.\n"
+    assert quality_table.adapters() == "Not measured yet.\n"
     write(row("fused", 1, 0.5, 1.0), row("split", 2, 0.5, 1.0))
-    assert report.adapters() == "Not measured yet.\n"
+    assert quality_table.adapters() == "Not measured yet.\n"
     for machine in ("b", "a"):
         write(*(row(name, 1, 0.5, 1.0, machine=machine) for name in ("split", "fused")), machine=machine)
-    found = [line[:8] for line in report.adapters().splitlines() if line.startswith(("| `", "2 runs"))]
+    found = [line[:8] for line in quality_table.adapters().splitlines() if line.startswith(("| `", "2 runs"))]
     assert found == ["| `fused", "| `split", "2 runs o"] * 2
+
+
+def test_full_fine_tuning_stands_beside_them_where_it_is_there(write: Any) -> None:
+    both = [row("qlora", 1, 0.5, 1.0), row("lora-bf16", 1, 0.4, 1.0, rank=16)]
+    write(*both)
+    assert quality_table.precision().count("| `") == 2
+    write(*both, row("full", 1, 0.3, 1.0, rank=None))
+    assert "| `full` | - | " in quality_table.precision() and quality_table.precision().count("| `") == 3
 
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
@@ -142,7 +151,8 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     page = tmp_path / "adapters.md"
     page.write_text("# Title\n\n<!-- generated: adapters -->\n<!-- end -->\n\nText.\n")
     monkeypatch.setattr(module, "PAGES", (page,))
-    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "PAGES", (page,))
+    monkeypatch.setattr(plots, "FOLDER", tmp_path / "plots")
     return module
 
 
@@ -162,5 +172,27 @@ def test_a_stale_table_fails_the_check(write: Any, two: None, generate: ModuleTy
     assert text.startswith("# Title") and text.endswith("Text.\n") and "| 0.6 | 0.2 | 0.5, 0.7 |" in text
 
 
-def test_the_page_of_this_checkout_has_the_table() -> None:
-    assert "<!-- generated: adapters -->" in report.PAGE.read_text(encoding="utf-8")
+def test_a_stale_plot_fails_the_check(write: Any, generate: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "a-machine" / "context.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(context_row("qlora", 8, 12800)) + "\n")
+    generate.main(check=False)
+    generate.main(check=True)
+    path.write_text(json.dumps(context_row("qlora", 8, 12928)) + "\n")
+    with pytest.raises(SystemExit, match=r"docs/plots/context\.png is stale: run `make docs`"):
+        generate.main(check=True)
+
+
+def test_a_report_leaves_parts_of_others_as_they_are(
+    write: Any, generate: ModuleType, tmp_path: Path
+) -> None:
+    other = "<!-- generated: recipes -->\nkept\n<!-- end -->\n"
+    (tmp_path / "adapters.md").write_text(other)
+    assert main(["report"]) == 0
+    assert (tmp_path / "adapters.md").read_text() == other
+
+
+def test_every_part_of_the_pages_is_made_by_somebody(generate: ModuleType) -> None:
+    for page in (Path(__file__).parent.parent / "docs").glob("*.md"):
+        names = [match[2] for match in pages.PART.finditer(page.read_text(encoding="utf-8"))]
+        assert set(names) <= set(generate.PARTS)
