@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import data, quality, report, startup
+from . import compare, data, quality, report, startup
 
-CASES = {"data": data, "quality": quality, "report": report, "startup": startup}
+CASES = {"compare": compare, "data": data, "quality": quality, "report": report, "startup": startup}
 
 
 def main(arguments: list[str] | None = None) -> int:
