@@ -43,6 +43,12 @@ EQUAL: Final = (
     "learning_rate", "max_grad_norm", "optimizer", "activations",
 )  # fmt: skip
 """What rows of a group have in common, beside the tokens."""
+MEASURED: Final = (
+    "token_stream", "losses", "step_seconds", "tokens", "supervised_tokens", "load_seconds", "attach_seconds",
+    "phases", "allocated", "reserved", "process_bytes", "linear_bytes", "trained_parameters",
+    "matmul_flops_per_second",
+)  # fmt: skip
+"""What every row without an error has from its process."""
 _CHECKOUT = Path(__file__).parent.parent
 
 
@@ -106,7 +112,7 @@ def run(chosen: argparse.Namespace) -> int:
 def conclude(rows: list[dict[str, Any]]) -> int:
     """Print what the rows come to; the exit code."""
     for method, error in {row["method"]: row["error"] for row in rows if row["error"]}.items():
-        print(f"{method}: {error}")
+        print(f"{method}: not measured: {error}")
     if all(row["error"] for row in rows):
         print("nothing was measured")
         return 1
@@ -114,7 +120,7 @@ def conclude(rows: list[dict[str, Any]]) -> int:
     if reasons:
         print("not comparable:", *reasons, sep="\n  ")
         return 1
-    print(verdict.table(rows, ranked=True))
+    print(verdict.table(rows), *verdict.notes(rows), sep="\n")
     if any(row["weights"] == "random" for row in rows):
         print(
             "random weights of the exact sizes: memory and speed are those of the real ones, losses are not"
@@ -312,6 +318,9 @@ def _row(
     planned: list[list[probe.Row]],
 ) -> dict[str, Any]:
     method = job["method"]
+    missing = [key for key in MEASURED if key not in found]
+    if found["error"] is None and missing:  # a toolkit whose log changed: a row, and the bench goes on
+        found = {"error": f"its adapter found no {', '.join(missing)}"}
     row = {"method": method, "repeat": job["repeat"], "seed": job["seed"], **common}
     row |= {"base": BASES.get(method, "nf4"), "process": _process(method), **found}
     if found["error"] is not None:

@@ -231,14 +231,14 @@ def matmul_flops_per_second(device: str, dtype: str) -> float:
 
 def linear_bytes(model: Any) -> int:
     """Bytes of the base's decoder linears as they lie in memory, with scales and code books of 4-bit ones."""
-    total = 0
+    found = {}  # PEFT's layer and the linear in it have the same weight
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         parts = [part for part in name.split(".") if part != "base_layer"]
         adapter = any("lora" in part for part in parts)
         if weight is not None and not adapter and parts[-1] in LINEARS and weight.dim() == 2:
-            total += weight_bytes(weight)
-    return total
+            found[id(weight)] = weight
+    return sum(map(weight_bytes, found.values()))
 
 
 def weight_bytes(weight: Any) -> int:

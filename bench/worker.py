@@ -51,10 +51,11 @@ def outcome(method: str, job: dict[str, Any]) -> dict[str, Any]:
 
 def said(error: BaseException) -> str:
     """Kind and last lines of an error; of a package that is missing, that it is."""
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         return f"not installed: {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[-ERROR_LINES:])}"
+    cause = "" if error.__cause__ is None else f" (from {said(error.__cause__)})"
+    return f"{type(error).__name__}: {' '.join(lines[-ERROR_LINES:])}{cause}"
 
 
 if __name__ == "__main__":

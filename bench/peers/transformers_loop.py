@@ -1,4 +1,4 @@
-"""Watches a transformers Trainer, whoever built it: seconds and losses of its steps, and what the model gets."""
+"""Watches a transformers Trainer, whoever built it: seconds and losses of steps, and what the model gets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from bench import probe
 from bench.probe import Fed
 
 
@@ -64,3 +65,23 @@ class Watch(Clock):
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), **self.fed.to_json()}
+
+
+class Kept(Watch):
+    """Watch, where the toolkit keeps its model to itself: what the model is, is read when training begins."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.about: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.about = {
+            "linear_bytes": probe.linear_bytes(model),
+            "trained_parameters": probe.trained_parameters(model),
+            "adapter_dtype": probe.adapter_dtype(model),
+        }
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), **self.about}

@@ -16,7 +16,6 @@ from typing import Any
 from bench import probe
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-METHODS = {"trl-qlora": "nf4"}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
