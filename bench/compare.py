@@ -251,7 +251,12 @@ def _in_a_process(method: str, job: Mapping[str, Any], folder: Path, python: str
     line = [python or sys.executable, "-m", "bench.worker", method, *map(str, files)]
     try:
         done = subprocess.run(
-            line, env=_environment(job, folder), cwd=_CHECKOUT, stderr=subprocess.PIPE, text=True
+            line,
+            env=_environment(job, folder),
+            cwd=_CHECKOUT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     except OSError as error:
         return {"error": f"not installed: {error.strerror}: {Path(line[0]).name}"}

@@ -113,6 +113,9 @@ class Phases:
         self.process: dict[str, int | None] = {}
         self.seconds: dict[str, float] = {}
         if device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()  # the matmul before is no part of it
             self._read_cuda("start")
 
     @contextmanager
