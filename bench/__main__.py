@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import context, data, gpu, quality, quickstart, report, startup
+from . import compare, context, data, gpu, quality, quickstart, report, startup
 
 CASES = {
+    "compare": compare,
     "context": context,
     "data": data,
     "gpu": gpu,

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from qlora_phi3.units import format_bytes
 
-from . import markdown
+from . import markdown, verdict
 from .markdown import Row
 
 SETTING: Final = ("model", "device", "max_length", "micro_batch", "effective_batch", "steps", "activations")
@@ -103,22 +103,12 @@ def _block(machine: str, run: Sequence[Row]) -> Block:
         if failed:
             share = "" if len(failed) == len(own) else f" {len(failed)} of {len(own)} times"
             notes.append(f"`{name}` was not measured{share}: {failed[-1]}")
-    reasons = refusals(good)
+    reasons = verdict.refusals(good)
     if reasons:
         return Block(machine, tuple(run), (), (*notes, f"Refused, not comparable: {'; '.join(reasons)}."))
     names = dict.fromkeys(row["method"] for row in good)
     summaries = tuple(summarise([row for row in good if row["method"] == name]) for name in names)
     return Block(machine, tuple(good or run), summaries, tuple(notes))
-
-
-def refusals(rows: Sequence[Row]) -> list[str]:
-    """Why the measured rows of a run may not stand beside each other: they were not fed the same."""
-    streams: dict[str, set[str]] = {}
-    for row in rows:
-        streams.setdefault(f"{row['group']}{row['token_stream']}", set()).add(row["method"])
-    if len(streams) < 2:
-        return []
-    return ["different token streams, " + " against ".join(markdown.join(one) for one in streams.values())]
 
 
 def summarise(rows: Sequence[Row]) -> Summary:

@@ -22,7 +22,7 @@ from typing import Any, Final
 from qlora_phi3 import memory, phi3
 from qlora_phi3.weights import known_geometry
 
-from . import results, startup
+from . import random_base, results
 from .context_probe import GIB, METHODS, probe, recipe_of
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -165,7 +165,7 @@ def _base_name(name: str) -> tuple[str, str]:
     """`model.base`, and whether its weights are pretrained or random."""
     if name == "phi3-mini":
         return MINI, "random"
-    return (startup.BUILTIN if name == "builtin" else str(Path(name).absolute())), "pretrained"
+    return (random_base.BUILTIN if name == "builtin" else str(Path(name).absolute())), "pretrained"
 
 
 # --- measured
@@ -227,7 +227,7 @@ def _made_base(chosen: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]
         if chosen.model == "phi3-mini":
             made = chosen.random_base or folder / "made"
             if not (made / "config.json").is_file():
-                startup.write_random(made, MADE)
+                random_base.write(made, MADE)
             base = str(lengthened(made, folder / "base", phi3.VARIANTS[MINI].max_positions))
         yield base, os.environ | {"QLORA_PHI3_CACHE": _empty(folder / "cache", base)}
 

@@ -21,16 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from . import results
+from . import random_base, results
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
 SAID: Final = {"first": ["keeping"], "later": ["reading"]}
 """Kind of load -> how what it says begins: it is what it is taken for."""
-SHARD_BYTES: Final = 5_000_000_000
-"""Largest file of the made checkpoint, as on the hub."""
 SAMPLE_SECONDS: Final = 0.01
 RANDOM: Final = "random-phi3-mini"
-BUILTIN: Final = "builtin:smollm2-135m"
+BUILTIN: Final = random_base.BUILTIN
 _CHECKOUT = Path(__file__).parent.parent
 
 
@@ -56,7 +54,7 @@ def run(chosen: argparse.Namespace) -> int:
 def _base(name: str, folder: Path) -> str:
     """What `model.base` is set to."""
     if name == RANDOM:
-        return str(write_random(folder / "base", "microsoft/Phi-3-mini-4k-instruct"))
+        return str(random_base.write(folder / "base", "microsoft/Phi-3-mini-4k-instruct"))
     return BUILTIN if name == "builtin" else str(Path(name).absolute())
 
 
@@ -92,61 +90,6 @@ def _in_a_process(kind: str, chosen: argparse.Namespace, base: str, cache: Path)
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=_CHECKOUT)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def write_random(folder: Path, name: str) -> Path:
-    """A checkpoint of `name`'s exact sizes in bfloat16 with random weights, in shards as the hub has them."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    from qlora_phi3 import builtin, phi3
-
-    geometry = phi3.VARIANTS[name]
-    config = Phi3Config(
-        vocab_size=geometry.vocab_size,
-        hidden_size=geometry.hidden_size,
-        intermediate_size=geometry.intermediate_size,
-        num_hidden_layers=geometry.num_layers,
-        num_attention_heads=geometry.num_heads,
-        num_key_value_heads=geometry.num_kv_heads,
-        sliding_window=geometry.sliding_window,
-        tie_word_embeddings=geometry.tied_embeddings,
-        architectures=["Phi3ForCausalLM"],
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in Phi3ForCausalLM(config).state_dict().items()}
-    folder.mkdir(parents=True)
-    shards = _shards({key: 2 * shape.numel() for key, shape in shapes.items()})
-    generator, index = torch.Generator().manual_seed(0), {}
-    for number, keys in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        made = {
-            key: torch.empty(shapes[key], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for key in keys
-        }
-        save_file(made, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(keys, file)
-        del made
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.save_pretrained(folder)
-    for file in builtin.ensure(BUILTIN.removeprefix("builtin:")).glob("*"):
-        if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(file, folder)
-    return folder
-
-
-def _shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Keys in order, each list of at most SHARD_BYTES."""
-    shards, room = [], 0
-    for key, size in sizes.items():
-        if not shards or size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(key)
-        room -= size
-    return shards
 
 
 # --- one load, in a process of its own

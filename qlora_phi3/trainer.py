@@ -115,10 +115,12 @@ def train(
     display: Display,
     held_out_loss: Callable[[], float] | None = None,
     adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
+    built: Callable[[PhiTrainer], None] = lambda trainer: None,
 ) -> tuple[Trained, Calibration]:
     """Train the adapters of `model` in place and write `metrics.jsonl` into `out`.
 
-    `adapted` hears where memory ran out, and the recipe as it went on from there.
+    `adapted` hears where memory ran out, and the recipe as it went on from there. `built` gets the trainer
+    before it starts, for who wants to watch it.
 
     Raises:
         RunError: a loss or gradient norm is not a number -> the step it came with.
@@ -128,6 +130,7 @@ def train(
     with display.steps("train", total) as steps, (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         watch = _Watch(recipe, meter, steps, lines, held_out_loss)
         trainer = build(model, base, split, recipe, out, watch, adapted)
+        built(trainer)
         found = tried(trainer.train)
     if isinstance(found, RanOut):
         # its passes have a ladder of their own: what is left are the gradients' norm and the states

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import results, startup
+from bench import random_base, results, startup
 from bench.__main__ import main
 from qlora_phi3 import builtin, phi3
 
@@ -48,11 +48,11 @@ def test_random_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_layers": 3}
     small = replace(phi3.VARIANTS[MINI], num_heads=4, num_kv_heads=2, **sizes)
     monkeypatch.setitem(phi3.VARIANTS, MINI, small)
-    monkeypatch.setattr(startup, "SHARD_BYTES", 9_000_000)
+    monkeypatch.setattr(random_base, "SHARD_BYTES", 9_000_000)
     phi3_tokenizer().save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr(builtin, "ensure", lambda name: tmp_path / "tokenizer")
 
-    folder = startup.write_random(tmp_path / "base", MINI)
+    folder = random_base.write(tmp_path / "base", MINI)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) == 2 and all(file.stat().st_size < 9_000_000 + 5_000 for file in files)
     settings = Model(base=str(folder), quantization="none")
@@ -60,7 +60,7 @@ def test_random_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert replace(small, max_positions=4096) == checkpoint.geometry
     base = model.load(checkpoint, settings, torch.device("cpu"))
     assert model.ParameterCounts.of(base.model).total == small.num_parameters
-    again = startup.write_random(tmp_path / "again", MINI)
+    again = random_base.write(tmp_path / "again", MINI)
     for file in files:
         one, other = load_file(file), load_file(again / file.name)
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -74,7 +74,7 @@ def test_shards_of_phi_3_mini_are_the_hub_s() -> None:
     sizes = {"embedding": embedding}
     sizes |= {f"{i}.{name}": size for i in range(32) for name, size in zip(order, layer, strict=True)}
     sizes |= {"head": embedding}
-    found = [sum(sizes[key] for key in shard) for shard in startup._shards(sizes)]
+    found = [sum(sizes[key] for key in shard) for shard in random_base._shards(sizes)]
     assert [round(size / 1e9, 2) for size in found] == [4.97, 2.67]
 
 
