@@ -15,6 +15,7 @@ def compare_row(method: str, repeat: int = 0, seconds: float = 2.0, **changes: A
         **ABOUT,
         "run": "2026-01-01T00:00:00+00:00",
         "method": method,
+        "base": {"lora-bf16": "bfloat16", "lora-fp32": "float32"}.get(method, "nf4"),
         "model": "builtin",
         "weights": "pretrained",
         "device": "cpu",

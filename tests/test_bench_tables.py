@@ -102,7 +102,17 @@ def test_another_token_stream_is_refused(rows: Any) -> None:
     rows("compare", compare_row("qlora"), other, compare_row("lora-bf16"))
     found = compare_table.compare()
     assert "| method |" not in found and only().summaries == ()
-    assert "Refused, not comparable: different token streams, lora-bf16 and qlora against trl-qlora." in found
+    streams = "qlora abc, trl-qlora of other row, lora-bf16 abc"
+    assert f"Refused, not comparable: different token streams: {streams}." in found
+
+
+def test_another_loss_is_refused(rows: Any) -> None:
+    halved = compare_row("trl-qlora", losses=[0.6, 0.5, 0.4, 0.3, 0.25, 0.2])
+    rows("compare", compare_row("qlora"), halved)
+    found = compare_table.compare()
+    assert (
+        "| method |" not in found and "Refused, not comparable: qlora and trl-qlora: median losses" in found
+    )
 
 
 def test_settings_have_blocks_of_their_own(rows: Any) -> None:
