@@ -43,13 +43,16 @@ def merged_tensors(source: Source, base: MergeBase, dtype: torch.dtype) -> Itera
 
 
 class Merger:
-    """Single matrices of a merged checkpoint by name; reading one holds no other."""
+    """Single matrices of a merged checkpoint by name; reading one holds no other.
 
-    def __init__(self, source: Source, base: MergeBase, dtype: torch.dtype) -> None:
+    `adapted`: false for the base alone.
+    """
+
+    def __init__(self, source: Source, base: MergeBase, dtype: torch.dtype, *, adapted: bool = True) -> None:
         self.source, self.base, self.dtype = source, base, dtype
         self.device = model.device_for_run()
         self._files: dict[str, Path] = weights.tensor_files(source.checkpoint.folder)
-        self._pairs = fused_pairs(source)
+        self._pairs = fused_pairs(source) if adapted else {}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,7 +63,7 @@ class Merger:
         for path in dict.fromkeys(self._files.values()):
             with safe_open(path, framework="pt") as tensors:
                 found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        if unties(self.source) and HEAD not in found:
+        if self._pairs and unties(self.source) and HEAD not in found:
             found[HEAD] = found[EMBEDDING]
         return found
 

@@ -83,6 +83,16 @@ def _write_gguf(source: Source, folder: Path, kind: str, options: Options, say: 
     return {"merge": report.to_json(), "kind": kind, "gguf": path.name}
 
 
+def write_base_gguf(source: Source, path: Path) -> None:
+    """The base alone, as the model that an adapter's GGUF is loaded onto."""
+    from . import gguf  # type: ignore[attr-defined,unused-ignore]
+
+    merger = merge.Merger(source, "original", torch.float32, adapted=False)
+    tensors = ((name, merger.tensor(name)) for name in merger.shapes)
+    config, tokenizer = source.checkpoint.config, source.checkpoint.folder
+    gguf.write(path, tensors, config, tokenizer, "f16", name=gguf_name(source))
+
+
 def _write_gguf_lora(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
     """The adapter alone as GGUF, for the base's own GGUF."""
     from . import gguf_lora  # type: ignore[attr-defined,unused-ignore]

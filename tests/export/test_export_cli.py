@@ -261,14 +261,9 @@ def test_a_failing_export_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_drift_keeps_only_what_the_gate_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
-        "passed": False,
-        "skipped": None,
-        "consumer": "a program",
-        "first_difference": "token 3 is 7, not 9",
-    }
-    monkeypatch.setattr(gates.Gates, "_measure", lambda *_: found)
-    with pytest.raises(RunError, match=r"a program does not compute what was trained: token 3 is 7, not 9"):
+    found = {"verdict": "drift", "consumer": "a program", "reasons": ["mean KL 2"]}
+    monkeypatch.setattr(gates.Gates, "_measure", lambda *_: (found, "token 3 of the prompt is 7, not 9"))
+    with pytest.raises(RunError, match=r"not compute what was trained: mean KL 2\. token 3 of the prompt"):
         export.export(run, "adapter")
     assert listing(run / "exports") == ["adapter.failed", "adapter.failed/parity.json"]
     monkeypatch.undo()
