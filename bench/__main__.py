@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import data, quality, report, startup
+from . import data, merge, quality, report, startup
 
-CASES = {"data": data, "quality": quality, "report": report, "startup": startup}
+CASES = {"data": data, "merge": merge, "quality": quality, "report": report, "startup": startup}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -834,3 +834,16 @@ def test_the_json_schema_refuses_unknown_keys(extra: dict[str, Any]) -> None:
     smallest = {"version": 1, "name": "a", "data": {"train": {"path": "x"}}}
     assert fits(smallest, SCHEMA)
     assert not fits(smallest | extra, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "words"),
+    [
+        ("dora", ["adapter", "merged"], "adapter, merged: DoRA's lengths fit no other form than PEFT's own."),
+        ("lora", ["mlx", "mlx"], "names a target twice: mlx, mlx."),
+    ],
+)
+def test_exports_that_cannot_be(method: str, targets: list[str], words: str) -> None:
+    checked = recipe(adapter__method=method).model_copy(update={"export": tuple(targets)})
+    [(path, reason, _)] = cross_problems(checked)
+    assert path == ("export",) and words in reason

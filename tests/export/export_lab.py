@@ -48,7 +48,7 @@ def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
         "architectures": ["Phi3ForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
         "model_type": "phi3",
-        "vocab_size": len(tokenizer),
+        "vocab_size": len(tokenizer) + 11,  # as Phi-3 has rows to spare, which GGUF needs
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -66,7 +66,8 @@ def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
     Phi3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(written))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 4], "pad_token_id": 0}))
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
 
 

@@ -143,7 +143,11 @@ def test_the_folder_is_a_checkpoint_with_the_bases_own_keys(bases: Any, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == model.load_tokenizer(source.checkpoint.folder).chat_template
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert made.dtype == torch.bfloat16 and made.generation_config.eos_token_id == [0, 4]
+    assert (
+        made.dtype == torch.bfloat16
+        and made.generation_config.eos_token_id
+        == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    )
     assert made.config.rope_parameters["rope_type"] == "longrope"
 
 
