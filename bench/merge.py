@@ -1,7 +1,7 @@
 """Merging an adapter into a checkpoint: seconds and peak memory, in a process of its own.
 
-`random-phi3-mini` is a checkpoint of Phi-3-mini's exact sizes with random weights and a random adapter of rank
-16 on all linears; both are made for the measurement and removed after it. Nothing is compared or gated.
+`random-phi3-mini` is a checkpoint of Phi-3-mini's exact sizes with random weights; it and a random adapter on
+all linears are made for the measurement and removed after it. Nothing is compared or gated.
 """
 
 from __future__ import annotations

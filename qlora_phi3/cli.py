@@ -188,13 +188,16 @@ def export(
     repo: Annotated[str | None, typer.Option(help="hub: where to, you/name.")] = None,
     what: Annotated[str | None, typer.Option(help="hub: adapter or merged.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: list the files, send none.")] = False,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Do not load it in its program afterwards, which takes memory.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter for other programs, and check that they compute what was trained."""
     from . import export as exports
 
     told = {"layout": layout, "merge_base": merge_base, "dtype": dtype, "kind": kind, "num_ctx": num_ctx}
-    told |= {"repo": repo, "what": what, "dry_run": dry_run or None}
+    told |= {"repo": repo, "what": what, "dry_run": dry_run or None, "gate": False if no_gate else None}
     options = exports.check(to, {name: value for name, value in told.items() if value is not None})
     if not run.is_dir():
         raise ModelError(str(run), "no such folder.", "Give a run folder, or the folder of an adapter.")

@@ -109,7 +109,7 @@ def _export(
     say(f"exporting {target} to {folder}")
     with destination.unfinished(folder, force=force) as partial:
         details = target_of(target).write(source, partial, options, say)
-        parity = gates.check(target, partial, folder, details)
+        parity = gates.check(target, partial, folder, details, wanted=options.gate)
         say(summary(parity))
         about = card.About(target, source.name, source.base_name, details, parity, licence_name(source))
         (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")

@@ -33,13 +33,18 @@ class Gates:
         self._source, self._say = source, say
         self._live: dict[str, Any] = {}
 
-    def check(self, target: str, partial: Path, folder: Path, details: Mapping[str, Any]) -> dict[str, Any]:
+    def check(
+        self, target: str, partial: Path, folder: Path, details: Mapping[str, Any], *, wanted: bool = True
+    ) -> dict[str, Any]:
         """What the gate found, which is in parity.json of the unfinished folder too.
 
         Raises:
             RunError: drift -> `<folder>.failed` keeps parity.json, and the export is removed.
         """
-        found, difference = self._measure(target, partial, details)
+        if wanted:
+            found, difference = self._measure(target, partial, details)
+        else:
+            found, difference = _skipped(target, "switched off with --no-gate"), ""
         destination.write_json(partial / destination.PARITY, found)
         if found["verdict"] != "drift":
             return found

@@ -41,6 +41,7 @@ class Options:
     repo: str | None = None
     what: Literal["adapter", "merged"] = "adapter"
     dry_run: bool = False
+    gate: bool = True
 
 
 BELONGS: Final = {
@@ -52,6 +53,7 @@ BELONGS: Final = {
     "repo": ("hub",),
     "what": ("hub",),
     "dry_run": ("hub",),
+    "gate": tuple(dict.fromkeys(name.partition(":")[0] for name in EXPORTS)),
 }
 """Option -> the targets that heed it."""
 

@@ -271,6 +271,13 @@ def test_drift_keeps_only_what_the_gate_found(run: Path, monkeypatch: pytest.Mon
     assert [path.name for path in (run / "exports").iterdir()] == ["adapter"]
 
 
+def test_the_gate_can_be_left_out_and_it_shows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates.Gates, "_measure", None)
+    done = export.export(run, "adapter", options=export.Options(gate=False))
+    assert done.parity is not None and done.parity["reasons"] == ["switched off with --no-gate"]
+    assert json.loads((done.folder / "parity.json").read_text())["verdict"] == "skipped"
+
+
 # The hub
 
 

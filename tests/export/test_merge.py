@@ -20,6 +20,8 @@ from qlora_phi3.export.source import Source, open_source
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20)
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+"""Logits are of the order of 10, and float32 sums in another order differ by 3e-5; NF4 makes them differ by 1."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_merged_computes_what_the_live_model_does(bases: Any, tmp_path: Path, ki
         logits(write(source, tmp_path / "out", base)),
         logits(live(source, quantized=base == "dequant")),
     )
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found, expected, **CLOSE)
     other = logits(live(source, quantized=base != "dequant"))
     assert (found - other).abs().max() > 1e-2  # the two bases do differ
 
@@ -82,7 +84,7 @@ def test_an_adapter_on_a_tied_matrix_unties_it(
 ) -> None:
     source = source_of(tmp_path, bases(kind), adapter={"targets": targets})
     made = write(source, tmp_path / "out", "dequant")
-    torch.testing.assert_close(logits(made), logits(live(source)), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(logits(made), logits(live(source)), **CLOSE)
     assert made.config.tie_word_embeddings is False
     assert "lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
@@ -121,7 +123,7 @@ def test_any_scale_and_split(bases: Any, tmp_path: Path, method: str, split_fuse
     adapter = {"method": method, "split_fused": split_fused, "alpha": 5}
     source = source_of(tmp_path, bases("medium"), adapter=adapter)
     found = logits(write(source, tmp_path / "out", "dequant"))
-    torch.testing.assert_close(found, logits(live(source)), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found, logits(live(source)), **CLOSE)
 
 
 # The whole target
@@ -143,11 +145,8 @@ def test_the_folder_is_a_checkpoint_with_the_bases_own_keys(bases: Any, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == model.load_tokenizer(source.checkpoint.folder).chat_template
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert (
-        made.dtype == torch.bfloat16
-        and made.generation_config.eos_token_id
-        == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
-    )
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    assert made.dtype == torch.bfloat16 and made.generation_config.eos_token_id == ends
     assert made.config.rope_parameters["rope_type"] == "longrope"
 
 
@@ -174,7 +173,7 @@ def test_the_streamed_figures_are_those_of_the_whole_model(bases: Any, tmp_path:
     with compare.streamed(merge.Merger(source, "original", torch.float32)) as causal, torch.no_grad():
         found = causal.lm_head(hidden_states(causal, Documents.of(rows, CPU)))  # type: ignore[arg-type]
         assert all(p.is_meta for p in causal.model.layers.parameters())
-    torch.testing.assert_close(found.view_as(whole), whole, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found.view_as(whole), whole, **CLOSE)
 
 
 def test_an_unquantized_run_has_only_the_original_to_merge_into(bases: Any, tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_a_sharded_merge_loads(bases: Any, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shards.write, "__defaults__", (60_000,))
     found = logits(write(source, tmp_path / "out", "dequant"))
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    torch.testing.assert_close(found, logits(live(source)), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found, logits(live(source)), **CLOSE)
 
 
 def test_a_merge_holds_one_matrix(tmp_path: Path) -> None:
@@ -281,4 +280,4 @@ def test_files_of_several_shards_are_read(bases: Any, tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     source = source_of(tmp_path, base)
     found = logits(write(source, tmp_path / "out", "original"))
-    torch.testing.assert_close(found, logits(live(source, quantized=False)), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found, logits(live(source, quantized=False)), **CLOSE)
