@@ -228,7 +228,7 @@ import sys, time
 from pathlib import Path
 from qlora_phi3.export import export, gates
 
-def wait(*_):
+def wait(*_, **__):
     print("written", flush=True)
     time.sleep(60)
 
@@ -251,7 +251,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(run: Path) -> None:
 
 
 def test_a_failing_export_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gates.Gates, "check", fail)
