@@ -21,7 +21,7 @@ from qlora_phi3.export.source import Source, open_source
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-"""Logits are of the order of 10: float32 sums in another order differ by 3e-5, another base by more than 1."""
+"""Logits are of the order of 10: float32 sums in another order differ by 3e-5, another base by over 1."""
 
 
 @pytest.fixture(scope="module")
