@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, context, data, gpu, quality, quickstart, report, startup
+from . import compare, context, data, gpu, merge, quality, quickstart, report, startup
 
 CASES = {
     "compare": compare,
     "context": context,
     "data": data,
     "gpu": gpu,
+    "merge": merge,
     "quality": quality,
     "quickstart": quickstart,
     "report": report,

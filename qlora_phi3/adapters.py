@@ -25,7 +25,7 @@ from .layouts.names import linear_shapes
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
 from .split_lora import DiagonalB, blocks, split
-from .weights import first_line
+from .weights import Checkpoint, first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_NAME: Final = "base_provenance.json"
@@ -132,7 +132,7 @@ def go_on_from(path: Path, model: Any, settings: Adapter, base: Base) -> None:
     from peft import set_peft_model_state_dict
 
     geometry, layout = base.checkpoint.geometry, "split" if settings.split_fused else "fused"
-    check_provenance(path if path.is_dir() else path.parent, base)
+    check_provenance(path if path.is_dir() else path.parent, base.checkpoint)
     tensors, found = layouts.read_adapter(path, geometry)
     tensors, found = layouts.convert(tensors, found, layout, geometry, str(path))  # type: ignore[arg-type]
     check_same_shape(path, found, peft_config(settings), geometry)
@@ -170,7 +170,7 @@ def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geom
             )
 
 
-def check_provenance(folder: Path, base: Base) -> None:
+def check_provenance(folder: Path, checkpoint: Checkpoint) -> None:
     """Where the adapter says what it was trained on, that must be this base.
 
     Raises:
@@ -179,7 +179,7 @@ def check_provenance(folder: Path, base: Base) -> None:
     note = folder / PROVENANCE_NAME
     if not note.is_file():
         return
-    ours = json.loads(json.dumps(base.checkpoint.provenance.to_json()))
+    ours = json.loads(json.dumps(checkpoint.provenance.to_json()))
     try:
         theirs = json.loads(note.read_text(encoding="utf-8"))
         same = all(theirs[key] == ours[key] for key in ("config_sha256", "weights"))

@@ -160,6 +160,61 @@ def doctor(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or an adapter's folder.")],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TARGET",
+            help="adapter, loralib, mlx, vllm, merged, gguf:q8_0 (or another kind), gguf-lora, ollama, hub; "
+            "may be given several times.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for it; default exports/TARGET of the run.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+    layout: Annotated[str | None, typer.Option(help="adapter: fused, split or unfused.")] = None,
+    merge_base: Annotated[
+        str | None,
+        typer.Option(
+            help="merged, gguf, ollama: the weights to add it to; dequant (as NF4 gave them back in "
+            "training), original, or auto: the nearer to the model as trained, measured."
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="merged: bf16 or fp16.")] = None,
+    kind: Annotated[str | None, typer.Option(help="ollama: the GGUF's kind; q8_0.")] = None,
+    num_ctx: Annotated[int | None, typer.Option(min=1, help="ollama: context in tokens; 4096.")] = None,
+    repo: Annotated[str | None, typer.Option(help="hub: where to, you/name.")] = None,
+    what: Annotated[str | None, typer.Option(help="hub: adapter or merged.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: list the files, send none.")] = False,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Do not load it in its program afterwards, which takes memory.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter for other programs, and check that they compute what was trained."""
+    from . import export as exports
+
+    told = {"layout": layout, "merge_base": merge_base, "dtype": dtype, "kind": kind, "num_ctx": num_ctx}
+    told |= {"repo": repo, "what": what, "dry_run": dry_run or None, "gate": False if no_gate else None}
+    options = exports.check(to, {name: value for name, value in told.items() if value is not None})
+    if not run.is_dir():
+        raise ModelError(str(run), "no such folder.", "Give a run folder, or the folder of an adapter.")
+    process.quiet()
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    done = exports.export_all(run, to, out=out, force=force, options=options, say=say)
+    if as_json:
+        _print_json({"exports": [one.to_json() for one in done]})
+    else:
+        for one in done:
+            typer.echo(str(one))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Make report.html anew from what a run folder holds."""
     from .report import rebuild

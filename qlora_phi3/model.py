@@ -211,7 +211,7 @@ def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.d
     """
     from transformers import Phi3ForCausalLM
 
-    config, nf4 = _native_config(checkpoint), _nf4(settings)
+    config, nf4 = native_config(checkpoint), _nf4(settings)
     if nf4 is not None and folder != checkpoint.folder:  # quantized already: transformers reads that here
         config.quantization_config, nf4 = nf4.to_dict(), None
     try:
@@ -253,7 +253,7 @@ def _nf4(settings: Model) -> Any:
     )
 
 
-def _native_config(checkpoint: Checkpoint) -> Any:
+def native_config(checkpoint: Checkpoint) -> Any:
     """config.json as transformers' own class, without what names code or is internal to transformers."""
     from transformers import Phi3Config
 

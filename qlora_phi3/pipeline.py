@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from . import (
     adapters,
     data,
     evaluate,
+    export,
     ladder,
     memory,
     model,
@@ -27,10 +28,10 @@ from . import (
     weights,
 )
 from .engine import attention
-from .errors import FitError, InputError, Problem, RecipeError
+from .errors import FitError, InputError, Problem, RecipeError, RunError
 from .meter import Meter
 from .progress import Display
-from .recipe import Recipe
+from .recipe import Recipe, Source
 from .recipe_file import dump_recipe
 from .units import format_bytes, parse_bytes
 
@@ -50,7 +51,7 @@ def run(
     data.check_files(recipe.data)
     with run_folder.create(out or run_folder.default(recipe)) as folder:
         try:
-            return _run(recipe, folder, display), folder
+            done = _run(recipe, folder, display)
         except FitError as error:
             raise _with_plan(error, folder) from None
         except RuntimeError as error:
@@ -58,6 +59,28 @@ def run(
                 raise
             found = FitError(str(folder), f"out of memory: {weights.first_line(error)}")
             raise _with_plan(found, folder) from None
+    return _exported(done, recipe, folder, display), folder
+
+
+def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
+    """The report with what was exported, once the run's own models are gone.
+
+    Raises:
+        RunError: an export failed; whatever its reason, the run is whole and stays.
+    """
+    wanted = [target for target in recipe.export if target != "adapter"]  # which a run always has
+    if not wanted:
+        return done
+    process.give_back()
+    try:
+        made = export.export_all(folder, wanted, say=display.say)
+    except InputError as error:
+        remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in wanted)}`."
+        rest = Problem(str(folder), "the run is whole, only its exports are missing.", remedy)
+        raise RunError.of((*error.problems, rest)) from None
+    done = replace(done, exports=[one.to_json() | {"folder": f"exports/{one.folder.name}"} for one in made])
+    report.write(done, folder)
+    return done
 
 
 def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
@@ -371,8 +394,20 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
     return notes
 
 
+def _source_json(used_for: str | int, source: Source) -> list[dict[str, Any]]:
+    """What a source was, for others: files by name and hash, hub data sets by id and revision."""
+    known = {"used_for": "training rows" if used_for == "train" else "held-out rows"}
+    if source.is_hub:
+        return [{**known, "name": source.path, "split": source.split, "revision": source.revision}]
+    files = data.files_of(Path(source.path))
+    return [{**known, "name": path.name, "sha256": data.sha256(path)} for path in files]
+
+
 def _data_json(splits: data.Splits, recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    found["sources"] = [
+        one for path, source in recipe.data.sources() for one in _source_json(path[1], source)
+    ]
     if splits.eval is not None:
         samples = min(recipe.evaluate.samples, len(splits.eval.rows))
         found |= {"eval": splits.eval.to_json(), "eval_samples": samples}

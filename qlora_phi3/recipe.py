@@ -21,11 +21,13 @@ from pydantic import (
 
 from . import phi3
 from .recipe_values import (
+    EXPORTS,
     TARGETS,
     Method,
     Today,
     auto_or_positive,
     auto_or_size,
+    check_export,
     check_method,
     check_sources,
     check_target,
@@ -52,6 +54,7 @@ Targets = Annotated[
     | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(check_targets), Tag("<list>")],
     Discriminator(_kind_of_targets),
 ]
+Export = Annotated[str, BeforeValidator(check_export), Field(json_schema_extra={"enum": list(EXPORTS)})]
 Metric = Annotated[Literal["loss", "perplexity", "exact_match", "json_match", "rouge"], Today(METRICS)]
 
 
@@ -379,9 +382,11 @@ class Recipe(_Part):
     train: Train = Field(default=Train(), description="how it is trained")
     memory: Memory = Field(default=Memory(), description="the memory budget")
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics on the held-out rows")
-    export: Annotated[tuple[str, ...], Field(strict=False), Today((("adapter",), ()))] = Field(
+    export: Annotated[tuple[Export, ...], Field(strict=False)] = Field(
         default=("adapter",),
-        description="what to write for other programs; the PEFT adapter is always written",
+        description="what to write for other programs when the run is done, into its folder exports/: "
+        "merged, gguf:q8_0 and other kinds, gguf-lora, ollama, mlx, loralib, vllm; the PEFT adapter is "
+        "always written",
     )
     track: Annotated[
         tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],

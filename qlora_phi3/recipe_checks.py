@@ -70,6 +70,18 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Set it to lora, or model.quantization to nf4.",
         ),
         (
+            adapter.method == "dora" and bool(set(recipe.export) - {"adapter"}),
+            ("export",),
+            f"{', '.join(recipe.export)}: DoRA's lengths fit no other form than PEFT's own.",
+            "Write [adapter], or set adapter.method to lora or rslora.",
+        ),
+        (
+            len(set(recipe.export)) < len(recipe.export),
+            ("export",),
+            f"names a target twice: {', '.join(recipe.export)}.",
+            "Keep one.",
+        ),
+        (
             train.warmup >= 1 and train.warmup != int(train.warmup),
             ("train", "warmup"),
             f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",

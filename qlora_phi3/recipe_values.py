@@ -18,6 +18,16 @@ from .units import HOW_TO_WRITE, parse_bytes
 
 Method = Literal["lora", "rslora", "dora", "loftq"]
 
+GGUF_KINDS: Final = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+K_QUANTS: Final = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
+"""Kinds of GGUF that need llama.cpp's own quantizer."""
+
+EXPORTS: Final = (
+    *("adapter", "loralib", "mlx", "vllm", "merged", "gguf-lora", "ollama"),
+    *(f"gguf:{kind}" for kind in (*GGUF_KINDS, *K_QUANTS)),
+)
+"""What a run can write for other programs. Pushing to the hub is for the command line alone."""
+
 TARGETS: Final = (*phi3.PROJECTIONS, *phi3.LINEARS, *phi3.EMBEDDINGS)
 
 
@@ -117,6 +127,14 @@ def check_targets(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise PydanticCustomError("expected", "needs all-linear, or a list such as [q, v]")
     return value
+
+
+def check_export(name: Any) -> Any:
+    if not isinstance(name, str):
+        raise PydanticCustomError("string_type", "needs text")
+    if name not in EXPORTS:
+        raise PydanticCustomError("target", "is no export", {"allowed": list(EXPORTS)})
+    return name
 
 
 def check_sources(value: Any) -> Any:

@@ -20,22 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError, OutputError
-from .recipe import GENERATION_METRICS
+from .export import card
+from .pages import MEANINGS, MEMORY, format_metric, template
 from .units import format_bytes
 
 VERSIONED: Final = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose version decides what a run computes."""
-
-MEANINGS: Final = {
-    "loss": "per trained token; lower is better",
-    "perplexity": "exp(loss); lower is better",
-    "exact_match": "answers equal to the expected ones",
-    "json_match": "answers in JSON with the expected keys",
-}
-"""Metric -> what it says, for people who meet it first here."""
-
-MEMORY: Final = {"allocated": "on the GPU", "resident": "of the process"}
-"""Kind of a measured peak -> whose memory it is."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,7 @@ class RunReport:
     memory: dict[str, Any]
     recipe: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
     format_version: int = 1
 
     def to_json(self) -> dict[str, Any]:
@@ -97,8 +88,8 @@ def write(report: RunReport, folder: Path) -> None:
     content = report.to_json()
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
-    card = _template("card.md.j2").render(report=content)
-    (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
+    about = card.About("adapter", report.name, report.base["base"], local=True)
+    (folder / "adapter" / "README.md").write_text(card.render(content, about), encoding="utf-8")
     (folder / "report.html").write_text(_html(content, folder), encoding="utf-8")
 
 
@@ -142,14 +133,10 @@ def show(report: RunReport, folder: Path, console: Console) -> None:
     for note in report.notes:
         say(f"note: {note}")
     say(f"adapter  {folder / 'adapter'}")
+    for one in report.exports:
+        size = format_bytes(sum(one["files"].values()))
+        say(f"{one['target']}  {folder / one['folder']}  {size}")
     say(f"report   {folder / 'report.html'}")
-
-
-def format_metric(name: str, value: float | None) -> str:
-    """A metric for people: a share in percent, anything else in four digits."""
-    if value is None or not math.isfinite(value):
-        return "not a number"
-    return f"{value:.1%}" if name in GENERATION_METRICS else f"{value:.4g}"
 
 
 def _metrics_table(report: RunReport) -> Table:
@@ -194,7 +181,7 @@ def _run_table(report: RunReport) -> Table:
 def _html(report: dict[str, Any], folder: Path) -> str:
     lines = _json_lines(folder / "metrics.jsonl")
     curves = {name: _curve(lines, key) for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
-    return _template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         curves={name: points for name, points in curves.items() if points},
         samples=_samples(folder / "eval.json"),
@@ -206,21 +193,6 @@ def _curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [
         (line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])
     ]
-
-
-def _template(name: str) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=jinja2.select_autoescape(("html.j2",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["bytes"] = format_bytes
-    environment.globals |= {"format_metric": format_metric, "meanings": MEANINGS, "memory_of": MEMORY}
-    return environment.get_template(name)
 
 
 def _finite(value: Any) -> Any:

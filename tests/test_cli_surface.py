@@ -36,6 +36,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "show": ("recipe", "quickstart", "--show"),
     "show as JSON": ("recipe", "quickstart", "--show", "--json"),
     "help of the doctor": ("doctor", "--help"),
+    "help of export": ("export", "--help"),
     "schema": ("schema",),
     "schema as Markdown": ("schema", "--markdown"),
 }

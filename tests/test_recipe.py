@@ -127,7 +127,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "evaluate.samples": {"32": 32, "1": 1},
     "evaluate.max_new_tokens": {"128": 128, "1": 1},
     "evaluate.compare_base": {"true": True, "false": False},
-    "export": {"[adapter]": ("adapter",), "[]": ()},
+    "export": {
+        "[adapter]": ("adapter",),
+        "[]": (),
+        "[merged, gguf:q8_0, gguf-lora]": ("merged", "gguf:q8_0", "gguf-lora"),
+    },
     "track": {"[]": ()},
 }
 """Key -> YAML text -> value. The first text of an optional key is its default."""
@@ -331,7 +335,13 @@ REFUSED_ITEMS = {
         "los": "Did you mean 'loss'? Allowed: loss, perplexity, exact_match, json_match.",
         "3": "3 is",
     },
-    "export": {"1": "needs text. Quote it.", "null": TEXT},
+    "export": {
+        "1": "needs text. Quote it.",
+        "null": TEXT,
+        "merge": "'merge' is no export. Did you mean 'merged'? Allowed: adapter, loralib, mlx,",
+        "gguf:q8": "Did you mean 'gguf:q8_0'?",
+        "hub": "'hub' is no export.",
+    },
     "track": {"wandbb": "Did you mean 'wandb'?", "no": "'no' is not allowed"},
 }
 
@@ -342,7 +352,6 @@ LATER: dict[str, list[str]] = {
     "train.engine": ["native"],
     "train.save_every": ["1", "100"],
     "train.keep_checkpoints": ["1", "3"],
-    "export": ["[merged]", "[adapter, gguf:q8_0]", "[adapter, adapter]"],
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
 }
 LATER_ITEMS = {
@@ -825,3 +834,16 @@ def test_the_json_schema_refuses_unknown_keys(extra: dict[str, Any]) -> None:
     smallest = {"version": 1, "name": "a", "data": {"train": {"path": "x"}}}
     assert fits(smallest, SCHEMA)
     assert not fits(smallest | extra, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "words"),
+    [
+        ("dora", ["adapter", "merged"], "adapter, merged: DoRA's lengths fit no other form than PEFT's own."),
+        ("lora", ["mlx", "mlx"], "names a target twice: mlx, mlx."),
+    ],
+)
+def test_exports_that_cannot_be(method: str, targets: list[str], words: str) -> None:
+    checked = recipe(adapter__method=method).model_copy(update={"export": tuple(targets)})
+    [(path, reason, _)] = cross_problems(checked)
+    assert path == ("export",) and words in reason

@@ -90,7 +90,7 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
             "model.quantization: 'int4' is not allowed. Did you mean 'nf4'? Allowed: nf4, none.",
         ),
         ("export: adapter", "export: found 'adapter', needs a list. Write [adapter]."),
-        ("export: [gguf]", "export: [gguf] is not available yet. Today: [adapter], []."),
+        ("train: {task: dpo}", "train.task: 'dpo' is not available yet. Today: 'sft'."),
         ("evaluate: {metrics: loss}", "evaluate.metrics: found 'loss', needs a list. Write [loss]."),
         (
             "memory: {budget: 8 cards}",

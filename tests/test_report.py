@@ -404,7 +404,7 @@ def test_the_card_has_a_heading_a_blank_line_apart(run: tuple[RunReport, Path], 
         write(dataclasses.replace(run[0], metrics=metrics), folder)
         lines = card(folder)[1].splitlines()
         headings = [i for i, line in enumerate(lines) if line.startswith("#") and i > 0]
-        assert len(headings) == (3 if metrics else 2)
+        assert len(headings) == (3 if metrics else 2), headings
         assert all(lines[i - 1] == "" and lines[i + 1] == "" for i in headings)
 
 

@@ -1,0 +1,119 @@
+"""A trained adapter in the forms that other programs read, each proven to compute what was trained.
+
+Owns the order of an export: check everything, write beside the place, gate, rename. A folder with a target's
+name is whole and gated. Knows nothing of torch until something is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..units import format_bytes
+from . import card, destination
+from .options import BELONGS, TARGETS, Options, Say, check
+
+if TYPE_CHECKING:
+    from .gates import Gates
+    from .source import Source
+
+__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One finished export. `files`: bytes by path inside `folder`; `details`: what its target says of it,
+    the merge report under "merge"; `parity`: what the gate found."""
+
+    target: str
+    folder: Path
+    files: dict[str, int]
+    details: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+    def __str__(self) -> str:
+        return f"{self.target}  {self.folder}  {format_bytes(sum(self.files.values()))}"
+
+
+def export(
+    run: Path,
+    target: str,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    options: Options | None = None,
+    say: Say = lambda _: None,
+) -> Exported:
+    """Export a run's or a folder's adapter to one target, by default into the run's `exports/<target>`.
+
+    Raises:
+        InputError: the adapter, target or place cannot be used -> nothing is left behind.
+        RunError: the gate found a difference, or the disk gave back other than was written.
+    """
+    return export_all(run, [target], out=out, force=force, options=options, say=say)[0]
+
+
+def export_all(
+    run: Path,
+    targets: Sequence[str],
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    options: Options | None = None,
+    say: Say = lambda _: None,
+) -> list[Exported]:
+    """Export to several targets, all of them checked before the first is written.
+
+    Raises:
+        InputError: as `export`; or `out` for several targets.
+    """
+    if out is not None and len([target for target in targets if target != "hub"]) != 1:
+        raise InputError("--out", f"is for one target; these are {', '.join(targets)}.", "Leave it out.")
+    from .gates import Gates
+    from .source import open_source
+    from .table import target_of
+
+    options = options or Options()
+    check(targets, {"repo": options.repo} if "hub" in targets else {})
+    source = open_source(run, say)
+    written = [target for target in targets if target != "hub"]
+    places = {target: out or destination.folder_of(source.run, source.folder, target) for target in written}
+    needed = 0
+    for target, folder in places.items():
+        destination.check(folder, force)
+        target_of(target).check(source)
+        needed += target_of(target).num_bytes(source, options)
+        destination.check_room(folder, needed)
+    gates = Gates(source, say)
+    done = [_export(source, target, folder, force, options, gates, say) for target, folder in places.items()]
+    if "hub" in targets:
+        from . import hub
+
+        done.append(hub.push(source, places.get(options.what), options, say))
+    return done
+
+
+def _export(
+    source: Source, target: str, folder: Path, force: bool, options: Options, gates: Gates, say: Say
+) -> Exported:
+    from .gates import summary
+    from .source import licence_name
+    from .table import target_of
+
+    say(f"exporting {target} to {folder}")
+    with destination.unfinished(folder, force=force) as partial:
+        details = target_of(target).write(source, partial, options, say)
+        parity = gates.check(target, partial, folder, details, wanted=options.gate)
+        say(summary(parity))
+        about = card.About(target, source.name, source.base_name, details, parity, licence_name(source))
+        (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
+        content = {"target": target, "details": details, "files": destination.files_of(partial)}
+        destination.describe(partial, content)
+        files = destination.files_of(partial)
+    return Exported(target, folder, files, details, parity)

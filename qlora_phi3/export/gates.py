@@ -1,0 +1,171 @@
+"""The gate between writing an export and giving it its name: does a real consumer compute what was trained?
+
+Owns the prompts, what happens on drift, and what is said where no consumer is here. How it is measured is
+the parity module's matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from .. import data, layouts, model
+from ..errors import InputError, RunError
+from ..layouts.files import LORALIB_WEIGHTS
+from . import destination, table
+from .options import Say, family
+from .source import Source
+
+NUM_PROMPTS: Final = 4
+FALLBACK: Final = ("Hello! Who are you?", "Name three colours.", "What is 2 + 3?")
+"""What is asked where there are no held-out rows."""
+
+
+class Gates:
+    """The gate for several exports of one source; a model as trained is loaded once, when first needed."""
+
+    def __init__(self, source: Source, say: Say) -> None:
+        self._source, self._say = source, say
+        self._live: dict[str, Any] = {}
+
+    def check(
+        self, target: str, partial: Path, folder: Path, details: Mapping[str, Any], *, wanted: bool = True
+    ) -> dict[str, Any]:
+        """What the gate found, which is in parity.json of the unfinished folder too.
+
+        Raises:
+            RunError: drift -> `<folder>.failed` keeps parity.json, and the export is removed.
+        """
+        if wanted:
+            found, difference = self._measure(target, partial, details)
+        else:
+            found, difference = _skipped(target, "switched off with --no-gate"), ""
+        destination.write_json(partial / destination.PARITY, found)
+        if found["verdict"] != "drift":
+            return found
+        failed = destination.keep_failed(partial, folder)
+        why = "; ".join(found["reasons"])
+        reason = f"{found['consumer']} does not compute what was trained: {why}. {difference}."
+        raise RunError(f"{target}: {failed / destination.PARITY}", reason, "The export was removed.")
+
+    def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The gate's result, and the first token that differs in words."""
+        parity, consumers = _optional("parity"), _optional("consumers")
+        if parity is None or consumers is None:
+            return _skipped(target, "this version has no parity gate"), ""
+        with ExitStack() as stack:
+            opened = _open(consumers, target, self._source, partial, details, stack, self._say)
+            if isinstance(opened, str):
+                return _skipped(target, opened), ""
+            live = self._live_for(consumers, details)
+            self._say(f"comparing it in {opened.name} with the model as trained")
+            name = f"ollama:{details['kind']}" if target == "ollama" else target
+            found = parity.gate(name, live, opened, live.control(), prompts(self._source), stops=live.stops)
+        return found.to_json(), str(found.first_difference or "")
+
+    def _live_for(self, consumers: Any, details: Mapping[str, Any]) -> Any:
+        """The adapter in PEFT on the weights that the export is for: as in training where it was merged into
+        those, else the base's own, which is what others load it onto."""
+        dequant = details.get("merge", {}).get("base") == "dequant"
+        settings = self._source.model
+        if not dequant:
+            settings = settings.model_copy(update={"quantization": "none", "compute_dtype": "float32"})
+        if settings.quantization not in self._live:
+            self._live.clear()  # one model at a time
+            folder, device = self._source.folder, model.device_for_run()
+            self._live[settings.quantization] = consumers.Live.load(
+                self._source.checkpoint, settings, folder, device
+            )
+        return self._live[settings.quantization]
+
+
+def _open(
+    consumers: Any,
+    target: str,
+    source: Source,
+    partial: Path,
+    details: Mapping[str, Any],
+    stack: ExitStack,
+    say: Say,
+) -> Any:
+    """A program with the export loaded, or why there is none."""
+    base, kind = source.checkpoint.folder, family(target)
+    if kind in ("adapter", "vllm"):
+        return consumers.peft_folder(base, partial)
+    if kind == "merged":
+        return consumers.transformers_folder(partial)
+    missing = {"loralib": "loralib", "mlx": "mlx_lm"}.get(kind, "xllamacpp")
+    if importlib.util.find_spec(missing) is None:
+        return f"{missing} is not installed"
+    if kind == "loralib":
+        return consumers.Torch("loralib", loralib_model(source, partial), model.load_tokenizer(base))
+    if kind == "mlx":
+        return consumers.MlxLm(base, partial)
+    if kind == "gguf-lora":
+        plain = (
+            Path(stack.enter_context(TemporaryDirectory(dir=partial.parent, prefix=".base-"))) / "base.gguf"
+        )
+        table.write_base_gguf(source, plain)
+        return stack.enter_context(consumers.llama_cpp(plain, partial / details["gguf"]))
+    return stack.enter_context(consumers.llama_cpp(partial / details["gguf"]))
+
+
+def loralib_model(source: Source, folder: Path) -> Any:
+    """The base with loralib's own layers in the places of its linears, the exported file loaded into it."""
+    import loralib
+    import torch
+    from transformers import Phi3ForCausalLM
+
+    tensors, config = layouts.read_adapter(folder, source.checkpoint.geometry)
+    causal = Phi3ForCausalLM.from_pretrained(
+        source.checkpoint.folder, dtype=torch.float32, local_files_only=True
+    )
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        old, rank, alpha = causal.get_submodule(name), config.rank_of(name), config.alpha_of(name)
+        if isinstance(old, torch.nn.Embedding):
+            new = loralib.Embedding(*old.weight.shape, r=rank, lora_alpha=alpha)
+        else:
+            new = loralib.Linear(*reversed(old.weight.shape), r=rank, lora_alpha=alpha, bias=False)
+        new.weight.data = old.weight.data
+        causal.set_submodule(name, new)
+    state = torch.load(folder / LORALIB_WEIGHTS, weights_only=True)
+    assert not causal.load_state_dict(state, strict=False).unexpected_keys
+    return causal
+
+
+def _skipped(target: str, reason: str) -> dict[str, Any]:
+    return {"target": target, "consumer": None, "verdict": "skipped", "reasons": [reason], "passed": False}
+
+
+def prompts(source: Source) -> list[list[dict[str, Any]]]:
+    """Messages to answer: the beginnings of held-out conversations, else a few questions of ours."""
+    recipe = source.recipe
+    if recipe is not None and recipe.data.eval is not None:
+        try:
+            splits = data.load(recipe.data, model.load_tokenizer(source.checkpoint.folder))
+        except InputError:
+            splits = None  # the gate asks its own questions; the merge report says why
+        if splits is not None and splits.eval is not None:
+            found = splits.eval.conversations[:NUM_PROMPTS]
+            if found:
+                return [one.to_template(one.last_answer) for one in found]
+    return [[{"role": "user", "content": text}] for text in FALLBACK]
+
+
+def _optional(name: str) -> Any:
+    """A module of this package, or None where this version has none of the name."""
+    full = f"{__package__}.{name}"
+    return importlib.import_module(full) if importlib.util.find_spec(full) else None
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """One line of what the gate found."""
+    if found["verdict"] != "passed":
+        return f"not proven ({found['verdict']}): {'; '.join(found['reasons'])}"
+    kl, agreement = found["kl_mean"], found["greedy_agreement"]
+    return f"proven in {found['consumer']}: KL {kl:.3g}, {agreement:.0%} of the greedy tokens agree"

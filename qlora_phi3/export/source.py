@@ -1,0 +1,165 @@
+"""What is exported: an adapter, the base it was trained on, and what its run says of it.
+
+Owns finding the three and that they belong together. Refuses a folder without an adapter, another base, and
+adapters that are more than B @ A times a scale.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from .. import adapters, layouts, model, weights
+from ..errors import ModelError
+from ..layouts.files import CONFIG_NAME
+from ..recipe import Model, Recipe
+from ..recipe_file import load_recipe
+from .options import Say
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+LICENCE_NAMES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+_AGAIN: Final = "Give a run folder, or the folder of an adapter."
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter with its base, both checked.
+
+    `run` and `recipe` are None for an adapter folder outside of a run; `model` then only says which base,
+    and nothing about what the adapter was trained against. `report` is the run's report.json.
+    """
+
+    folder: Path
+    run: Path | None
+    recipe: Recipe | None
+    model: Model
+    report: dict[str, Any] | None
+    checkpoint: weights.Checkpoint
+    tensors: layouts.Tensors
+    config: layouts.AdapterConfig
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name if self.recipe is not None else self.folder.absolute().name
+
+    @property
+    def base_name(self) -> str:
+        return public_name(self.checkpoint.provenance.base)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is known that the adapter was trained against NF4."""
+        return self.recipe is not None and self.recipe.model.quantization == "nf4"
+
+
+def public_name(base: str) -> str:
+    """A base's name for others: a folder's own name in place of its path on this machine."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
+def open_source(path: Path, say: Say = lambda _: None) -> Source:
+    """Read an adapter and find its base, downloading it where needed.
+
+    Raises:
+        ModelError: no adapter, one that no layout holds (DoRA), another base, no tokenizer or chat template.
+        RecipeError: the run's recipe cannot be read.
+    """
+    folder, run = _find(path)
+    recipe = load_recipe(run / "recipe.yaml") if run is not None else None
+    settings = recipe.model if recipe is not None else _base_of(folder)
+    checkpoint = weights.locate(settings, say)
+    model.load_tokenizer(checkpoint.folder)
+    adapters.check_provenance(folder, checkpoint)
+    tensors, config = layouts.read_adapter(folder, checkpoint.geometry)
+    return Source(folder, run, recipe, settings, _report(run), checkpoint, tensors, config)
+
+
+def _find(path: Path) -> tuple[Path, Path | None]:
+    """(adapter's folder, run folder or None)."""
+    if not path.is_dir():
+        raise ModelError(str(path), "no such folder.", _AGAIN)
+    if (path / "recipe.yaml").is_file():
+        if not (path / "adapter").is_dir():
+            reason = "is a run without an adapter: it failed, or has not finished."
+            raise ModelError(str(path), reason, "Run its recipe again.")
+        return path / "adapter", path
+    above = path.absolute().parent
+    in_run = path.absolute().name == "adapter" and (above / "recipe.yaml").is_file()
+    return path, above if in_run else None
+
+
+def _base_of(folder: Path) -> Model:
+    """The base that an adapter's own files name."""
+    found: dict[str, Any] = {}
+    for name in (adapters.PROVENANCE_NAME, CONFIG_NAME):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = f"cannot be read: {weights.first_line(error)}."
+            raise ModelError(str(folder / name), reason, "Copy the adapter again.") from None
+        found = content if isinstance(content, dict) else {}
+        base = found.get("base") or found.get("base_model_name_or_path")
+        if isinstance(base, str):
+            revision = found.get("revision")
+            return Model(base=base, revision=revision if isinstance(revision, str) else None)
+    if not found:
+        raise ModelError(str(folder), f"holds no {CONFIG_NAME}.", _AGAIN)
+    reason = "its files do not name the base that it was trained on."
+    raise ModelError(str(folder), reason, "Write base_model_name_or_path into its adapter_config.json.")
+
+
+def _report(run: Path | None) -> dict[str, Any] | None:
+    path = run / "report.json" if run is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {weights.first_line(error)}."
+        raise ModelError(str(path), reason, "Remove it, or run the recipe again.") from None
+    return found
+
+
+def copy_tokenizer(source: Source, folder: Path) -> None:
+    """The base's tokenizer and chat template, byte for byte, but for keys that name code."""
+    for name in TOKENIZER_FILES:
+        if (source.checkpoint.folder / name).is_file():
+            shutil.copyfile(source.checkpoint.folder / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if "auto_map" in settings or "name_or_path" in settings:
+            kept = {k: v for k, v in settings.items() if k not in ("auto_map", "name_or_path")}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_bytes(source: Source) -> int:
+    paths = [source.checkpoint.folder / name for name in TOKENIZER_FILES]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def licence_file(source: Source) -> Path | None:
+    """The licence's text beside the base's weights, where it came with them."""
+    paths = [source.checkpoint.folder / name for name in LICENCE_NAMES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def licence_name(source: Source) -> str | None:
+    """What the base's README says its licence is; None where nothing does."""
+    if source.checkpoint.provenance.source == "builtin":
+        return "apache-2.0"
+    readme = source.checkpoint.folder / "README.md"
+    if readme.is_file():
+        head = readme.read_text(encoding="utf-8", errors="replace")[:4000].splitlines()
+        for line in head:
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip()
+    return None

@@ -1,0 +1,153 @@
+"""Exports of the adapter alone: PEFT in the layout asked for, loralib, MLX, and vLLM with its rules checked.
+
+Owns their folders: adapter, tokenizer, provenance. Refuses what the consumer would refuse or misread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from torch.nn import functional
+
+from .. import adapters, layouts, phi3
+from ..errors import ModelError
+from ..layouts.blocks import Pair
+from ..layouts.config import PEFT_LAYOUTS
+from ..layouts.files import CONFIG_NAME
+from ..layouts.pairs import describe, render
+from .merge import fused_pairs
+from .options import Options, Say
+from .source import Source, copy_tokenizer, tokenizer_bytes
+
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank; 16 is its default. Source: vLLM 0.11 config/lora.py."""
+VLLM_DEFAULT_RANK: Final = 16
+
+
+def num_bytes(source: Source, options: Options) -> int:
+    """Of all files: a layout may pad As and Bs to three times as much, and MLX and loralib likewise."""
+    return 3 * sum(tensor.nbytes for tensor in source.tensors.values()) + tokenizer_bytes(source)
+
+
+def write_adapter(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+    """PEFT, in the layout it was trained in or another.
+
+    Raises:
+        ModelError: the layout cannot hold it.
+    """
+    own = source.config.layout
+    return _converted(source, folder, options.layout or (own if own in PEFT_LAYOUTS else "fused"))
+
+
+def write_loralib(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+    """A `lora.pt` for loralib's Linear layers in the places of Phi-3's.
+
+    Raises:
+        ModelError: an adapter on the embedding or the head of a tied base.
+    """
+    return _converted(source, folder, "loralib")
+
+
+def write_mlx(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+    """What mlx-lm's `load_adapters` reads.
+
+    Raises:
+        ModelError: linears that are scaled differently, or an adapter on a tied embedding or head.
+    """
+    return _converted(source, folder, "mlx")
+
+
+def write_vllm(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+    """PEFT in fused names with one rank and one alpha for all linears, and the flags that vLLM needs for it.
+
+    Raises:
+        ModelError: vLLM would refuse it.
+    """
+    pairs = uniform(fused_pairs(source))
+    tensors = render(pairs, "fused")
+    config = describe(pairs, "fused", source.checkpoint.geometry, use_rslora=False, enable_lora={})
+    about = _write(source, folder, tensors, config)
+    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    flags, problems = check_vllm(settings)
+    if problems:
+        raise ModelError(str(source.folder), f"vLLM would refuse it: {'; '.join(problems)}.", _MERGE)
+    say(f"serve it with vllm serve {source.base_name} {' '.join(flags)}")
+    return {"layout": "fused", "flags": flags, **about}
+
+
+def uniform(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """The same updates with one rank, by rows and columns of zeros, and one scale.
+
+    vLLM scales every linear by the config's one lora_alpha / r. Where scales differ, as they seldom do, B
+    takes the difference, rounded as float32 is.
+    """
+    rank, scale = max(pair.rank for pair in pairs.values()), next(iter(pairs.values())).scale
+    found = {}
+    for module, pair in pairs.items():
+        more = rank - pair.rank
+        b = pair.b if math.isclose(pair.scale, scale, rel_tol=1e-12) else pair.b * (pair.scale / scale)
+        found[module] = Pair(functional.pad(pair.a, (0, 0, 0, more)), functional.pad(b, (0, more)), scale)
+    return found
+
+
+_MERGE: Final = "Export merged, which vLLM serves as any model."
+
+
+def check_vllm(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(flags to serve an adapter_config.json with, what vLLM refuses in it).
+
+    Source: vLLM 0.11 lora/peft_helper.py, PEFTHelper.validate_legal, and config/lora.py. It scales every
+    linear by lora_alpha / r, and does not read rank_pattern and alpha_pattern.
+    """
+    rank = max([settings["r"], *settings.get("rank_pattern", {}).values()])
+    enough = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+    problems = [
+        meaning
+        for wrong, meaning in (
+            (enough is None, f"rank {rank} is above {VLLM_RANKS[-1]}, the most it takes"),
+            (settings.get("use_dora"), "it has no DoRA"),
+            (settings.get("bias", "none") != "none", "it has no biases"),
+            (settings.get("modules_to_save"), "it has no modules_to_save"),
+            (
+                isinstance(settings.get("init_lora_weights"), str),
+                f"it does not know the start {settings.get('init_lora_weights')!r}",
+            ),
+            (
+                settings.get("rank_pattern") or settings.get("alpha_pattern"),
+                "it has one rank and alpha for all linears, no patterns",
+            ),
+            (_embeddings(settings), "it adapts neither embedding nor head of Phi-3"),
+        )
+        if wrong
+    ]
+    flags = ["--enable-lora", "--lora-modules NAME=FOLDER"]
+    if rank > VLLM_DEFAULT_RANK:
+        flags.append(f"--max-lora-rank {enough}")
+    return flags, problems
+
+
+def _embeddings(settings: dict[str, Any]) -> bool:
+    return any(name.rsplit(".", 1)[-1] in phi3.EMBEDDINGS for name in settings.get("target_modules") or ())
+
+
+def _converted(source: Source, folder: Path, layout: layouts.Layout) -> dict[str, Any]:
+    geometry = source.checkpoint.geometry
+    tensors, config = layouts.convert(source.tensors, source.config, layout, geometry, str(source.folder))
+    return {"layout": layout, **_write(source, folder, tensors, config)}
+
+
+def _write(
+    source: Source, folder: Path, tensors: layouts.Tensors, config: layouts.AdapterConfig
+) -> dict[str, Any]:
+    """The adapter with what belongs to it, in a folder that is there and empty."""
+    provenance = source.checkpoint.provenance
+    folder.rmdir()  # the writer makes it itself, when all is well
+    layouts.write_adapter(folder, tensors, config, base=source.base_name, revision=provenance.revision)
+    copy_tokenizer(source, folder)
+    note = provenance.to_json() | {"base": source.base_name}
+    text = json.dumps(note, indent=2) + "\n"
+    (folder / adapters.PROVENANCE_NAME).write_text(text, encoding="utf-8")
+    return {"rank": config.rank, "alpha": config.alpha, "tensors": len(tensors)}
