@@ -1,0 +1,299 @@
+"""Real programs that read what was exported, behind three questions: which ids, how likely, which answer.
+
+Owns how each is asked. Refuses nothing: an export that a program cannot load raises that program's error.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import model as models
+from ..data.tokens import Turns
+from ..errors import RunError
+from ..generate import stop_ids
+from ..recipe import Model
+from ..weights import Checkpoint
+
+Messages = list[dict[str, Any]]
+
+_IMPOSSIBLE: Final = -1e4
+"""Log-probability of tokens that a program does not list: its exp is 0, and 0 times it is no NaN."""
+
+
+class Consumer(Protocol):
+    """A program that holds a model and its tokenizer."""
+
+    name: str
+
+    def tokens(self, messages: Messages) -> list[int]:
+        """The prompt of a conversation through the program's own template and tokenizer."""
+
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        """Log-probabilities of what follows each of the `last` positions, or each of all.
+
+        Shape: (last, vocab), float32 on the CPU.
+        """
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """The greedy answer, with the token that ended it where one did."""
+
+    def text(self, ids: list[int]) -> str:
+        """Tokens as text, special ones too."""
+
+
+class Torch:
+    """A transformers model, wrapped by PEFT or not, with its tokenizer."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, stops: list[int] | None = None) -> None:
+        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.stops = stops or stop_ids(tokenizer, model, Turns.of(tokenizer).end)
+
+    def tokens(self, messages: Messages) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
+    @torch.inference_mode()
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        with self._ready():
+            logits = self.model(
+                input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=last or len(ids)
+            ).logits[0]
+        return logits.float().log_softmax(-1).cpu()
+
+    @torch.inference_mode()
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        prompt = torch.tensor([ids], device=self.model.device)
+        with self._ready():
+            out = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+            )
+        answer: list[int] = out[0, len(ids) :].tolist()
+        return answer
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def _ready(self) -> Any:
+        return nullcontext()
+
+
+class Live(Torch):
+    """The model as it was trained: the base as the recipe quantizes it, with the PEFT adapter on it."""
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, settings: Model, adapter: Path, device: torch.device) -> Live:
+        """Load base and adapter.
+
+        Raises:
+            ModelError: the base cannot be loaded.
+        """
+        from peft import PeftModel
+
+        base = models.load(checkpoint, settings, device)
+        tuned = PeftModel.from_pretrained(base.model, adapter, torch_device=str(device))
+        return cls("transformers + PEFT", tuned, base.tokenizer)
+
+    def control(self) -> Torch:
+        """The same base with the adapter switched off, which an export must not be equal to."""
+        return _Untuned("base without the adapter", self.model, self.tokenizer, self.stops)
+
+
+class _Untuned(Torch):
+    def _ready(self) -> Any:
+        return self.model.disable_adapter()
+
+
+def transformers_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Torch:
+    """transformers on a folder of merged safetensors."""
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return Torch("transformers", model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def peft_folder(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Torch:
+    """PEFT on an adapter folder in whatever layout it takes, over an unquantized base."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    tuned = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    return Torch("transformers + PEFT", tuned, tokenizer)
+
+
+def transformers_gguf(path: Path, tokenizer: Any) -> Torch:
+    """transformers' own GGUF reader for the weights; its tokenizer reader knows no Phi-3 and is not asked."""
+    from transformers import GgufConfig, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    return Torch("transformers' GGUF reader", model, tokenizer)
+
+
+class LlamaCpp:
+    """llama.cpp through xllamacpp, on a GGUF file and, where given, a LoRA GGUF beside it.
+
+    It is a server on a free port of this machine; `close` ends it. Log-probabilities come for the last
+    position only, so that each position is a request; the prompt's earlier part is cached.
+    """
+
+    name = "xllamacpp"
+
+    def __init__(
+        self,
+        path: Path,
+        lora: Path | None = None,
+        *,
+        context: int = 4096,
+        threads: int | None = None,
+        template: str | None = None,
+        request: dict[str, Any] | None = None,
+    ) -> None:
+        """Load; `template` replaces the file's chat template, `request` adds to every completion."""
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = context, 1
+        params.n_gpu_layers = 0
+        params.verbosity = -1  # its messages would mix with ours on stderr
+        params.warmup = params.fit_params = params.ui = False
+        params.n_threads_http = 2
+        params.cpuparams.n_threads = threads or torch.get_num_threads()
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+        if template is not None:
+            params.chat_template = template
+        self.request = request or {}
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except RuntimeError as error:
+            reason = f"llama.cpp cannot load it{f' with {lora.name}' if lora else ''}."
+            raise RunError(str(path), reason, "Export it again; report it if that does not help.") from error
+
+    def close(self) -> None:
+        """End the server and free the model."""
+        self._server = None
+
+    def tokens(self, messages: Messages) -> list[int]:
+        prompt = self._ask("/apply-template", messages=messages)["prompt"]
+        found = self._ask("/tokenize", content=prompt, add_special=False, parse_special=True)
+        return list(found["tokens"])
+
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        size = self._vocab_size()
+        rows = torch.full((last or len(ids), size), _IMPOSSIBLE)
+        for row, stop in enumerate(range(len(ids) - len(rows) + 1, len(ids) + 1)):
+            listed = self._complete(ids[:stop], 1, n_probs=size)["completion_probabilities"][0]["top_logprobs"]
+            places = torch.tensor([entry["id"] for entry in listed])
+            rows[row, places] = torch.tensor([max(entry["logprob"], _IMPOSSIBLE) for entry in listed])
+        return rows
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        return list(self._complete(ids, max_new_tokens, return_tokens=True)["tokens"])
+
+    def text(self, ids: list[int]) -> str:
+        return str(self._ask("/detokenize", tokens=ids)["content"])
+
+    def _vocab_size(self) -> int:
+        meta = self._ask("/v1/models")["data"][0]["meta"]
+        return int(meta["n_vocab"])
+
+    def _complete(self, ids: list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+        body = {"prompt": ids, "n_predict": max_new_tokens, "temperature": 0.0, "cache_prompt": True}
+        return self._ask("/completion", **body, **more, **self.request)
+
+    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(
+            self._server.listening_address + path, data, {"Content-Type": "application/json"}
+        )
+        with self._opener.open(request) as answer:
+            content: dict[str, Any] = json.load(answer)
+        return content
+
+
+@contextmanager
+def llama_cpp(path: Path, lora: Path | None = None, **settings: Any) -> Iterator[LlamaCpp]:
+    """A `LlamaCpp` that is closed at the end."""
+    program = LlamaCpp(path, lora, **settings)
+    try:
+        yield program
+    finally:
+        program.close()
+
+
+class MlxLm:
+    """mlx-lm on a folder of safetensors and, where given, an adapter in the mlx layout."""
+
+    name = "mlx-lm"
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model
+
+        self.model, _ = load_model(base)
+        if adapter is not None:
+            self.model = load_adapters(self.model, str(adapter))
+        self.tokenizer = models.load_tokenizer(base)
+        self.end = Turns.of(self.tokenizer).end
+
+    def tokens(self, messages: Messages) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        import mlx.core
+
+        logits = self.model(mlx.core.array([ids]))[0, -(last or len(ids)) :]
+        rows = torch.tensor(logits.astype(mlx.core.float32).tolist())
+        return rows.log_softmax(-1)
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        stops, answer = {self.end, self.tokenizer.eos_token_id}, list[int]()
+        while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
+            answer.append(int(self.log_probs([*ids, *answer], 1)[-1].argmax()))
+        return answer
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def why_missing(program: str) -> str | None:
+    """Why a program cannot be asked here; None where it can.
+
+    `program`: a consumer's name.
+    """
+    import importlib.util
+
+    needed = {"xllamacpp": "xllamacpp", "mlx-lm": "mlx_lm", "loralib": "loralib"}.get(program)
+    if needed is None or importlib.util.find_spec(needed) is not None:
+        return None
+    hint = {"mlx_lm": "pip install mlx-lm (on Linux with mlx and mlx-cpu)"}.get(needed, f"pip install {needed}")
+    return f"{program} is not installed here; {hint} to have this export checked in it."

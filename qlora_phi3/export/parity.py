@@ -1,0 +1,316 @@
+"""The gate: whether a program that reads an export computes what was trained.
+
+Owns the fixed prompts, the measures, the thresholds of each target with their reasons, and the verdict.
+Refuses to call anything equal that it could not tell from the base without the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..weights import first_line
+from .consumers import Consumer, Messages
+
+Verdict = Literal["passed", "drift", "cannot tell", "skipped"]
+
+PROBES: Final[tuple[Messages, ...]] = (
+    [{"role": "user", "content": "Hello, how are you?"}],
+    [{"role": "user", "content": "\n\n  Two newlines and two spaces first, one of each last \n"}],
+    [{"role": "system", "content": "Answer in one line."}, {"role": "user", "content": "1 2 3, 100 tea?"}],
+    [
+        {"role": "user", "content": "  Größe 12\n\n\tand a tab"},
+        {"role": "assistant", "content": "\nYes, it's 12."},
+        {"role": "user", "content": "Thanks\u00a0— 👍!"},
+    ],
+)
+"""Conversations whose ids must be the same: whitespace beside special tokens, a system turn, two turns, digits,
+text beyond ASCII. A template that takes no system turn is not asked for one."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The most that an export may differ. Units: KL divergences in nats per token; `reason` says why."""
+
+    kl_mean: float
+    kl_max: float
+    greedy_agreement: float
+    reason: str
+
+
+_EXACT: Final = Thresholds(1e-3, 2e-2, 0.97, "the same weights; only the order of rounding differs")
+THRESHOLDS: Final[dict[str, Thresholds]] = {
+    "adapter": _EXACT,
+    "loralib": _EXACT,
+    "mlx": _EXACT,
+    "vllm": _EXACT,
+    "gguf-lora": _EXACT,
+    "merged": Thresholds(2e-3, 4e-2, 0.95, "merged weights are rounded to 16 bits once more than in training"),
+    "gguf:f16": _EXACT,
+    "gguf:bf16": Thresholds(2e-3, 4e-2, 0.95, "bf16 keeps 8 bits of each merged weight"),
+    "gguf:q8_0": Thresholds(5e-3, 1e-1, 0.93, "8 bits a weight; of activations too in llama.cpp's matmuls"),
+    "gguf:q5_1": Thresholds(5e-2, 1.0, 0.80, "5 bits and a minimum for 32 weights"),
+    "gguf:q5_0": Thresholds(7e-2, 1.5, 0.80, "5 bits for 32 weights"),
+    "gguf:q4_1": Thresholds(2e-1, 3.0, 0.70, "4 bits and a minimum for 32 weights"),
+    "gguf:q4_0": Thresholds(3e-1, 4.0, 0.70, "4 bits for 32 weights"),
+}
+
+
+def thresholds_of(target: str) -> Thresholds:
+    """Thresholds of a target as the command names it; "ollama" is q8_0, "ollama:q4_0" that kind.
+
+    Raises:
+        InputError: nothing known of it.
+    """
+    program, _, kind = target.partition(":")
+    key = f"gguf:{kind or 'q8_0'}" if program == "ollama" else target
+    if key not in THRESHOLDS:
+        raise InputError(f"--to {target}", "has no thresholds.", f"Known: {', '.join(THRESHOLDS)}, ollama.")
+    return THRESHOLDS[key]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token that differs: in which prompt, where, what was expected and what was found.
+
+    `kind`: "template" (ids of a prompt), "greedy" (the likeliest token of an answer), "stop" (how an answer
+    ends). `position` counts from the prompt's first token in a template, else from the answer's. `margin`: how
+    much likelier the live model holds its own token, in nats; near 0 it is a tie.
+    """
+
+    kind: Literal["template", "greedy", "stop"]
+    prompt: str
+    position: int
+    expected: str
+    found: str
+    margin: float | None = None
+
+    def __str__(self) -> str:
+        where = "of the prompt" if self.kind == "template" else "of the answer to"
+        margin = "" if self.margin is None else f" (which it holds {self.margin:.3g} nats likelier)"
+        return (
+            f"token {self.position} {where} {self.prompt!r}: the live model has {self.expected!r}{margin}, "
+            f"the export {self.found!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the gate found.
+
+    `passed` means: it was compared, is within the thresholds, and could have failed. "cannot tell" is no
+    drift: the adapter changes the base by less than the export may differ, or there was no control to see it
+    by. `stops` is None where the live model ended none of its answers. `control_kl` is the live model's
+    divergence from the base without the adapter.
+
+    Units: KL in nats per token; `greedy_agreement` as a share.
+    """
+
+    target: str
+    consumer: str
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    greedy_agreement: float | None = None
+    token_ids_equal: bool | None = None
+    stops: bool | None = None
+    control_kl: float | None = None
+    thresholds: Thresholds | None = None
+    num_prompts: int = 0
+    num_positions: int = 0
+    first_difference: Difference | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
+    @property
+    def drifted(self) -> bool:
+        return self.verdict == "drift"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def skipped(target: str, consumer: str, reason: str) -> Parity:
+    """The result where the program is not here or cannot read the target."""
+    return Parity(target, consumer, "skipped", (reason,))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt with the live model's answer: what both models are compared on."""
+
+    prompt: str
+    ids: list[int]
+    answer: list[int]
+    live: Tensor
+
+    @property
+    def all(self) -> list[int]:
+        return [*self.ids, *self.answer]
+
+
+def gate(
+    target: str,
+    live: Consumer,
+    consumer: Consumer,
+    control: Consumer | None,
+    prompts: Sequence[Messages],
+    *,
+    stops: Iterable[int],
+    max_new_tokens: int = 32,
+) -> Parity:
+    """Compare a program on the export with the live model, on prompts and the live model's own answers.
+
+    Greedy agreement counts the positions of these answers at which both find the same token likeliest, so
+    that one early tie does not spoil all that follows; the program's own generation is held to stop. `stops`
+    are the ids that end an answer.
+
+    Raises:
+        InputError: no thresholds are known for the target.
+    """
+    limits = thresholds_of(target)
+    template = _templates(live, consumer, [*prompts, *PROBES])
+    rows = [_row(live, messages, max_new_tokens) for messages in prompts]
+    kl, same, greedy = [], [], list[Difference]()
+    for row in rows:
+        found = consumer.log_probs(row.all, len(row.live))
+        kl.append(divergence(row.live, found))
+        same.append(_agreement(row, found, live, greedy))
+    stopped, stop = _stopping(live, consumer, rows, set(stops))
+    measured, agreement = torch.cat(kl), torch.cat(same).float().mean().item()
+    control_kl = None
+    if control is not None:
+        control_kl = float(
+            torch.cat([divergence(r.live, control.log_probs(r.all, len(r.live))) for r in rows]).mean()
+        )
+    checks = {
+        f"token ids of a prompt differ: {template}": template is None,
+        f"mean KL {measured.mean():.2e} is above {limits.kl_mean:g}": bool(measured.mean() <= limits.kl_mean),
+        f"largest KL {measured.max():.2e} is above {limits.kl_max:g}": bool(measured.max() <= limits.kl_max),
+        f"greedy agreement {agreement:.3f} is below {limits.greedy_agreement:g}": agreement
+        >= limits.greedy_agreement,
+        f"an answer does not stop as the live model's: {stop}": stopped is not False,
+    }
+    verdict, reasons = _verdict([text for text, fine in checks.items() if not fine], control_kl, limits)
+    return Parity(
+        target,
+        consumer.name,
+        verdict,
+        reasons,
+        kl_mean=float(measured.mean()),
+        kl_max=float(measured.max()),
+        greedy_agreement=agreement,
+        token_ids_equal=template is None,
+        stops=stopped,
+        control_kl=control_kl,
+        thresholds=limits,
+        num_prompts=len(rows),
+        num_positions=len(measured),
+        first_difference=template or (greedy[0] if greedy else None) or stop,
+    )
+
+
+def _verdict(
+    problems: list[str], control_kl: float | None, limits: Thresholds
+) -> tuple[Verdict, tuple[str, ...]]:
+    if problems:
+        return "drift", tuple(problems)
+    if control_kl is None:
+        return "cannot tell", ("there was no base without the adapter to compare with",)
+    if not control_kl > limits.kl_mean:
+        reason = (
+            f"the base without the adapter differs by {control_kl:.2e} only, no more than an export may "
+            f"({limits.kl_mean:g}): train longer, or with a higher learning rate"
+        )
+        return "cannot tell", (reason,)
+    return "passed", ()
+
+
+def divergence(live: Tensor, found: Tensor) -> Tensor:
+    """KL(live || found) at every position; infinite where the vocabularies have different sizes.
+
+    Shape: (positions, vocab) log-probabilities -> (positions,), float64. Units: nats.
+    """
+    if live.shape != found.shape:
+        return torch.full((len(live),), float("inf"), dtype=torch.float64)
+    a, b = live.double(), found.double()
+    return (a.exp() * (a - b).clamp(-1e9, 1e9)).sum(-1).clamp(min=0)
+
+
+def _row(live: Consumer, messages: Messages, max_new_tokens: int) -> _Row:
+    ids = live.tokens(messages)
+    answer = live.generate(ids, max_new_tokens)
+    # after the stop token nobody asks for more
+    log_probs = live.log_probs([*ids, *answer], len(answer) + 1)[: max(1, len(answer))]
+    return _Row(str(messages[-1]["content"]), ids, answer[:-1], log_probs)
+
+
+def _agreement(row: _Row, found: Tensor, live: Consumer, differences: list[Difference]) -> Tensor:
+    """At which positions both find the same token likeliest; the first other is noted."""
+    expected, other = row.live.argmax(-1), found.argmax(-1)
+    same = expected == other
+    if not bool(same.all()):
+        at = int((~same).nonzero()[0])
+        margin = float(row.live[at, expected[at]] - row.live[at, other[at]]) if found.shape == row.live.shape else 0
+        texts = [live.text([int(token[at])]) for token in (expected, other)]
+        differences.append(Difference("greedy", row.prompt, at, *texts, margin=margin))
+    return same
+
+
+def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messages]) -> Difference | None:
+    """The first prompt that becomes other ids; one that the live model's template refuses is left out."""
+    for messages in conversations:
+        try:
+            expected = live.tokens(messages)
+        except Exception:
+            continue  # jinja's own errors and what templates raise: no such turn in this template
+        prompt = str(messages[-1]["content"])
+        try:
+            found = consumer.tokens(messages)
+        except Exception as error:
+            return Difference("template", prompt, 0, live.text(expected[:1]), f"an error: {first_line(error)}")
+        if found != expected:
+            return _first_other("template", prompt, expected, found, live.text)
+    return None
+
+
+def _first_other(
+    kind: Literal["template", "stop"],
+    prompt: str,
+    expected: list[int],
+    found: list[int],
+    text: Callable[[list[int]], str],
+) -> Difference:
+    shorter = min(len(expected), len(found))
+    at = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
+    parts = [text(ids[at : at + 1]) if at < len(ids) else "(nothing)" for ids in (expected, found)]
+    return Difference(kind, prompt, at, *parts)
+
+
+def _stopping(
+    live: Consumer, consumer: Consumer, rows: Sequence[_Row], stops: set[int]
+) -> tuple[bool | None, Difference | None]:
+    """Whether the program's own answers end where the live model ended its own; None where it ended none.
+
+    An answer may part from the live one at a tie; it must then still end, and not before it began.
+    """
+    ended = False
+    for row in rows:
+        closing = int(row.live[-1].argmax())
+        if closing not in stops:
+            continue
+        ended = True
+        expected = [*row.answer, closing]
+        found = consumer.generate(row.ids, 2 * len(expected) + 8)
+        at_once = len(found) <= 1 < len(expected)
+        if not found or found[-1] not in stops or at_once:
+            return False, _first_other("stop", row.prompt, expected, found, live.text)
+    return (True, None) if ended else (None, None)
