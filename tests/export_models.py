@@ -73,7 +73,7 @@ def sentencepiece_tokenizer() -> Any:
 
 
 def byte_level_tokenizer(*, chatml: bool) -> Any:
-    """Byte-level BPE: the built-in model's, with ChatML and digits apart, or one with Phi-3's special tokens."""
+    """Byte-level BPE: the built-in model's, with ChatML and digits apart, or with Phi-3's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,7 +86,9 @@ def byte_level_tokenizer(*, chatml: bool) -> Any:
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
     eos = "<|endoftext|>"
-    special = ["<|im_start|>", "<|im_end|>"] if chatml else ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    special = (
+        ["<|im_start|>", "<|im_end|>"] if chatml else ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    )
     tokenizer.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
     added = [AddedToken(t, special=True, normalized=False, rstrip=not chatml) for t in special]
     tokenizer.add_special_tokens(added)
@@ -107,7 +109,13 @@ TOKENIZERS = {
 
 
 def checkpoint(
-    folder: Path, kind: str, tokenizer: str = "sentencepiece", *, width: int = 64, eager_end: float = 0.0, seed: int = 0
+    folder: Path,
+    kind: str,
+    tokenizer: str = "sentencepiece",
+    *,
+    width: int = 64,
+    eager_end: float = 0.0,
+    seed: int = 0,
 ) -> Path:
     """A random float32 checkpoint; `eager_end` makes the token that ends a turn likelier.
 
@@ -136,6 +144,8 @@ def checkpoint(
         end = words.convert_tokens_to_ids("<|im_end|>" if tokenizer == "chatml" else "<|end|>")
         with torch.no_grad():
             model.lm_head.weight[end] *= eager_end
+            if "</s>" in words.get_vocab():  # which ends an answer in llama.cpp whatever the file says
+                model.lm_head.weight[words.convert_tokens_to_ids("</s>")] = 0
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -80,7 +80,7 @@ def write(
     context: int | None = None,
     say: Say = lambda _: None,
 ) -> None:
-    """Write a merged model; `config` is config.json's content, `tokenizer` a folder with one and its template.
+    """Write a merged model; `config` is config.json's content, `tokenizer` a folder with its files.
 
     `context` is the context length that the file names, where it is not the base's. `say` hears which tensors
     are kept in f16 because their width fits no block of `kind`. A tied head is left out: llama.cpp takes the
@@ -131,8 +131,8 @@ def _entries(geometry: phi3.Geometry, kind: str, say: Say) -> dict[str, Entry]:
     for layer in range(geometry.num_layers):
         for inside, short in LAYER_NAMES.items():
             linear = inside.rpartition(".")[2]
-            shape = geometry.linear_shape(linear) if linear in phi3.LINEARS else (hidden,)
-            shapes[f"blk.{layer}.{short}"] = shape
+            is_norm = linear not in phi3.LINEARS
+            shapes[f"blk.{layer}.{short}"] = (hidden,) if is_norm else geometry.linear_shape(linear)
     shapes["output_norm"] = (hidden,)
     if not geometry.tied_embeddings:
         shapes["output"] = matrix
@@ -305,8 +305,8 @@ def _slices(tensor: Tensor, place: str) -> Iterator[Any]:
         ModelError: a number in it that is none.
     """
     rows = max(1, _SLICE_ELEMENTS // math.prod(tensor.shape[1:]))
-    for part in tensor.detach().split(rows):
-        array = part.float().cpu().contiguous().numpy()
+    for start in range(0, len(tensor), rows):
+        array = tensor.detach()[start : start + rows].float().cpu().contiguous().numpy()
         if not math.isfinite(float(abs(array).max())):
             raise ModelError(place, "holds a number that is not finite.", _DAMAGED)
         yield array

@@ -22,7 +22,13 @@ _SAME: Final = 1e-9
 
 
 def write(
-    path: Path, tensors: Tensors, config: AdapterConfig, geometry: Geometry, *, name: str, place: str = "adapter"
+    path: Path,
+    tensors: Tensors,
+    config: AdapterConfig,
+    geometry: Geometry,
+    *,
+    name: str,
+    place: str = "adapter",
 ) -> None:
     """Write an adapter of any layout; split ones as the fused linears that llama.cpp has.
 

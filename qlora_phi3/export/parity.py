@@ -7,7 +7,7 @@ Refuses to call anything equal that it could not tell from the base without the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -29,8 +29,8 @@ PROBES: Final[tuple[Messages, ...]] = (
         {"role": "user", "content": "Thanks\u00a0— 👍!"},
     ],
 )
-"""Conversations whose ids must be the same: whitespace beside special tokens, a system turn, two turns, digits,
-text beyond ASCII. A template that takes no system turn is not asked for one."""
+"""Conversations whose ids must be the same: whitespace beside special tokens, a system turn, two turns,
+digits, text beyond ASCII. A template that takes no system turn is not asked for one."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,23 @@ class Thresholds:
     reason: str
 
 
-_EXACT: Final = Thresholds(1e-3, 2e-2, 0.97, "the same weights; only the order of rounding differs")
+_EXACT: Final = Thresholds(1e-3, 5e-2, 0.97, "the same weights; only rounding while computing differs")
 THRESHOLDS: Final[dict[str, Thresholds]] = {
     "adapter": _EXACT,
     "loralib": _EXACT,
     "mlx": _EXACT,
     "vllm": _EXACT,
     "gguf-lora": _EXACT,
-    "merged": Thresholds(2e-3, 4e-2, 0.95, "merged weights are rounded to 16 bits once more than in training"),
+    "merged": Thresholds(2e-3, 1e-1, 0.95, "merged weights are rounded to 16 bits once more than trained"),
     "gguf:f16": _EXACT,
-    "gguf:bf16": Thresholds(2e-3, 4e-2, 0.95, "bf16 keeps 8 bits of each merged weight"),
-    "gguf:q8_0": Thresholds(5e-3, 1e-1, 0.93, "8 bits a weight; of activations too in llama.cpp's matmuls"),
-    "gguf:q5_1": Thresholds(5e-2, 1.0, 0.80, "5 bits and a minimum for 32 weights"),
-    "gguf:q5_0": Thresholds(7e-2, 1.5, 0.80, "5 bits for 32 weights"),
-    "gguf:q4_1": Thresholds(2e-1, 3.0, 0.70, "4 bits and a minimum for 32 weights"),
-    "gguf:q4_0": Thresholds(3e-1, 4.0, 0.70, "4 bits for 32 weights"),
+    "gguf:bf16": Thresholds(2e-3, 1e-1, 0.95, "bf16 keeps 8 bits of each merged weight"),
+    "gguf:q8_0": Thresholds(2e-2, 5e-1, 0.90, "8 bits a weight, and of activations in llama.cpp's matmuls"),
+    "gguf:q5_1": Thresholds(1e-1, 2.0, 0.75, "5 bits and a minimum for 32 weights"),
+    "gguf:q5_0": Thresholds(1.5e-1, 2.0, 0.75, "5 bits for 32 weights"),
+    "gguf:q4_1": Thresholds(5e-1, 5.0, 0.55, "4 bits and a minimum for 32 weights"),
+    "gguf:q4_0": Thresholds(6e-1, 6.0, 0.50, "4 bits for 32 weights"),
 }
+"""Measured on 135M parameters, which suffer most: q8_0 5e-3, q4_0 0.3 in the mean; larger models far less."""
 
 
 def thresholds_of(target: str) -> Thresholds:
@@ -79,8 +80,8 @@ class Difference:
     """The first token that differs: in which prompt, where, what was expected and what was found.
 
     `kind`: "template" (ids of a prompt), "greedy" (the likeliest token of an answer), "stop" (how an answer
-    ends). `position` counts from the prompt's first token in a template, else from the answer's. `margin`: how
-    much likelier the live model holds its own token, in nats; near 0 it is a tie.
+    ends). `position` counts from the prompt's first token in a template, else from the answer's. `margin`:
+    how much likelier the live model holds its own token, in nats; near 0 it is a tie.
     """
 
     kind: Literal["template", "greedy", "stop"]
@@ -179,56 +180,61 @@ def gate(
     limits = thresholds_of(target)
     template = _templates(live, consumer, [*prompts, *PROBES])
     rows = [_row(live, messages, max_new_tokens) for messages in prompts]
-    kl, same, greedy = [], [], list[Difference]()
-    for row in rows:
-        found = consumer.log_probs(row.all, len(row.live))
-        kl.append(divergence(row.live, found))
-        same.append(_agreement(row, found, live, greedy))
+    found = [consumer.log_probs(row.all, len(row.live)) for row in rows]
+    kl = torch.cat([divergence(row.live, other) for row, other in zip(rows, found, strict=True)])
+    greedy = [_disagreement(row, other, live) for row, other in zip(rows, found, strict=True)]
+    agreement = 1 - sum(count for count, _ in greedy) / len(kl)
     stopped, stop = _stopping(live, consumer, rows, set(stops))
-    measured, agreement = torch.cat(kl), torch.cat(same).float().mean().item()
-    control_kl = None
-    if control is not None:
-        control_kl = float(
-            torch.cat([divergence(r.live, control.log_probs(r.all, len(r.live))) for r in rows]).mean()
-        )
-    checks = {
-        f"token ids of a prompt differ: {template}": template is None,
-        f"mean KL {measured.mean():.2e} is above {limits.kl_mean:g}": bool(measured.mean() <= limits.kl_mean),
-        f"largest KL {measured.max():.2e} is above {limits.kl_max:g}": bool(measured.max() <= limits.kl_max),
-        f"greedy agreement {agreement:.3f} is below {limits.greedy_agreement:g}": agreement
-        >= limits.greedy_agreement,
-        f"an answer does not stop as the live model's: {stop}": stopped is not False,
-    }
-    verdict, reasons = _verdict([text for text, fine in checks.items() if not fine], control_kl, limits)
-    return Parity(
+    first = template or next((other for _, other in greedy if other), None) or stop
+    measured = Parity(
         target,
         consumer.name,
-        verdict,
-        reasons,
-        kl_mean=float(measured.mean()),
-        kl_max=float(measured.max()),
+        "passed",
+        (),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
         greedy_agreement=agreement,
         token_ids_equal=template is None,
         stops=stopped,
-        control_kl=control_kl,
+        control_kl=None if control is None else _control_kl(control, rows),
         thresholds=limits,
         num_prompts=len(rows),
-        num_positions=len(measured),
-        first_difference=template or (greedy[0] if greedy else None) or stop,
+        num_positions=len(kl),
+        first_difference=first,
     )
+    verdict, reasons = _verdict(measured, limits, template, stop)
+    return replace(measured, verdict=verdict, reasons=reasons)
+
+
+def _control_kl(control: Consumer, rows: Sequence[_Row]) -> float:
+    """Mean divergence of the live model from the base without the adapter."""
+    kl = [divergence(row.live, control.log_probs(row.all, len(row.live))) for row in rows]
+    return float(torch.cat(kl).mean())
 
 
 def _verdict(
-    problems: list[str], control_kl: float | None, limits: Thresholds
+    found: Parity, limits: Thresholds, template: Difference | None, stop: Difference | None
 ) -> tuple[Verdict, tuple[str, ...]]:
+    assert found.kl_mean is not None and found.kl_max is not None and found.greedy_agreement is not None
+    problems = []
+    if template is not None:
+        problems.append(f"the token ids of a prompt differ: {template}")
+    if not found.kl_mean <= limits.kl_mean:
+        problems.append(f"mean KL {found.kl_mean:.2e} is above {limits.kl_mean:g}")
+    if not found.kl_max <= limits.kl_max:
+        problems.append(f"largest KL {found.kl_max:.2e} is above {limits.kl_max:g}")
+    if found.greedy_agreement < limits.greedy_agreement:
+        problems.append(f"greedy agreement {found.greedy_agreement:.3f} is below {limits.greedy_agreement:g}")
+    if found.stops is False:
+        problems.append(f"an answer does not end as the live model's: {stop}")
     if problems:
         return "drift", tuple(problems)
-    if control_kl is None:
+    if found.control_kl is None:
         return "cannot tell", ("there was no base without the adapter to compare with",)
-    if not control_kl > limits.kl_mean:
+    if not found.control_kl > limits.kl_mean:
         reason = (
-            f"the base without the adapter differs by {control_kl:.2e} only, no more than an export may "
-            f"({limits.kl_mean:g}): train longer, or with a higher learning rate"
+            f"the base without the adapter differs by {found.control_kl:.2e} only, no more than an export may"
+            f" ({limits.kl_mean:g}): train longer, or with a higher learning rate"
         )
         return "cannot tell", (reason,)
     return "passed", ()
@@ -241,7 +247,7 @@ def divergence(live: Tensor, found: Tensor) -> Tensor:
     """
     if live.shape != found.shape:
         return torch.full((len(live),), float("inf"), dtype=torch.float64)
-    a, b = live.double(), found.double()
+    a, b = live.double().log_softmax(-1), found.double().log_softmax(-1)  # float32 sums to 1 within 1e-3 only
     return (a.exp() * (a - b).clamp(-1e9, 1e9)).sum(-1).clamp(min=0)
 
 
@@ -253,16 +259,17 @@ def _row(live: Consumer, messages: Messages, max_new_tokens: int) -> _Row:
     return _Row(str(messages[-1]["content"]), ids, answer[:-1], log_probs)
 
 
-def _agreement(row: _Row, found: Tensor, live: Consumer, differences: list[Difference]) -> Tensor:
-    """At which positions both find the same token likeliest; the first other is noted."""
+def _disagreement(row: _Row, found: Tensor, live: Consumer) -> tuple[int, Difference | None]:
+    """At how many positions another token is likeliest, and the first of them."""
     expected, other = row.live.argmax(-1), found.argmax(-1)
-    same = expected == other
-    if not bool(same.all()):
-        at = int((~same).nonzero()[0])
-        margin = float(row.live[at, expected[at]] - row.live[at, other[at]]) if found.shape == row.live.shape else 0
-        texts = [live.text([int(token[at])]) for token in (expected, other)]
-        differences.append(Difference("greedy", row.prompt, at, *texts, margin=margin))
-    return same
+    places = (expected != other).nonzero().flatten().tolist()
+    if not places:
+        return 0, None
+    at = places[0]
+    mine, theirs = int(expected[at]), int(other[at])
+    margin = float(row.live[at, mine] - row.live[at, theirs]) if theirs < row.live.shape[-1] else None
+    first = Difference("greedy", row.prompt, at, live.text([mine]), live.text([theirs]), margin)
+    return len(places), first
 
 
 def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messages]) -> Difference | None:
@@ -276,7 +283,9 @@ def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messa
         try:
             found = consumer.tokens(messages)
         except Exception as error:
-            return Difference("template", prompt, 0, live.text(expected[:1]), f"an error: {first_line(error)}")
+            return Difference(
+                "template", prompt, 0, live.text(expected[:1]), f"an error: {first_line(error)}"
+            )
         if found != expected:
             return _first_other("template", prompt, expected, found, live.text)
     return None
@@ -291,8 +300,8 @@ def _first_other(
 ) -> Difference:
     shorter = min(len(expected), len(found))
     at = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
-    parts = [text(ids[at : at + 1]) if at < len(ids) else "(nothing)" for ids in (expected, found)]
-    return Difference(kind, prompt, at, *parts)
+    mine, theirs = (text(ids[at : at + 1]) if at < len(ids) else "(nothing)" for ids in (expected, found))
+    return Difference(kind, prompt, at, mine, theirs)
 
 
 def _stopping(

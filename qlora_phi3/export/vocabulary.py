@@ -27,6 +27,8 @@ _ADDED_SCORE: Final = -1000.0
 _PHI3: Final = re.compile("phi-?3", re.IGNORECASE)
 _NEVER_SWALLOW: Final = ("<unk>", "<s>", "<|endoftext|>")
 """Tokens whose following whitespace llama.cpp keeps in any model (llama-vocab.cpp, "phi-3")."""
+_ASSUMED: Final = (*_NEVER_SWALLOW, "</s>")
+"""Tokens without which llama.cpp fails to load a model of that name (map::at)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
     sentencepiece = bool(content["model"].get("byte_fallback"))
     added = {token["id"]: token for token in content["added_tokens"]}
     tokens, types = _tokens(content, added, vocab_size, sentencepiece, place)
+    swallows = _swallows(tokenizer, added, place)
+    if swallows:
+        _name_spare_rows(tokens, types, place)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
@@ -100,7 +105,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
         types=types,
         merges=merges,
         ids=_ids(tokenizer),
-        swallows=_swallows(tokenizer, added, place),
+        swallows=swallows,
         space_prefix=sentencepiece and _prefixes_space(content),
         template=tokenizer.chat_template,
     )
@@ -131,6 +136,25 @@ def _tokens(
     return tokens, types
 
 
+def _name_spare_rows(tokens: list[str], types: list[int], place: str) -> None:
+    """Give what llama.cpp takes for granted in a Phi-3 to rows that no text becomes, where it is absent.
+
+    Raises:
+        ModelError: there are too few such rows.
+    """
+    from gguf import TokenType
+
+    absent = [token for token in _ASSUMED if token not in tokens]
+    spare = [i for i, kind in enumerate(types) if kind == TokenType.UNUSED]
+    if len(absent) > len(spare):
+        reason = (
+            f"llama.cpp needs {', '.join(absent)}, and the embedding has {len(spare)} rows to spare for them."
+        )
+        raise ModelError(place, reason, "Export it as merged safetensors instead.")
+    for token, i in zip(absent, spare, strict=False):
+        tokens[i] = token
+
+
 def _scores(tokens: list[str], merges: list[str], added: dict[int, Any]) -> list[float]:
     """SentencePiece scores that order merges as the merge list does: the earlier, the higher.
 
@@ -153,7 +177,7 @@ def _scores(tokens: list[str], merges: list[str], added: dict[int, Any]) -> list
 
 
 def _prefixes_space(content: dict[str, Any]) -> bool:
-    """Whether text gets a space in front, at its start and after special tokens, as Llama's tokenizer does."""
+    """Whether text gets a space in front, at its start and after special tokens, as in Llama's."""
     steps = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
     steps += steps[0].get("normalizers", [])
     prepends = any(step.get("type") == "Prepend" and step.get("prepend") == _SPACE for step in steps)
@@ -206,7 +230,7 @@ def _swallows(tokenizer: Any, added: dict[int, dict[str, Any]], place: str) -> b
     for messages in (probe, [system, *probe]):
         try:
             used |= set(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-        except Exception:  # noqa: S112 - a template that refuses a system turn; the other probe stands
+        except Exception:  # a template that refuses a system turn; the other probe stands
             continue
     tokens = [added[i] for i in sorted(used & added.keys()) if added[i]["content"] not in _NEVER_SWALLOW]
     eating = [token["content"] for token in tokens if token["rstrip"]]
@@ -215,5 +239,3 @@ def _swallows(tokenizer: Any, added: dict[int, dict[str, Any]], place: str) -> b
         reason = f"only some of the special tokens swallow whitespace ({', '.join(before or eating)})."
         raise ModelError(place, reason, "llama.cpp cannot repeat that; export merged safetensors instead.")
     return bool(eating)
-
-
