@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -196,6 +196,19 @@ def transformers_gguf(path: Path, tokenizer: Any) -> Torch:
         local_files_only=True,
     )
     return Torch("transformers' GGUF reader", model, tokenizer)
+
+
+def gguf_reader_limit(config: Mapping[str, Any]) -> str | None:
+    """What transformers' GGUF reader loses of a model; None where it reads all of it.
+
+    Source: transformers 5.23 integrations/ggml.py, the keys of "phi3".
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    lost = {"LongRoPE's factors": kind != "default", "the partial rotary embedding": partial != 1.0}
+    names = [name for name, there in lost.items() if there]
+    return f"transformers' GGUF reader loses {' and '.join(names)} of a Phi-3." if names else None
 
 
 class LlamaCpp:

@@ -43,6 +43,9 @@ class Thresholds:
     reason: str
 
 
+TIE_NATS: Final = 0.05
+"""Where the live model holds two tokens this near, rounding decides, and another choice is no difference."""
+
 _EXACT: Final = Thresholds(1e-3, 5e-2, 0.97, "the same weights; only rounding while computing differs")
 THRESHOLDS: Final[dict[str, Thresholds]] = {
     "adapter": _EXACT,
@@ -170,8 +173,8 @@ def gate(
 ) -> Parity:
     """Compare a program on the export with the live model, on prompts and the live model's own answers.
 
-    Greedy agreement counts the positions of these answers at which both find the same token likeliest, so
-    that one early tie does not spoil all that follows; the program's own generation is held to stop. `stops`
+    Greedy agreement counts the positions of these answers at which both find the same token likeliest (or
+    the live model has a tie), so that one early choice does not spoil all that follows; the program's own generation is held to stop. `stops`
     are the ids that end an answer.
 
     Raises:
@@ -260,16 +263,19 @@ def _row(live: Consumer, messages: Messages, max_new_tokens: int) -> _Row:
 
 
 def _disagreement(row: _Row, found: Tensor, live: Consumer) -> tuple[int, Difference | None]:
-    """At how many positions another token is likeliest, and the first of them."""
-    expected, other = row.live.argmax(-1), found.argmax(-1)
-    places = (expected != other).nonzero().flatten().tolist()
-    if not places:
-        return 0, None
-    at = places[0]
-    mine, theirs = int(expected[at]), int(other[at])
-    margin = float(row.live[at, mine] - row.live[at, theirs]) if theirs < row.live.shape[-1] else None
-    first = Difference("greedy", row.prompt, at, live.text([mine]), live.text([theirs]), margin)
-    return len(places), first
+    """At how many positions another token is likeliest, ties aside, and the first of them."""
+    count, first = 0, None
+    for at, (mine, theirs) in enumerate(
+        zip(row.live.argmax(-1).tolist(), found.argmax(-1).tolist(), strict=True)
+    ):
+        known = theirs < row.live.shape[-1]
+        margin = float(row.live[at, mine] - row.live[at, theirs]) if known else float("inf")
+        if mine != theirs and margin > TIE_NATS:
+            count += 1
+            first = first or Difference(
+                "greedy", row.prompt, at, live.text([mine]), live.text([theirs]), margin if known else None
+            )
+    return count, first
 
 
 def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messages]) -> Difference | None:

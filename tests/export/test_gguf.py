@@ -13,7 +13,7 @@ from export_models import FAMILY, TOKENIZERS, checkpoint
 
 from qlora_phi3.errors import InputError, ModelError
 from qlora_phi3.export import gguf
-from qlora_phi3.export.consumers import llama_cpp, transformers_folder, transformers_gguf
+from qlora_phi3.export.consumers import gguf_reader_limit, llama_cpp, transformers_folder, transformers_gguf
 from qlora_phi3.export.parity import PROBES, divergence
 
 pytest.importorskip("xllamacpp")
@@ -115,6 +115,12 @@ def test_transformers_reads_it_back(bases: Callable[..., Path], tmp_path: Path) 
     model = transformers_folder(bases())
     read = transformers_gguf(path, model.tokenizer)
     assert divergence(model.log_probs(IDS), read.log_probs(IDS)).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_transformers_loses_is_said(bases: Callable[..., Path], kind: str) -> None:
+    said = gguf_reader_limit(config_of(bases(kind)))
+    assert (said is None) == (kind in ("mini", "medium")), said
 
 
 def test_a_width_that_fits_no_block_is_kept_in_f16_and_said(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from qlora_phi3.export import gguf, gguf_lora, parity
 from qlora_phi3.export.consumers import Live, llama_cpp, transformers_folder
 from qlora_phi3.layouts import AdapterConfig, Tensors, write_adapter
 from qlora_phi3.phi3 import Geometry, geometry_from_config
-from qlora_phi3.weights import read_config
+from qlora_phi3.recipe import Model
+from qlora_phi3.weights import locate, read_config
 
 pytest.importorskip("xllamacpp")
 
@@ -200,3 +201,34 @@ def test_targets_have_thresholds() -> None:
     assert {f"gguf:{kind}" for kind in gguf.KINDS} <= parity.THRESHOLDS.keys()
     with pytest.raises(InputError, match="no thresholds"):
         parity.thresholds_of("gguf:q4_k_m")
+
+
+def test_an_nf4_base_is_compared_with_what_it_was_trained_as(tmp_path: Path) -> None:
+    """Merged into the dequantized base it passes; merged into the original one it shows NF4's error."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    base = checkpoint(tmp_path / "base", "mini", eager_end=3.0)
+    located = locate(Model(base=str(base)))
+    tensors, config = adapter(located.geometry, rank=4, alpha=8)
+    write_adapter(tmp_path / "adapter", {key: 0.05 * tensor for key, tensor in tensors.items()}, config)
+    live = Live.load(located, Model(base=str(base)), tmp_path / "adapter", torch.device("cpu"))
+    run = Trained(base, tmp_path, tensors, config, located.geometry, live)
+    original = load_file(base / "model.safetensors")
+    trained_on = dict(original)
+    for name, linear in live.model.get_base_model().named_modules():
+        state = getattr(getattr(linear, "weight", None), "quant_state", None)
+        if state is not None:
+            path = name.removesuffix(".base_layer")
+            trained_on[f"{path}.weight"] = dequantize_4bit(linear.weight.data, state).float()
+    found = {}
+    for name, weights in (("dequant", trained_on), ("original", original)):
+        plain = transformers_folder(base).model
+        plain.load_state_dict(weights)
+        merged = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+        with llama_cpp(run.gguf(tmp_path / f"{name}.gguf", merged), context=256) as program:
+            found[name] = run.gate(program)
+    assert found["dequant"].passed, found["dequant"]
+    assert found["original"].drifted
+    assert found["original"].kl_mean > 10 * found["dequant"].kl_mean
