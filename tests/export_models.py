@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,39 +73,62 @@ def sentencepiece_tokenizer() -> Any:
     )
 
 
-def byte_level_tokenizer(*, chatml: bool) -> Any:
-    """Byte-level BPE: the built-in model's, with ChatML and digits apart, or with Phi-3's special tokens."""
+PHI_4_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "phi-4": rf"{_SHORT}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    "phi-4-mini": (
+        rf"{_WORD}{_UPPER}*{_LOWER}+{_SHORT}?|{_WORD}{_UPPER}+{_LOWER}*{_SHORT}?|\p{{N}}{{1,3}}|"
+        rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    ),
+}
+"""How tiktoken's cl100k and o200k, whose vocabularies these two have, cut text before the merges."""
+
+
+def _pre_tokenizer(kind: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if kind in PATTERNS:
+        split = pre_tokenizers.Split(Regex(PATTERNS[kind]), "removed", invert=True)
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, whole]) if kind == "chatml" else whole
+
+
+def byte_level_tokenizer(kind: str) -> Any:
+    """Byte-level BPE as the built-in model ("chatml"), Phi-4 and Phi-4-mini have it, and a plain one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, whole]) if chatml else whole
+    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
-    eos = "<|endoftext|>"
-    special = (
-        ["<|im_start|>", "<|im_end|>"] if chatml else ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-    )
+    eos, phi3 = "<|endoftext|>", kind in ("bytes", "phi-4-mini")
+    special = ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    special = special if phi3 else ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
-    added = [AddedToken(t, special=True, normalized=False, rstrip=not chatml) for t in special]
-    tokenizer.add_special_tokens(added)
+    both = {"lstrip": kind == "phi-4", "rstrip": kind != "chatml"}
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, **both) for t in special])
+    template = PHI3_TEMPLATE if phi3 else PHI_4_TEMPLATE if kind == "phi-4" else CHATML_TEMPLATE
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=eos,
-        chat_template=CHATML_TEMPLATE if chatml else PHI3_TEMPLATE,
-        model_max_length=512,
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, chat_template=template, model_max_length=512
     )
 
 
 TOKENIZERS = {
     "sentencepiece": sentencepiece_tokenizer,
-    "bytes": lambda: byte_level_tokenizer(chatml=False),
-    "chatml": lambda: byte_level_tokenizer(chatml=True),
+    **{kind: partial(byte_level_tokenizer, kind) for kind in ("bytes", "chatml", "phi-4", "phi-4-mini")},
 }
 
 
@@ -141,7 +165,7 @@ def checkpoint(
     }
     model = Phi3ForCausalLM(Phi3Config(**(settings | FAMILY[kind]))).eval()
     if eager_end:
-        end = words.convert_tokens_to_ids("<|im_end|>" if tokenizer == "chatml" else "<|end|>")
+        end = words.convert_tokens_to_ids("<|im_end|>" if tokenizer in ("chatml", "phi-4") else "<|end|>")
         with torch.no_grad():
             model.lm_head.weight[end] *= eager_end
             if "</s>" in words.get_vocab():  # which ends an answer in llama.cpp whatever the file says

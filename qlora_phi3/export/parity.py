@@ -174,8 +174,8 @@ def gate(
     """Compare a program on the export with the live model, on prompts and the live model's own answers.
 
     Greedy agreement counts the positions of these answers at which both find the same token likeliest (or
-    the live model has a tie), so that one early choice does not spoil all that follows; the program's own generation is held to stop. `stops`
-    are the ids that end an answer.
+    the live model has a tie), so that one early choice does not spoil all that follows; the program's own
+    generation is held to stop. `stops` are the ids that end an answer.
 
     Raises:
         InputError: no thresholds are known for the target.

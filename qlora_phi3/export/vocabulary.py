@@ -31,6 +31,12 @@ _ASSUMED: Final = (*_NEVER_SWALLOW, "</s>")
 """Tokens without which llama.cpp fails to load a model of that name (map::at)."""
 
 
+_CONTENT: Final = re.compile(r"""\b\w+\[['"]content['"]\]|\b\w+\.content\b""")
+"""Where a chat template takes a message's content."""
+_SPACED: Final = [{**turn, "content": f" {turn['content']}\n"} for turn in (ASKED, ANSWERED, ASKED, ANSWERED)]
+_PROBES: Final = (_SPACED, [{"role": "system", "content": " 0\n"}, *_SPACED])
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """All that a GGUF file says about a tokenizer.
@@ -107,7 +113,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
         ids=_ids(tokenizer),
         swallows=swallows,
         space_prefix=sentencepiece and _prefixes_space(content),
-        template=tokenizer.chat_template,
+        template=_template(tokenizer, added, place),
     )
 
 
@@ -200,7 +206,7 @@ def _pre(pre_tokenizer: dict[str, Any] | None, place: str) -> str:
         pattern = str(steps[0]["pattern"].get("Regex", ""))
         if r"\p{Lu}" in pattern and r"\p{N}{1,3}" in pattern:
             return "gpt-4o"  # Phi-4-mini
-        if pattern.startswith("(?i:'s|'t") and r"\p{N}{1,3}" in pattern:
+        if "ll" in pattern and r"\p{N}{1,3}" in pattern:
             return "dbrx"  # Phi-4
     reason = f"llama.cpp has no pre-tokenizer like {json.dumps(pre_tokenizer)[:200]}."
     raise ModelError(place, reason, "Export it as merged safetensors instead.")
@@ -218,24 +224,51 @@ def _ids(tokenizer: Any) -> dict[str, int]:
     return {role: token for role, token in found.items() if token is not None}
 
 
-def _swallows(tokenizer: Any, added: dict[int, dict[str, Any]], place: str) -> bool:
-    """Whether the template's special tokens eat the whitespace after them; all do or none does.
-
-    Raises:
-        ModelError: some do, or they eat what stands before them: llama.cpp has one rule for all.
-    """
-    system = {"role": "system", "content": "0"}
-    probe = [ASKED, ANSWERED, ASKED, ANSWERED]
+def _used(tokenizer: Any, added: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The added tokens that the chat template writes, but for those that llama.cpp never lets swallow."""
     used: set[int] = set()
-    for messages in (probe, [system, *probe]):
+    for messages in _PROBES:
         try:
             used |= set(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
         except Exception:  # a template that refuses a system turn; the other probe stands
             continue
-    tokens = [added[i] for i in sorted(used & added.keys()) if added[i]["content"] not in _NEVER_SWALLOW]
+    return [added[i] for i in sorted(used & added.keys()) if added[i]["content"] not in _NEVER_SWALLOW]
+
+
+def _swallows(tokenizer: Any, added: dict[int, dict[str, Any]], place: str) -> bool:
+    """Whether the template's special tokens eat the whitespace after them; all do or none does.
+
+    Raises:
+        ModelError: only some do: llama.cpp has one rule for all.
+    """
+    tokens = _used(tokenizer, added)
     eating = [token["content"] for token in tokens if token["rstrip"]]
-    before = [token["content"] for token in tokens if token["lstrip"]]
-    if before or (eating and len(eating) < len(tokens)):
-        reason = f"only some of the special tokens swallow whitespace ({', '.join(before or eating)})."
+    if eating and len(eating) < len(tokens):
+        reason = f"only some of the special tokens swallow whitespace ({', '.join(eating)})."
         raise ModelError(place, reason, "llama.cpp cannot repeat that; export merged safetensors instead.")
     return bool(eating)
+
+
+def _template(tokenizer: Any, added: dict[int, dict[str, Any]], place: str) -> str:
+    """The chat template; with contents trimmed where special tokens eat the whitespace before them (Phi-4).
+
+    llama.cpp lets none do that. Trimmed beforehand, a content gives the ids that it gives in transformers,
+    where it does not end in whitespace beyond ASCII: llama.cpp's `trim` knows no other.
+
+    Raises:
+        ModelError: whitespace still stands before a special token.
+    """
+    template = str(tokenizer.chat_template)
+    eating = [token["content"] for token in _used(tokenizer, added) if token["lstrip"]]
+    if not eating:
+        return template
+    trimmed = _CONTENT.sub(r"(\g<0> | trim)", template)
+    for messages in _PROBES:
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=trimmed, tokenize=False)
+        except Exception:  # as above
+            continue
+        if any(before.rstrip() != before for token in eating for before in str(text).split(token)[:-1]):
+            reason = f"{eating[0]} swallows the whitespace before it, which llama.cpp does not."
+            raise ModelError(place, reason, "Export it as merged safetensors instead.")
+    return trimmed

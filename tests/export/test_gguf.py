@@ -101,7 +101,7 @@ def test_templates_and_tokenizers_of_every_kind_give_the_same_ids(
 ) -> None:
     folder = bases("mini", tokenizer)
     model = transformers_folder(folder)
-    texts = ["", " ", "\n\n 1\n", "a  b", "12345 x\t\ty", "don't <|end|> \n<|user|>\n\n x", "é 👍\u2028"]
+    texts = ["", " ", "\n\n 1\n", "a  b", "12345 x\t\ty", "don't <|end|> \n<|user|>\n\n x", "é\u2028 👍"]
     with llama_cpp(export(folder, tmp_path / "model.gguf"), context=256) as program:
         for messages in PROBES:
             assert program.tokens(messages) == model.tokens(messages)
