@@ -149,7 +149,10 @@ def skipped(target: str, consumer: str, reason: str) -> Parity:
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt with the live model's answer: what both models are compared on."""
+    """One prompt with the live model's whole answer, and its log-probabilities at the answer's beginning.
+
+    Shape: `live` (positions, vocab), at most one for each token of the answer.
+    """
 
     prompt: str
     ids: list[int]
@@ -157,8 +160,9 @@ class _Row:
     live: Tensor
 
     @property
-    def all(self) -> list[int]:
-        return [*self.ids, *self.answer]
+    def compared(self) -> list[int]:
+        """The tokens that the positions of `live` follow, and those before."""
+        return [*self.ids, *self.answer[: len(self.live) - 1]]
 
 
 def gate(
@@ -169,21 +173,23 @@ def gate(
     prompts: Sequence[Messages],
     *,
     stops: Iterable[int],
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 96,
+    max_positions: int = 24,
 ) -> Parity:
     """Compare a program on the export with the live model, on prompts and the live model's own answers.
 
     Greedy agreement counts the positions of these answers at which both find the same token likeliest (or
     the live model has a tie), so that one early choice does not spoil all that follows; the program's own
-    generation is held to stop. `stops` are the ids that end an answer.
+    generation is held to stop. `stops` are the ids that end an answer; `max_positions` of each answer are
+    compared, for a program may need a request for each.
 
     Raises:
         InputError: no thresholds are known for the target.
     """
     limits = thresholds_of(target)
     template = _templates(live, consumer, [*prompts, *PROBES])
-    rows = [_row(live, messages, max_new_tokens) for messages in prompts]
-    found = [consumer.log_probs(row.all, len(row.live)) for row in rows]
+    rows = [_row(live, messages, max_new_tokens, max_positions) for messages in prompts]
+    found = [consumer.log_probs(row.compared, len(row.live)) for row in rows]
     kl = torch.cat([divergence(row.live, other) for row, other in zip(rows, found, strict=True)])
     greedy = [_disagreement(row, other, live) for row, other in zip(rows, found, strict=True)]
     agreement = 1 - sum(count for count, _ in greedy) / len(kl)
@@ -211,7 +217,7 @@ def gate(
 
 def _control_kl(control: Consumer, rows: Sequence[_Row]) -> float:
     """Mean divergence of the live model from the base without the adapter."""
-    kl = [divergence(row.live, control.log_probs(row.all, len(row.live))) for row in rows]
+    kl = [divergence(row.live, control.log_probs(row.compared, len(row.live))) for row in rows]
     return float(torch.cat(kl).mean())
 
 
@@ -254,12 +260,12 @@ def divergence(live: Tensor, found: Tensor) -> Tensor:
     return (a.exp() * (a - b).clamp(-1e9, 1e9)).sum(-1).clamp(min=0)
 
 
-def _row(live: Consumer, messages: Messages, max_new_tokens: int) -> _Row:
+def _row(live: Consumer, messages: Messages, max_new_tokens: int, max_positions: int) -> _Row:
     ids = live.tokens(messages)
     answer = live.generate(ids, max_new_tokens)
-    # after the stop token nobody asks for more
-    log_probs = live.log_probs([*ids, *answer], len(answer) + 1)[: max(1, len(answer))]
-    return _Row(str(messages[-1]["content"]), ids, answer[:-1], log_probs)
+    positions = max(1, min(len(answer), max_positions))
+    log_probs = live.log_probs([*ids, *answer[: positions - 1]], positions)
+    return _Row(str(messages[-1]["content"]), ids, answer, log_probs)
 
 
 def _disagreement(row: _Row, found: Tensor, live: Consumer) -> tuple[int, Difference | None]:
@@ -319,11 +325,10 @@ def _stopping(
     """
     ended = False
     for row in rows:
-        closing = int(row.live[-1].argmax())
-        if closing not in stops:
+        expected = row.answer
+        if not expected or expected[-1] not in stops:
             continue
         ended = True
-        expected = [*row.answer, closing]
         found = consumer.generate(row.ids, 2 * len(expected) + 8)
         at_once = len(found) <= 1 < len(expected)
         if not found or found[-1] not in stops or at_once:
