@@ -1,0 +1,285 @@
+"""Real programs that read what was exported, behind three questions: which ids, how likely, which answer.
+
+Owns how each is asked. Refuses nothing: an export that a program cannot load raises that program's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import model as models
+from ..data.tokens import Turns
+from ..generate import stop_ids
+from ..layouts import read_adapter
+from ..phi3 import Geometry
+from ..recipe import Model
+from ..weights import Checkpoint
+from .llama_cpp import LlamaCpp, llama_cpp
+
+__all__ = [
+    "Consumer",
+    "Live",
+    "LlamaCpp",
+    "Messages",
+    "MlxLm",
+    "Torch",
+    "gguf_reader_limit",
+    "llama_cpp",
+    "loralib_file",
+    "peft_folder",
+    "transformers_folder",
+    "transformers_gguf",
+    "why_missing",
+]
+
+Messages = list[dict[str, Any]]
+
+
+class Consumer(Protocol):
+    """A program that holds a model and its tokenizer."""
+
+    name: str
+
+    def tokens(self, messages: Messages) -> list[int]:
+        """The prompt of a conversation through the program's own template and tokenizer."""
+
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        """Log-probabilities of what follows each of the `last` positions, or each of all.
+
+        Shape: (last, vocab), float32 on the CPU.
+        """
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """The greedy answer, with the token that ended it where one did."""
+
+    def text(self, ids: list[int]) -> str:
+        """Tokens as text, special ones too."""
+
+
+class Torch:
+    """A transformers model, wrapped by PEFT or not, with its tokenizer."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, stops: list[int] | None = None) -> None:
+        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.stops = stops or stop_ids(tokenizer, model, Turns.of(tokenizer).end)
+
+    def tokens(self, messages: Messages) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
+    @torch.inference_mode()
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        with self._ready():
+            logits = self.model(
+                input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=last or len(ids)
+            ).logits[0]
+        log_probs: Tensor = logits.float().log_softmax(-1).cpu()
+        return log_probs
+
+    @torch.inference_mode()
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        prompt = torch.tensor([ids], device=self.model.device)
+        with self._ready():
+            out = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+            )
+        answer: list[int] = out[0, len(ids) :].tolist()
+        return answer
+
+    def text(self, ids: list[int]) -> str:
+        return _text(self.tokenizer, ids)
+
+    def _ready(self) -> Any:
+        return nullcontext()
+
+
+class Live(Torch):
+    """The model as it was trained: the base as the recipe quantizes it, with the PEFT adapter on it."""
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        settings: Model,
+        adapter: Path,
+        device: torch.device,
+        precise: bool = True,
+    ) -> Live:
+        """Load base and adapter; `precise` computes in float32 with the weights as they were trained.
+
+        bfloat16 alone moves the built-in model by 3e-4 to 2e-3 nats, as much as a fault may: an export that
+        rounds less would be measured by the live model's own error.
+
+        Raises:
+            ModelError: the base cannot be loaded.
+        """
+        from peft import PeftModel
+
+        base = models.load(checkpoint, settings, device)
+        tuned = PeftModel.from_pretrained(base.model, adapter, torch_device=str(device))
+        if precise:
+            tuned.float()  # packed weights are integers and stay
+            for linear in models.packed_linears(tuned):
+                linear.compute_dtype = torch.float32
+        return cls("transformers + PEFT", tuned, base.tokenizer)
+
+    def control(self) -> Torch:
+        """The same base with the adapter switched off, which an export must not be equal to."""
+        return _Untuned("base without the adapter", self.model, self.tokenizer, self.stops)
+
+
+class _Untuned(Torch):
+    def _ready(self) -> Any:
+        return self.model.disable_adapter()
+
+
+def transformers_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Torch:
+    """transformers on a folder of merged safetensors."""
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return Torch("transformers", model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def peft_folder(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Torch:
+    """PEFT on an adapter folder in whatever layout it takes, over an unquantized base."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    tuned = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    return Torch("transformers + PEFT", tuned, tokenizer)
+
+
+def loralib_file(base: Path, adapter: Path, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Torch:
+    """microsoft/LoRA's own layers over an unquantized base, filled from a file in the loralib layout.
+
+    Each adapted linear becomes a `loralib.Linear`, as its users build their models.
+
+    Raises:
+        ModelError: the adapter is no plain loralib file of this base.
+    """
+    import loralib
+
+    tensors, config = read_adapter(adapter, geometry)
+    program = transformers_folder(base, dtype)
+    for key in (key for key in tensors if key.endswith(".lora_A")):
+        path = key.removesuffix(".lora_A")
+        linear, rank = program.model.get_submodule(path), config.rank_of(path)
+        sizes = (linear.in_features, linear.out_features)
+        layer = loralib.Linear(
+            *sizes, r=rank, lora_alpha=config.alpha_of(path), merge_weights=False, bias=False
+        )
+        layer.weight = linear.weight
+        program.model.set_submodule(path, layer.to(dtype))
+    surplus = program.model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not surplus, surplus
+    program.model.eval()
+    program.name = "loralib"
+    return program
+
+
+def transformers_gguf(path: Path, tokenizer: Any) -> Torch:
+    """transformers' own GGUF reader for the weights; its tokenizer reader knows no Phi-3 and is not asked."""
+    from transformers import GgufConfig, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    return Torch("transformers' GGUF reader", model, tokenizer)
+
+
+def gguf_reader_limit(config: Mapping[str, Any]) -> str | None:
+    """What transformers' GGUF reader loses of a model; None where it reads all of it.
+
+    Source: transformers 5.23 integrations/ggml.py, the keys of "phi3".
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    lost = {"LongRoPE's factors": kind != "default", "the partial rotary embedding": partial != 1.0}
+    names = [name for name, there in lost.items() if there]
+    return f"transformers' GGUF reader loses {' and '.join(names)} of a Phi-3." if names else None
+
+
+class MlxLm:
+    """mlx-lm on a folder of safetensors and, where given, an adapter in the mlx layout."""
+
+    name = "mlx-lm"
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model
+
+        self.model, _ = load_model(base)
+        if adapter is not None:
+            self.model = load_adapters(self.model, str(adapter))
+        self.tokenizer = models.load_tokenizer(base)
+        self.end = Turns.of(self.tokenizer).end
+
+    def tokens(self, messages: Messages) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
+    def log_probs(self, ids: list[int], last: int | None = None) -> Tensor:
+        import mlx.core
+
+        logits = self.model(mlx.core.array([ids]))[0, -(last or len(ids)) :]
+        rows = torch.tensor(logits.astype(mlx.core.float32).tolist())
+        return rows.log_softmax(-1)
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        stops, answer = {self.end, self.tokenizer.eos_token_id}, list[int]()
+        while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
+            answer.append(int(self.log_probs([*ids, *answer], 1)[-1].argmax()))
+        return answer
+
+    def text(self, ids: list[int]) -> str:
+        return _text(self.tokenizer, ids)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """Tokens as text; as the tokenizer's own pieces where they are no whole characters."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=False))
+    if text and "\ufffd" not in text:
+        return text
+    pieces = zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    return "".join(piece if piece is not None else f"[{i}]" for i, piece in pieces)  # a spare row has none
+
+
+def why_missing(program: str) -> str | None:
+    """Why a program cannot be asked here; None where it can.
+
+    `program`: a consumer's name.
+    """
+    import importlib.util
+
+    needed = {"xllamacpp": "xllamacpp", "mlx-lm": "mlx_lm", "loralib": "loralib"}.get(program)
+    if needed is None or importlib.util.find_spec(needed) is not None:
+        return None
+    hint = {"mlx_lm": "pip install mlx-lm (on Linux with mlx and mlx-cpu)"}.get(
+        needed, f"pip install {needed}"
+    )
+    return f"{program} is not installed here; {hint} to have this export checked in it."

@@ -1,0 +1,114 @@
+"""Modelfiles: the template says what the chat template says, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_models import TOKENIZERS
+
+from qlora_phi3.errors import InputError
+from qlora_phi3.export import ollama
+from qlora_phi3.phi3 import VARIANTS
+
+MEDIUM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+PHI_4 = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def tokenizer_of(kind: str, template: str | None = None) -> Any:
+    words = TOKENIZERS[kind]()
+    if template is not None:
+        words.chat_template = template
+    return words
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [
+        ("sentencepiece", None),
+        ("bytes", None),
+        ("chatml", None),
+        ("sentencepiece", MEDIUM),
+        ("chatml", PHI_4),
+        ("sentencepiece", WITH_BOS),
+    ],
+)
+def test_conversations_come_out_as_the_chat_template_has_them(kind: str, template: str | None) -> None:
+    words = tokenizer_of(kind, template)
+    parts = ollama.take_apart(words, "here")
+    system = [{"role": "system", "content": " Be brief.\n"}] if "system" in parts.turns else []
+    asked, answered = {"role": "user", "content": "\n a "}, {"role": "assistant", "content": "b\n"}
+    for messages in ([asked], [asked, answered, asked], [*system, asked], [*system, asked, answered, asked]):
+        expected = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert parts.render(messages) == expected
+
+
+def test_phi_3s_modelfile(tmp_path: Path) -> None:
+    TOKENIZERS["sentencepiece"]().save_pretrained(tmp_path)
+    text = ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license="MIT\nand more", system="Be brief.")
+    assert text == (
+        "FROM ./model.gguf\n"
+        'TEMPLATE """{{ range .Messages }}'
+        '{{ if eq .Role "system" }}{{ "<|system|>\\n" }}{{ .Content }}{{ "<|end|>\\n" }}'
+        '{{ else if eq .Role "user" }}{{ "<|user|>\\n" }}{{ .Content }}{{ "<|end|>\\n" }}'
+        '{{ else if eq .Role "assistant" }}{{ "<|assistant|>\\n" }}{{ .Content }}{{ "<|end|>\\n" }}'
+        '{{ end }}{{ end }}{{ "<|assistant|>\\n" }}"""\n'
+        'PARAMETER stop "<|end|>"\n'
+        'PARAMETER stop "<|endoftext|>"\n'
+        'PARAMETER stop "<|user|>"\n'
+        'PARAMETER stop "<|assistant|>"\n'
+        "PARAMETER num_ctx 4096\n"
+        'SYSTEM """Be brief."""\n'
+        'LICENSE """MIT\nand more"""\n'
+    )
+
+
+def test_a_default_system_turn_stands_only_where_there_is_no_other() -> None:
+    text = ollama.take_apart(tokenizer_of("chatml"), "here").go()
+    assert text.startswith('{{ if not .System }}{{ "<|im_start|>system\\nYou help.<|im_end|>\\n" }}{{ end }}')
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        WITH_BOS.replace("m['content']", "m['content'] | trim"),
+        WITH_BOS.replace("m['content']", "loop.index ~ m['content']"),
+    ],
+)
+def test_templates_that_do_more_are_refused(template: str) -> None:
+    with pytest.raises(InputError, match="Export gguf instead"):
+        ollama.take_apart(tokenizer_of("sentencepiece", template), "here")
+
+
+def test_texts_that_cannot_be_quoted_are_refused(tmp_path: Path) -> None:
+    TOKENIZERS["sentencepiece"]().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match='holds """'):
+        ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license='a """ b')
+
+
+def test_a_system_text_needs_a_system_turn(tmp_path: Path) -> None:
+    tokenizer_of("sentencepiece", MEDIUM).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no system turn"):
+        ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license=None, system="Be brief.")
+
+
+def test_the_context_is_4096_or_all_there_is() -> None:
+    from dataclasses import replace
+
+    mini = VARIANTS["microsoft/Phi-3-mini-128k-instruct"]
+    assert ollama.context_of(mini) == 4096
+    assert ollama.context_of(replace(mini, max_positions=2048)) == 2048
