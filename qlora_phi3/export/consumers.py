@@ -170,7 +170,8 @@ def peft_folder(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -
 def loralib_file(base: Path, adapter: Path, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Torch:
     """microsoft/LoRA's own layers over an unquantized base, filled from a file in the loralib layout.
 
-    Each adapted linear becomes a `loralib.Linear`, as its users build their models.
+    Each adapted linear becomes a `loralib.Linear`, the embedding a `loralib.Embedding`, as its users build
+    their models.
 
     Raises:
         ModelError: the adapter is no plain loralib file of this base.
@@ -179,15 +180,15 @@ def loralib_file(base: Path, adapter: Path, geometry: Geometry, dtype: torch.dty
 
     tensors, config = read_adapter(adapter, geometry)
     program = transformers_folder(base, dtype)
-    for key in (key for key in tensors if key.endswith(".lora_A")):
-        path = key.removesuffix(".lora_A")
-        linear, rank = program.model.get_submodule(path), config.rank_of(path)
-        sizes = (linear.in_features, linear.out_features)
-        layer = loralib.Linear(
-            *sizes, r=rank, lora_alpha=config.alpha_of(path), merge_weights=False, bias=False
-        )
-        layer.weight = linear.weight
-        program.model.set_submodule(path, layer.to(dtype))
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        old, rank, alpha = program.model.get_submodule(path), config.rank_of(path), config.alpha_of(path)
+        if isinstance(old, torch.nn.Embedding):
+            new = loralib.Embedding(*old.weight.shape, r=rank, lora_alpha=alpha, merge_weights=False)
+        else:
+            sizes = (old.in_features, old.out_features)
+            new = loralib.Linear(*sizes, r=rank, lora_alpha=alpha, merge_weights=False, bias=False)
+        new.weight = old.weight
+        program.model.set_submodule(path, new.to(dtype))
     surplus = program.model.load_state_dict(tensors, strict=False).unexpected_keys
     assert not surplus, surplus
     program.model.eval()

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from .. import data, layouts, model
 from ..errors import InputError, RunError
-from ..layouts.files import LORALIB_WEIGHTS
 from . import destination, table
 from .options import Say, family
 from .source import Source
@@ -95,6 +94,11 @@ def _open(
 ) -> Any:
     """A program with the export loaded, or why there is none."""
     base, kind = source.checkpoint.folder, family(target)
+    if details.get("layout") == "unfused":
+        place = stack.enter_context(TemporaryDirectory(dir=partial.parent, prefix=".fused-"))
+        program = consumers.peft_folder(base, _fused_again(source, partial, Path(place) / "adapter"))
+        program.name = "transformers + PEFT, its names fused again"
+        return program
     if kind in ("adapter", "vllm"):
         return consumers.peft_folder(base, partial)
     if kind == "merged":
@@ -103,7 +107,7 @@ def _open(
     if importlib.util.find_spec(missing) is None:
         return f"{missing} is not installed"
     if kind == "loralib":
-        return consumers.Torch("loralib", loralib_model(source, partial), model.load_tokenizer(base))
+        return consumers.loralib_file(base, partial, source.checkpoint.geometry)
     if kind == "mlx":
         return consumers.MlxLm(base, partial)
     if kind == "gguf-lora":
@@ -115,27 +119,11 @@ def _open(
     return stack.enter_context(consumers.llama_cpp(partial / details["gguf"]))
 
 
-def loralib_model(source: Source, folder: Path) -> Any:
-    """The base with loralib's own layers in the places of its linears, the exported file loaded into it."""
-    import loralib
-    import torch
-    from transformers import Phi3ForCausalLM
-
-    tensors, config = layouts.read_adapter(folder, source.checkpoint.geometry)
-    causal = Phi3ForCausalLM.from_pretrained(
-        source.checkpoint.folder, dtype=torch.float32, local_files_only=True
-    )
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-        old, rank, alpha = causal.get_submodule(name), config.rank_of(name), config.alpha_of(name)
-        if isinstance(old, torch.nn.Embedding):
-            new = loralib.Embedding(*old.weight.shape, r=rank, lora_alpha=alpha)
-        else:
-            new = loralib.Linear(*reversed(old.weight.shape), r=rank, lora_alpha=alpha, bias=False)
-        new.weight.data = old.weight.data
-        causal.set_submodule(name, new)
-    state = torch.load(folder / LORALIB_WEIGHTS, weights_only=True)
-    assert not causal.load_state_dict(state, strict=False).unexpected_keys
-    return causal
+def _fused_again(source: Source, folder: Path, out: Path) -> Path:
+    """The exported adapter with Phi-3's own names, for programs that have the linears fused."""
+    geometry = source.checkpoint.geometry
+    layouts.write_adapter(out, *layouts.convert(*layouts.read_adapter(folder, geometry), "fused", geometry))
+    return out
 
 
 def _skipped(target: str, reason: str) -> dict[str, Any]:

@@ -319,18 +319,23 @@ def _first_other(
 def _stopping(
     live: Consumer, consumer: Consumer, rows: Sequence[_Row], stops: set[int]
 ) -> tuple[bool | None, Difference | None]:
-    """Whether the program's own answers end where the live model ended its own; None where it ended none.
+    """Whether the program's own answers end where the live model ended its own; None where none tells.
 
-    An answer may part from the live one at a tie; it must then still end, and not before it began.
+    Two answers may part at a tie, which the agreement counts; how the other one then goes on is its own
+    matter, unless it is over before it began.
     """
-    ended = False
+    told = False
     for row in rows:
         expected = row.answer
         if not expected or expected[-1] not in stops:
             continue
-        ended = True
+        content = expected[:-1]
         found = consumer.generate(row.ids, 2 * len(expected) + 8)
         at_once = len(found) <= 1 < len(expected)
-        if not found or found[-1] not in stops or at_once:
+        if found[: len(content)] != content and not at_once:
+            continue
+        told = True
+        rest = found[len(content) :]
+        if at_once or len(rest) != 1 or rest[0] not in stops:
             return False, _first_other("stop", row.prompt, expected, found, live.text)
-    return (True, None) if ended else (None, None)
+    return (True, None) if told else (None, None)
