@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -67,6 +68,7 @@ class _Live:
     wanted: list[Tensor]
 
 
+@lru_cache(maxsize=1)  # several targets of one command are merged alike, and measuring takes minutes
 def choose(source: Source, wanted: str, dtype: torch.dtype, say: Say) -> MergeReport:
     """The weights to merge into, measured where there are held-out rows.
 

@@ -27,7 +27,7 @@ LICENCE_NAMES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 _AGAIN: Final = "Give a run folder, or the folder of an adapter."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself: tensors have no equality to go by
 class Source:
     """An adapter with its base, both checked.
 

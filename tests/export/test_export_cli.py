@@ -72,6 +72,19 @@ def test_all_of_them_in_one_command(run: Path) -> None:
     assert listing(run / "exports") == sorted(p for p in listing(run / "exports") if "unfinished" not in p)
 
 
+def test_targets_of_one_command_share_the_merges_measure(run: Path) -> None:
+    import torch
+
+    from qlora_phi3.export import compare
+    from qlora_phi3.export.source import open_source
+
+    source, said = open_source(run), list[str]()
+    one = compare.choose(source, "auto", torch.bfloat16, said.append)
+    assert compare.choose(source, "auto", torch.bfloat16, said.append) is one
+    assert sum(line.startswith("measuring the merge") for line in said) == 1
+    assert compare.choose(open_source(run), "auto", torch.bfloat16, said.append) is not one
+
+
 @pytest.mark.parametrize("layout", ["fused", "split", "unfused"])
 def test_the_adapter_in_a_layout(run: Path, layout: str) -> None:
     import torch
