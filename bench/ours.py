@@ -72,9 +72,9 @@ def activations(job: dict[str, Any]) -> dict[str, Any]:
     """What `auto` means for all methods: what our plan for this job has, on this device, now."""
     settings, device = recipe(job), torch.device(job["device"])
     geometry, kind = weights.locate(settings.model).geometry, pipeline.device_kind(device)
-    longest = int(tokens.rows(Path(job["stream"])).lengths.max())
+    known = tokens.rows(Path(job["stream"])).fullest_step(settings.train.effective_batch)
     usable = memory.usable_bytes(pipeline.allowed_bytes(settings, device))
-    way = memory.choose(memory.ways(settings, geometry, row_tokens=longest, device=kind), usable)
+    way = memory.choose(memory.ways(settings, geometry, known=known, device=kind), usable)
     return {"activations": way.activations}
 
 
