@@ -99,8 +99,8 @@ _MERGE: Final = "Export merged, which vLLM serves as any model."
 def check_vllm(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(flags to serve an adapter_config.json with, what vLLM refuses in it).
 
-    Source: as remembered of vLLM's lora/peft_helper.py and config/lora.py, not compared with them: vLLM itself
-    has not been run. It scales every linear by lora_alpha / r, and does not read rank_pattern and
+    Source: as remembered of vLLM's lora/peft_helper.py and config/lora.py, not compared with them; vLLM
+    itself has not been run. It scales every linear by lora_alpha / r, and does not read rank_pattern and
     alpha_pattern.
     """
     rank = max([settings["r"], *settings.get("rank_pattern", {}).values()])
