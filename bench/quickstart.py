@@ -57,7 +57,7 @@ def measure(recipe: str, overrides: list[str]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         if done.returncode:
             raise SystemExit(f"the run ended with {done.returncode}:\n{done.stdout}")
-        said = done.stdout.replace(str(out), "RUN")
+        said = done.stdout.replace(str(out), "RUN").replace(f"{_CHECKOUT}/", "")
         return {
             "seconds": round(seconds, 1),
             "model_was_there": there,
