@@ -27,7 +27,7 @@ from qlora_phi3 import phi3, weights
 from qlora_phi3.recipe import Model
 from qlora_phi3.report import VERSIONED
 
-from . import flops, probe, random_base, results, tokens, verdict, worker
+from . import compare_table, flops, probe, random_base, results, tokens, verdict, worker
 
 PEERS: Final = ("unsloth", "torchtune", "axolotl", "llamafactory", "litgpt")
 """Methods whose package is called as they are, in a Python of their own or in this one."""
@@ -120,7 +120,7 @@ def conclude(rows: list[dict[str, Any]]) -> int:
     if reasons:
         print("not comparable:", *reasons, sep="\n  ")
         return 1
-    print(verdict.table(rows), *verdict.notes(rows), sep="\n")
+    print(compare_table.of_run(rows), *verdict.notes(rows), sep="\n")
     if any(row["weights"] == "random" for row in rows):
         print(
             "random weights of the exact sizes: memory and speed are those of the real ones, losses are not"

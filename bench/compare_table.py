@@ -212,6 +212,12 @@ def compare() -> str:
     return _tables(blocks(), tuple(COLUMNS))
 
 
+def of_run(rows: Sequence[Row]) -> str:
+    """Rows of one run that may be compared, as they stand in docs/bench.md."""
+    block = _block("here", rows)
+    return markdown.table(tuple(COLUMNS), _lines(block, tuple(COLUMNS)), [])
+
+
 def brief() -> str:
     """README's choice of it: of each machine and model the setting that most methods were measured in."""
     best: dict[tuple[Any, ...], Block] = {}
@@ -227,7 +233,7 @@ def _tables(found: Sequence[Block], columns: Sequence[str]) -> str:
 
 
 def _table(block: Block, columns: Sequence[str]) -> str:
-    lines = [[COLUMNS[name](one, block) for name in columns] for one in block.summaries]
+    lines = _lines(block, columns)
     notes = list(block.notes)
     if block.summaries:
         repeats = markdown.join({str(one.repeats) for one in block.summaries})
@@ -236,3 +242,7 @@ def _table(block: Block, columns: Sequence[str]) -> str:
         notes.append(markdown.origin(what, block.rows))
     table = markdown.table(columns, lines, notes) if lines else "\n\n".join(notes) + "\n"
     return f"**{block.title}**\n\n{table}"
+
+
+def _lines(block: Block, columns: Sequence[str]) -> list[list[str]]:
+    return [[COLUMNS[name](one, block) for name in columns] for one in block.summaries]

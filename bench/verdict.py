@@ -1,4 +1,4 @@
-"""Whether rows of one group may be compared, and their figures side by side.
+"""Whether rows of one group may be compared.
 
 Owns the rule. A faster run with another loss is no faster run: where the rule refuses, there is no ranking.
 """
@@ -127,73 +127,7 @@ def _steps(rows: Sequence[Row]) -> Iterator[tuple[float, ...]]:
     return zip(*(row["losses"] for row in rows), strict=True)
 
 
-# --- figures
-
-
 def timed(row: Row) -> list[float]:
     """Seconds of the steps that count."""
     seconds: list[float] = row["step_seconds"][row["warmup_steps"] :]
     return seconds
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """By linear interpolation between the two nearest."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
-    return low + (at - math.floor(at)) * (high - low)
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures of one method's rows, over the timed steps of all its repeats.
-
-    Units: seconds; tokens a second without pads; bytes at their highest over repeats, allocated ones on CUDA.
-    """
-    seconds = [one for row in rows for one in timed(row)]
-    total = sum(seconds)
-    peaks = "phases" if rows[0]["allocated"] is None else "allocated"
-    return {
-        "method": rows[0]["method"],
-        "repeats": len(rows),
-        "step_seconds": tuple(percentile(seconds, share) for share in (0.5, 0.1, 0.9)),
-        **{
-            f"{name}_per_second": sum(n for row in rows for n in row[name][row["warmup_steps"] :]) / total
-            for name in ("tokens", "supervised_tokens")
-        },
-        "peak_bytes": max(row[peaks]["train"] for row in rows),
-        "linear_bytes": rows[0]["linear_bytes"],
-        "trained_parameters": rows[0]["trained_parameters"],
-        "load_seconds": statistics.median(row["load_seconds"] for row in rows),
-        "mfu": statistics.median(row["mfu"] for row in rows),
-        "first_loss": statistics.median(row["losses"][0] for row in rows),
-        "final_loss": statistics.median(row["losses"][-1] for row in rows),
-    }
-
-
-HEAD: Final = ("method", "repeats", "step s: median p10 p90", "tokens/s", "supervised/s", "peak GiB")
-MORE: Final = ("linears MiB", "trained", "load s", "MFU", "loss: first final")
-
-
-def table(rows: Iterable[Row]) -> str:
-    """The summaries of rows that may be compared, a line each, the fastest first."""
-    found = [summary(rows) for rows in _by_method(rows).values()]
-    found.sort(key=lambda one: -one["tokens_per_second"])
-    lines = [(*HEAD, *MORE), *(_cells(one) for one in found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        one["method"],
-        str(one["repeats"]),
-        " ".join(f"{value:.3f}" for value in one["step_seconds"]),
-        f"{one['tokens_per_second']:.1f}",
-        f"{one['supervised_tokens_per_second']:.1f}",
-        f"{one['peak_bytes'] / 2**30:.2f}",
-        "-" if one["linear_bytes"] is None else f"{one['linear_bytes'] / 2**20:.1f}",
-        f"{one['trained_parameters']:,}",
-        f"{one['load_seconds']:.1f}",
-        f"{one['mfu']:.0%}",
-        f"{one['first_loss']:.4f} {one['final_loss']:.4f}",
-    )

@@ -184,7 +184,9 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="merged: bf16 or fp16.")] = None,
     kind: Annotated[str | None, typer.Option(help="ollama: the GGUF's kind; q8_0.")] = None,
-    num_ctx: Annotated[int | None, typer.Option(min=1, help="ollama: context in tokens; 4096.")] = None,
+    num_ctx: Annotated[
+        int | None, typer.Option(min=1, help="ollama: context in tokens; at most 4096.")
+    ] = None,
     repo: Annotated[str | None, typer.Option(help="hub: where to, you/name.")] = None,
     what: Annotated[str | None, typer.Option(help="hub: adapter or merged.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: list the files, send none.")] = False,

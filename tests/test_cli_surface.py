@@ -20,6 +20,7 @@ from qlora_phi3.recipe_file import list_recipes, load_recipe
 
 COMMAND = (sys.executable, "-m", "qlora_phi3")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # as an installed package: compiled once, not at every call
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets")
 FAST_SECONDS = 0.7
 

@@ -1,14 +1,19 @@
 """From the user's files to rows of tokens: read -> normalise -> template -> tokens and mask.
 
 Owns what the model sees and what it is trained on. Every row that is left out is counted and reported.
+The names below are imported at their first use: a recipe is checked before numpy is here.
 """
 
-from .cache import sha256
-from .read import check_files
-from .rows import Conversation
-from .sources import files_of
-from .splits import Prepared, Prompt, Split, Splits, check, load, prepare, prompts
-from .tokens import TokenRow
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import sha256
+    from .read import check_files
+    from .rows import Conversation
+    from .sources import files_of
+    from .splits import Prepared, Prompt, Split, Splits, check, load, prepare, prompts
+    from .tokens import TokenRow
 
 __all__ = [
     "Conversation",
@@ -25,3 +30,17 @@ __all__ = [
     "prompts",
     "sha256",
 ]
+
+_ROOMS = {
+    "sha256": "cache",
+    "check_files": "read",
+    "Conversation": "rows",
+    "files_of": "sources",
+    "TokenRow": "tokens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS.get(name, 'splits')}", __name__), name)

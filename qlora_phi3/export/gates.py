@@ -6,7 +6,6 @@ the parity module's matter.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -54,9 +53,8 @@ class Gates:
 
     def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """The gate's result, and the first token that differs in words."""
-        parity, consumers = _optional("parity"), _optional("consumers")
-        if parity is None or consumers is None:
-            return _skipped(target, "this version has no parity gate"), ""
+        from . import consumers, parity
+
         with ExitStack() as stack:
             opened = _open(consumers, target, self._source, partial, details, stack, self._say)
             if isinstance(opened, str):
@@ -143,12 +141,6 @@ def prompts(source: Source) -> list[list[dict[str, Any]]]:
             if found:
                 return [one.to_template(one.last_answer) for one in found]
     return [[{"role": "user", "content": text}] for text in FALLBACK]
-
-
-def _optional(name: str) -> Any:
-    """A module of this package, or None where this version has none of the name."""
-    full = f"{__package__}.{name}"
-    return importlib.import_module(full) if importlib.util.find_spec(full) else None
 
 
 def summary(found: Mapping[str, Any]) -> str:

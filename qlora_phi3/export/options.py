@@ -37,7 +37,7 @@ class Options:
     merge_base: Literal["auto", "dequant", "original"] = "auto"
     dtype: Dtype = "bf16"
     kind: str = "q8_0"
-    num_ctx: int = 4096
+    num_ctx: int | None = None
     repo: str | None = None
     what: Literal["adapter", "merged"] = "adapter"
     dry_run: bool = False

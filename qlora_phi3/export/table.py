@@ -60,60 +60,55 @@ _BITS: Final[dict[str, float]] = {
 """Bits a weight; of k-quants upper bounds, since they mix kinds."""
 
 
-def gguf_name(source: Source) -> str:
-    """llama.cpp keeps a Phi-3 tokenizer's rules only where `general.name` says phi-3."""
-    known = "phi-3" in source.name.lower() or "phi3" in source.name.lower()
-    return source.name if known else f"phi-3-{source.name}"
-
-
 def _write_gguf(source: Source, folder: Path, kind: str, options: Options, say: Say) -> dict[str, Any]:
     """The merged model in one file, quantized from float32.
 
     Raises:
         InputError: `--merge-base` does not fit the adapter, or a k-quant and no quantizer.
     """
-    from . import gguf  # type: ignore[attr-defined,unused-ignore]
+    from . import gguf
 
     report = compare.choose(source, options.merge_base, torch.bfloat16, say)
     path = folder / f"{source.name}-{kind}.gguf"
     tensors = merge.merged_tensors(source, report.base, torch.float32)
     config, tokenizer = merge.config_of(source, torch.float32), source.checkpoint.folder
     say(f"writing {path.name}")
-    gguf.write(path, tensors, config, tokenizer, kind, name=gguf_name(source))
+    gguf.write(path, tensors, config, tokenizer, kind, name=source.name, say=say)
     return {"merge": report.to_json(), "kind": kind, "gguf": path.name}
 
 
 def write_base_gguf(source: Source, path: Path) -> None:
     """The base alone, as the model that an adapter's GGUF is loaded onto."""
-    from . import gguf  # type: ignore[attr-defined,unused-ignore]
+    from . import gguf
 
     merger = merge.Merger(source, "original", torch.float32, adapted=False)
     tensors = ((name, merger.tensor(name)) for name in merger.shapes)
     config, tokenizer = source.checkpoint.config, source.checkpoint.folder
-    gguf.write(path, tensors, config, tokenizer, "f16", name=gguf_name(source))
+    gguf.write(path, tensors, config, tokenizer, "f16", name=source.name)
 
 
 def _write_gguf_lora(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
     """The adapter alone as GGUF, for the base's own GGUF."""
-    from . import gguf_lora  # type: ignore[attr-defined,unused-ignore]
+    from . import gguf_lora
 
     path = folder / f"{source.name}-lora.gguf"
     geometry = source.checkpoint.geometry
-    gguf_lora.write(path, source.tensors, source.config, geometry, name=gguf_name(source))
+    gguf_lora.write(path, source.tensors, source.config, geometry, name=source.name)
     return {"gguf": path.name}
 
 
 def _write_ollama(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
     """A merged GGUF with the Modelfile for `ollama create`."""
-    from . import ollama  # type: ignore[attr-defined,unused-ignore]
+    from . import ollama
 
     about = _write_gguf(source, folder, options.kind, options, say)
     licence = licence_file(source)
     text = licence.read_text(encoding="utf-8") if licence is not None else licence_name(source)
     tokenizer = source.checkpoint.folder
-    made = ollama.modelfile(about["gguf"], tokenizer, num_ctx=options.num_ctx, license=text)
+    num_ctx = options.num_ctx or ollama.context_of(source.checkpoint.geometry)
+    made = ollama.modelfile(about["gguf"], tokenizer, num_ctx=num_ctx, license=text)
     (folder / "Modelfile").write_text(made, encoding="utf-8")
-    return about | {"num_ctx": options.num_ctx}
+    return about | {"num_ctx": num_ctx}
 
 
 def _check_gguf_lora(source: Source) -> None:
