@@ -27,7 +27,7 @@ from . import (
     trainer,
     weights,
 )
-from .engine import attention
+from .engine import attention, native
 from .errors import FitError, InputError, Problem, RecipeError, RunError
 from .meter import Meter
 from .progress import Display
@@ -92,7 +92,8 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
-    recipe, plan, notes = settle(recipe, checkpoint, splits, device, display.say)
+    engine, why = native.choose(recipe, checkpoint.config, device)
+    recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, folder)
     adapting = _Adapting(recipe, folder, display)
     evaluation = adapting.evaluation(memory.answer_tokens(recipe, checkpoint.geometry))
@@ -139,7 +140,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         description=recipe.description,
         toolkit_version=__version__,
         finished_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        engine={"name": "reference", "reason": "transformers and PEFT layers; the only engine so far"},
+        engine={"name": recipe.train.engine, "reason": why},
         machine=report.machine(device.type),
         versions=report.versions(),
         base=checkpoint.provenance.to_json(),

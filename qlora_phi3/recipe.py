@@ -290,8 +290,10 @@ class Train(_Part):
     task: Annotated[Literal["sft", "dpo"], Today(("sft",))] = Field(
         default="sft", description="training task"
     )
-    engine: Annotated[Literal["auto", "native", "reference"], Today(("auto", "reference"))] = Field(
-        default="auto", description="reference: transformers + PEFT layers; auto: the fastest that is proven"
+    engine: Literal["auto", "native", "reference"] = Field(
+        default="auto",
+        description="native: our own layers, forward and backward written out; reference: transformers and "
+        "PEFT's layers; auto: reference, until the memory plan knows native",
     )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         default="auto",

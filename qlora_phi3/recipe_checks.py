@@ -27,6 +27,12 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Choose a divisor, or auto.",
         ),
         (
+            train.engine == "native" and adapter.method == "dora",
+            ("train", "engine"),
+            "native has no DoRA.",
+            "Set train.engine=auto, or adapter.method=lora.",
+        ),
+        (
             not adapter.targets,
             ("adapter", "targets"),
             "is empty: nothing would be trained.",

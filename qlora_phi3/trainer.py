@@ -30,6 +30,7 @@ from .data.store import Rows as RowArrays
 from .engine import offload
 from .engine.documents import Documents, Layout, hidden_states
 from .engine.loss import IGNORE, HeadLora, supervised_nll
+from .engine.native import Native
 from .errors import FitError, RunError
 from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
@@ -83,8 +84,8 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         bf16=False,  # PhiTrainer.compute_loss has its own autocast, without accelerate's wrapped forward
         fp16=recipe.model.compute_dtype == "float16",  # for the loss scaler
         use_cpu=device.type == "cpu",
-        activation_checkpointing=train.activations != "keep",
-        activation_checkpointing_kwargs=RECOMPUTING if train.activations != "keep" else None,
+        activation_checkpointing=stock_recomputes(recipe),
+        activation_checkpointing_kwargs=RECOMPUTING if stock_recomputes(recipe) else None,
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0 and let the run end "well"
@@ -97,6 +98,11 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         packing=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+
+
+def stock_recomputes(recipe: Recipe) -> bool:
+    """Whether torch's checkpoint recomputes; the native layers do that themselves."""
+    return recipe.train.activations != "keep" and recipe.train.engine != "native"
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:
@@ -138,6 +144,8 @@ def train(
         remedy = "No smaller pass helps: choose train.optimizer=paged_adamw_8bit, or lower adapter.rank."
         raise FitError(place, f"{reason}: {found.said}", remedy)
     _unwrap(trainer)
+    if trainer.native is not None:
+        trainer.native.remove()
     (out / "checkpoints").rmdir()  # transformers makes it; saving steps is not available yet
     return watch.summary(), trainer.calibration
 
@@ -166,6 +174,9 @@ def build(
     trainer.watch, trainer.compute_dtype = watch, base.compute_dtype
     trainer.rows, trainer.geometry = split.rows, base.checkpoint.geometry
     on_card = base.model.device.type == "cuda"
+    causal = model.get_base_model()
+    native = recipe.train.engine == "native"
+    trainer.native = Native(causal, recipe.train.activations) if native else None
     trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower, host_apart=on_card), adapted
     trainer.settle(recipe)
     for name, parameter in model.named_parameters():
@@ -212,6 +223,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     geometry: Geometry
     layout: Layout
     logit_tokens: int
+    native: Native | None
     ladder: Ladder
     adapted: Callable[[Adapted, Recipe], None]
     calibration: Calibration
@@ -230,6 +242,9 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     def recompute(self, recipe: Recipe) -> None:
         """Have layers recomputed as the recipe says, from when transformers has set its own way on."""
         policy = recipe.train.activations
+        if self.native is not None:
+            self.native.follow(policy)
+            return
         if policy != "keep" and not self.model.is_activation_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=RECOMPUTING)
         if policy == "offload":

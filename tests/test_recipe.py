@@ -93,7 +93,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "data.packing": {"true": True, "false": False},
     "data.loss_on": {"assistant": "assistant", "last": "last", "all": "all"},
     "train.task": {"sft": "sft"},
-    "train.engine": {"auto": "auto", "reference": "reference"},
+    "train.engine": {"auto": "auto", "reference": "reference", "native": "native"},
     "train.activations": {name: name for name in ("auto", "keep", "recompute", "offload")},
     "train.epochs": {"1": 1, "3": 3},
     "train.max_steps": {"null": None, "1": 1},
@@ -349,7 +349,6 @@ LATER: dict[str, list[str]] = {
     "data.train.format": ["preference"],
     "data.eval.format": ["preference"],
     "train.task": ["dpo"],
-    "train.engine": ["native"],
     "train.save_every": ["1", "100"],
     "train.keep_checkpoints": ["1", "3"],
     "track": ["[wandb]", "[tensorboard]", "[trackio]", "[mlflow]"],
@@ -573,6 +572,11 @@ def recipe(**changes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("changes", "place", "words"),
     [
+        (
+            {"train__engine": "native", "adapter__method": "dora"},
+            "train.engine",
+            "native has no DoRA.",
+        ),
         ({"train__micro_batch": 3}, "train.micro_batch", "3 does not divide train.effective_batch 16."),
         ({"train__micro_batch": 32}, "train.micro_batch", "32 does not divide train.effective_batch 16."),
         ({"adapter__targets": []}, "adapter.targets", "is empty: nothing would be trained."),

@@ -371,7 +371,7 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
             "evaluate.metrics[0]: 'los' is not allowed. Did you mean 'loss'? "
             "Allowed: loss, perplexity, exact_match, json_match.",
         ),
-        ("train.engine=native", "train.engine: 'native' is not available yet. Today: 'auto', 'reference'."),
+        ("train.task=dpo", "train.task: 'dpo' is not available yet. Today: 'sft'."),
         (
             "train.micro_batch=3",
             "train.micro_batch: 3 does not divide train.effective_batch 16. Choose a divisor, or auto.",

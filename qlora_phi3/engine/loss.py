@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..case import LOGIT_TOKENS
+from ..kernels.cross_entropy import nll_and_error_
 
 IGNORE: Final = -100
 
@@ -96,7 +97,7 @@ class _ChunkedNll(torch.autograd.Function):
             if z is not None and b_cast is not None:
                 logits.addmm_(z[part], b_cast.T)
             logits = logits.to(wide)
-            nll, error = _nll_and_error(logits, targets[part].unsqueeze(1))
+            nll, error = nll_and_error_(logits, targets[part].unsqueeze(1))
             del logits  # the same memory as the error's, of which the cast should be all that is left
             total, error = total + nll, error.to(x.dtype)
             if grad_x is not None:
@@ -116,14 +117,3 @@ class _ChunkedNll(torch.autograd.Function):
             None if grad is None else grad * outputs[0].to(grad.dtype) for grad in ctx.saved_tensors
         )
         return for_x, None, None, for_z, for_b, None
-
-
-def _nll_and_error(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of -log softmax[wanted], and softmax - onehot, written over the logits.
-
-    Shape: logits (tokens, vocabulary), wanted (tokens, 1) int64.
-    """
-    log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-    nll = (log_sum - logits.gather(1, wanted)).sum()
-    error = logits.sub_(log_sum).exp_()
-    return nll, error.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))

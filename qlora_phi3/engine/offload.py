@@ -46,9 +46,13 @@ class Parking:
             found: torch.Tensor = checkpoint(layer, state, use_reentrant=False)
             return found
         # checkpoint saves its arguments under these hooks, and what the layer saves under its own
-        with saved_tensors_hooks(self._park, _Parked.take):
+        with self.hooks():
             found = checkpoint(layer, state, use_reentrant=False)
         return found
+
+    def hooks(self) -> saved_tensors_hooks:
+        """While entered, whatever a function saves for its backward is parked: one input of one layer."""
+        return saved_tensors_hooks(self._park, _Parked.take)
 
     def _park(self, state: torch.Tensor) -> _Parked:
         before = self._last()

@@ -1,0 +1,331 @@
+"""A Phi-3 decoder layer as one autograd function that owns what it keeps and what it computes again.
+
+Owns the native engine's arithmetic: forward, and a backward that recomputes what its policy did not keep.
+The output of down_proj is never computed twice, since no backward needs it, and a weight that is dequantized
+for recomputing serves the gradient as well. Weights and adapters are read in place from PEFT's modules.
+The reference is transformers' Phi3DecoderLayer with PEFT's linears under autocast.
+
+Refused, by `why_not`: what the arithmetic here does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels import rms_norm, rope, swiglu
+from . import tiles
+from .linear import Gradients, Linear, Span, draw
+from .tiles import Heads, Run
+
+Keep = Literal["all", "attention", "input"]
+"""What a layer keeps for its backward: all that is computed with weights; the attention's output, beside the
+input; or the input alone."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer's norm."""
+
+    weight: torch.Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        return cls(module.weight, module.variance_epsilon)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm.forward(x, self.weight, self.eps)
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm.backward(grad, x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one decoder layer computes with, and in slices of how many of its intermediate columns."""
+
+    before: Norm
+    qkv: Linear
+    o: Linear
+    between: Norm
+    gate_up: Linear
+    down: Linear
+    intermediate: int
+    slice_columns: int
+
+    @classmethod
+    def of(cls, module: Any, slice_columns: int | None = None) -> Layer:
+        """Of transformers' layer with PEFT's linears in it, as they are now."""
+        attention, mlp = module.self_attn, module.mlp
+        intermediate = module.config.intermediate_size
+        return cls(
+            Norm.of(module.input_layernorm),
+            Linear.of(attention.qkv_proj),
+            Linear.of(attention.o_proj),
+            Norm.of(module.post_attention_layernorm),
+            Linear.of(mlp.gate_up_proj),
+            Linear.of(mlp.down_proj),
+            intermediate,
+            slice_columns or intermediate,
+        )
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """What is trained, linear by linear."""
+        return tuple(parameter for linear in self.linears for parameter in linear.parameters)
+
+    @property
+    def slices(self) -> list[Span]:
+        """Of the intermediate columns, computed one after the other."""
+        step = self.slice_columns
+        return [(at, min(at + step, self.intermediate)) for at in range(0, self.intermediate, step)]
+
+    def rows(self, columns: Span) -> list[Span]:
+        """Those of gate_up_proj that make these intermediate columns; of all of them one span."""
+        start, stop = columns
+        if stop - start == self.intermediate:
+            return [(0, 2 * self.intermediate)]
+        return [(start, stop), (self.intermediate + start, self.intermediate + stop)]
+
+    def draw(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """Dropout's masks of all linears, in the order that PEFT draws them."""
+        return [draw(linear, len(x), x.device) for linear in self.linears]
+
+
+@dataclass
+class Attended:
+    """The first half of a layer: its tensors, up to the sum with the residual.
+
+    Shape: qkv (tokens, size) with positions, state (tokens, hidden_size), z's (tokens, ranks); `out` is what
+        tiles.forward returns, o_proj's input first.
+    """
+
+    qkv: torch.Tensor
+    out: tuple[torch.Tensor, ...]
+    state: torch.Tensor
+    z_qkv: torch.Tensor | None
+    z_o: torch.Tensor | None
+
+
+def attend(
+    layer: Layer,
+    x: torch.Tensor,
+    run: Run,
+    masks: Sequence[torch.Tensor | None],
+    out: tuple[torch.Tensor, ...] = (),
+) -> Attended:
+    """From the layer's input to the sum with the residual; `out`: the attention's, where it was kept."""
+    qkv, z_qkv = layer.qkv.forward(layer.before.forward(x), masks[0])
+    rope.rotate_(run.heads.turning(qkv), run.cos, run.sin)
+    out = out or tiles.forward(qkv, run)
+    state, z_o = layer.o.forward(out[0], masks[1])
+    return Attended(qkv, out, state.add_(x), z_qkv, z_o)
+
+
+def gate_and_up(
+    layer: Layer, h: torch.Tensor, z: torch.Tensor | None, columns: Span, weight: torch.Tensor
+) -> torch.Tensor:
+    """gate_up_proj's output of these columns. Shape: (tokens, 2 * columns), gate first."""
+    return layer.gate_up.widen_(torch.mm(h, weight.T), z, layer.rows(columns))
+
+
+def feed_forward(
+    layer: Layer, state: torch.Tensor, masks: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The layer's output, the last slice of gate_up_proj's, and both A's outputs."""
+    h = layer.between.forward(state)
+    z_gate_up = layer.gate_up.narrow(h, masks[2])
+    out = z_down = gate_up = None
+    for columns in layer.slices:
+        rows = layer.rows(columns)
+        gate_up = gate_and_up(layer, h, z_gate_up, columns, layer.gate_up.weight(h.dtype, rows=rows))
+        inner = swiglu.forward(*gate_up.chunk(2, dim=1))
+        z_down = _plus(z_down, _narrow_part(layer, inner, masks[3], columns))
+        weight = layer.down.weight(h.dtype, columns=_columns(layer, columns))
+        out = torch.mm(inner, weight.T) if out is None else out.addmm_(inner, weight.T)
+    assert out is not None and gate_up is not None
+    return layer.down.widen_(out, z_down).add_(state), gate_up, z_gate_up, z_down
+
+
+def feed_backward(
+    layer: Layer,
+    grad: torch.Tensor,
+    state: torch.Tensor,
+    masks: Sequence[torch.Tensor | None],
+    gradients: Sequence[Gradients | None],
+    kept: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None,
+) -> torch.Tensor:
+    """The gradient of `state` through the second half, from that of the layer's output.
+
+    `kept`: gate_up_proj's output and both A's, where the forward kept them. The first is written over.
+    """
+    h = layer.between.forward(state)
+    gate_up, z_gate_up, z_down = kept or (None, layer.gate_up.narrow(h, masks[2]), None)
+    dz_down = layer.down.narrow_backward(grad)
+    dh = dz = z_made = None
+    for columns in layer.slices:
+        rows, place = layer.rows(columns), _columns(layer, columns)
+        part = None if kept is None else gate_up
+        weight = layer.gate_up.weight(h.dtype, rows=rows)
+        if part is None:
+            part = gate_and_up(layer, h, z_gate_up, columns, weight)
+        d_inner = torch.mm(grad, layer.down.weight(grad.dtype, columns=place))
+        mask = _mask_part(masks[3], place)
+        layer.down.input_backward_(d_inner, dz_down, mask, place)
+        adapted = layer.down.lora is not None
+        inner = swiglu.backward_(d_inner, *part.chunk(2, dim=1), product=adapted)
+        del d_inner
+        if inner is not None:
+            if z_down is None:
+                z_made = _plus(z_made, _narrow_part(layer, inner, masks[3], columns))
+            layer.down.a_backward(gradients[3], dz_down, inner, mask, place)
+            del inner
+        layer.gate_up.b_backward(gradients[2], part, z_gate_up, rows)
+        dz = _plus(dz, layer.gate_up.narrow_backward(part, rows))
+        dh = torch.mm(part, weight) if dh is None else dh.addmm_(part, weight)
+    assert dh is not None
+    layer.down.b_backward(gradients[3], grad, z_made if z_down is None else z_down)
+    layer.gate_up.a_backward(gradients[2], dz, h, masks[2])
+    return layer.between.backward(layer.gate_up.input_backward_(dh, dz, masks[2]), state)
+
+
+def attend_backward(
+    layer: Layer,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    found: Attended,
+    run: Run,
+    masks: Sequence[torch.Tensor | None],
+    gradients: Sequence[Gradients | None],
+    *,
+    for_input: bool,
+) -> torch.Tensor | None:
+    """The gradient of the layer's input through the first half, where it is wanted, from that of its sum."""
+    d_out = layer.o.backward(grad, found.out[0], found.z_o, gradients[1], masks[1])
+    assert d_out is not None
+    d_qkv = tiles.backward(d_out, found.qkv, found.out, run)
+    del d_out
+    rope.rotate_(run.heads.turning(d_qkv), run.cos, run.sin, back=True)
+    h = layer.before.forward(x)
+    dh = layer.qkv.backward(d_qkv, h, found.z_qkv, gradients[0], masks[0], for_input=for_input)
+    del d_qkv, h
+    return None if dh is None else layer.before.backward(dh, x)
+
+
+class Function(torch.autograd.Function):
+    """One layer. Shape: x (tokens, hidden_size), the output too; then the layer's parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Layer, run: Run, keep: Keep, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            ctx.random = _random_state(layer, x.device)
+            masks = layer.draw(x)
+            first = attend(layer, x, run, masks)
+            out, gate_up, z_gate_up, z_down = feed_forward(layer, first.state, masks)
+        ctx.layer, ctx.run, ctx.keep = layer, run, keep
+        kept: tuple[torch.Tensor | None, ...] = ()
+        if any(ctx.needs_input_grad):
+            if keep == "all":
+                rest = (first.z_qkv, first.z_o, gate_up, z_gate_up, z_down)
+                kept = (first.qkv, first.state, *rest, *first.out)
+            elif keep == "attention":
+                kept = first.out
+        ctx.save_for_backward(x, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layer, run = ctx.layer, ctx.run
+        x, *kept = ctx.saved_tensors
+        grad = grads[0]
+        gradients = [None if linear.lora is None else Gradients(linear.lora) for linear in layer.linears]
+        with torch.autocast(x.device.type, enabled=False):
+            masks = _draw_again(layer, x, ctx.random)
+            if ctx.keep == "all":
+                qkv, state, z_qkv, z_o, *second = kept[:7]
+                found = Attended(qkv, tuple(kept[7:]), state, z_qkv, z_o)
+            else:
+                found, second = attend(layer, x, run, masks, tuple(kept)), None
+            del kept
+            d_state = feed_backward(layer, grad, found.state, masks, gradients, second).add_(grad)
+            del second
+            wanted = ctx.needs_input_grad[0]
+            dx = attend_backward(layer, d_state, x, found, run, masks, gradients, for_input=wanted)
+        through = None if dx is None else dx.add_(d_state)
+        of_parameters = [one for each in gradients if each is not None for one in each]
+        return through, None, None, None, *of_parameters
+
+
+def why_not(config: Mapping[str, Any], method: str) -> str | None:
+    """What of a config.json and a method this layer does not compute; None where it computes all."""
+    if method == "dora":
+        return "DoRA's lengths are not in it"
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f"its activation is silu, not {activation}"
+    if config.get("resid_pdrop") or config.get("attention_dropout"):
+        return "it drops nothing but adapters' inputs, and config.json says resid_pdrop or attention_dropout"
+    return None
+
+
+def heads_of(config: Any) -> Heads:
+    """Source: transformers 5.23 modeling_phi3.py, Phi3Attention."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Heads(config.num_attention_heads, config.num_key_value_heads, width)
+
+
+def _columns(layer: Layer, columns: Span) -> Span | None:
+    """None for all: the weight is then taken whole."""
+    return None if columns == (0, layer.intermediate) else columns
+
+
+def _mask_part(mask: torch.Tensor | None, columns: Span | None) -> torch.Tensor | None:
+    return mask if mask is None or columns is None else mask[:, slice(*columns)]
+
+
+def _narrow_part(
+    layer: Layer, inner: torch.Tensor, mask: torch.Tensor | None, columns: Span
+) -> torch.Tensor | None:
+    """What these columns give to the output of down_proj's A."""
+    down, place = layer.down, _columns(layer, columns)
+    if down.lora is None:
+        return None
+    a = down.lora.all_a(inner.dtype)
+    a = a if place is None else a[:, slice(*place)]
+    return torch.mm(down.dropped(inner, _mask_part(mask, place)), a.T)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
+    return part if total is None or part is None else total.add_(part)
+
+
+def _random_state(layer: Layer, device: torch.device) -> torch.Tensor | None:
+    """Of the generator that dropout draws from, where any is drawn."""
+    if not any(linear.lora is not None and linear.lora.dropout for linear in layer.linears):
+        return None
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _draw_again(layer: Layer, x: torch.Tensor, state: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """The masks of the forward; the generator goes on from where it is."""
+    if state is None:
+        return [None] * 4
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        if x.device.type == "cuda":
+            torch.cuda.set_rng_state(state, x.device)
+        else:
+            torch.set_rng_state(state)
+        return layer.draw(x)

@@ -1,0 +1,99 @@
+"""The native engine on one model: our layer in place of transformers' while it trains.
+
+Owns what is installed on the instances of a model and taken back. A layer whose pass is not one of documents
+under gradients (evaluating, answering) runs as it did. State dicts know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Final
+
+import torch
+
+from ..errors import RecipeError
+from ..recipe import Recipe
+from .layer import Function, Keep, Layer, heads_of, why_not
+from .offload import Parking
+from .tiles import Run
+
+KEPT: Final[dict[str, Keep]] = {"keep": "all", "recompute": "input", "offload": "input"}
+"""`train.activations` -> what every layer keeps."""
+
+
+def choose(recipe: Recipe, config: Mapping[str, Any], device: torch.device) -> tuple[str, str]:
+    """The engine that a recipe's `train.engine` means for this base and device, and the reason in words.
+
+    Raises:
+        RecipeError: it says native, and native does not compute this.
+    """
+    asked, lacks = recipe.train.engine, why_not(config, recipe.adapter.method)
+    if asked == "native" and lacks is not None:
+        raise RecipeError("train.engine", f"'native': {lacks}.", "Set train.engine=auto, or reference.")
+    if asked != "auto":
+        return asked, "the recipe says so"
+    if lacks is not None:
+        return "reference", f"native does not do this: {lacks}"
+    return "reference", "the memory plan does not know native yet"
+
+
+class Native:
+    """Our layers on a Phi3ForCausalLM, with `activations` as the recipe's key has them.
+
+    `keeps` says what each layer keeps, `parks` that inputs are in host memory meanwhile; whoever changes them
+    does so between passes. `slice_columns`: intermediate columns computed at once, None for all.
+    """
+
+    def __init__(self, causal: Any, activations: str, *, slice_columns: int | None = None) -> None:
+        self.slice_columns = slice_columns
+        self._config, self._layers = causal.config, causal.model.layers
+        self.keeps: list[Keep] = []
+        self.follow(activations)
+        self._heads = heads_of(self._config)
+        self._parking = Parking()
+        self._run: tuple[torch.Tensor, Run] | None = None
+        for index, module in enumerate(self._layers):
+            # transformers would recompute around us. Source: modeling_layers.py, GradientCheckpointingLayer
+            module.gradient_checkpointing = False
+            module.forward = self._in_place_of(module.forward, module, index)
+
+    def follow(self, activations: str) -> None:
+        """Every layer as `train.activations` says."""
+        self.keeps = [KEPT[activations]] * len(self._layers)
+        self.parks = activations == "offload"
+
+    def remove(self) -> None:
+        """transformers' own layers again."""
+        for module in self._layers:
+            del module.forward
+
+    def _in_place_of(self, stock: Any, module: Any, index: int) -> Any:
+        def forward(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            documents = named.get("documents")
+            if documents is None or not (module.training and torch.is_grad_enabled()):
+                found: torch.Tensor = stock(hidden_states, *arguments, **named)
+                return found
+            run = self._run_of(documents, *named["position_embeddings"])
+            return self._through(index, module, hidden_states, run)
+
+        return forward
+
+    def _through(self, index: int, module: Any, state: torch.Tensor, run: Run) -> torch.Tensor:
+        keep = self.keeps[index]
+        layer = Layer.of(module, None if keep == "all" else self.slice_columns)
+        # the embedding's output is a leaf, which autograd holds anyway
+        parked = self.parks and keep == "input" and not state.is_leaf
+        with self._parking.hooks() if parked else nullcontext():
+            out: torch.Tensor = Function.apply(  # type: ignore[no-untyped-call]
+                state[0], layer, run, keep, *layer.parameters
+            )
+        return out.unsqueeze(0)
+
+    def _run_of(self, documents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Run:
+        """One for all layers of a pass."""
+        if self._run is None or self._run[0] is not cos:
+            window = getattr(self._config, "sliding_window", None)
+            scale = self._heads.width**-0.5
+            self._run = cos, Run(documents, window, cos[0], sin[0], self._heads, scale)
+        return self._run[1]

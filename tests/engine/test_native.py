@@ -1,0 +1,204 @@
+"""The native engine against transformers' layers with PEFT: losses, gradients, and whole trainings."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from memory_lab import build, documents, loss_of, recipe, trained
+from torch import nn
+
+from qlora_phi3.engine import tiles
+from qlora_phi3.engine.layer import Keep
+from qlora_phi3.engine.native import Native
+
+SMALL = dict(hidden_size=64, intermediate_size=192, vocab_size=320)
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "mini": dict(num_attention_heads=4, num_key_value_heads=4, **SMALL),
+    "medium": dict(num_attention_heads=6, num_key_value_heads=2, **SMALL | dict(hidden_size=192)),
+    "phi-4-mini": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        **SMALL | dict(hidden_size=128),
+    ),
+    "128k": dict(
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [2.0 + i / 4 for i in range(8)],
+            "original_max_position_embeddings": 16,
+        },
+        **SMALL,
+    ),
+    "window": dict(num_attention_heads=4, num_key_value_heads=4, sliding_window=5, **SMALL),
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "fused": dict(adapter__rank=4),
+    "split": dict(adapter__rank=4, adapter__split_fused=True),
+    "q and up": dict(adapter__rank=3, adapter__split_fused=True, adapter__targets=["q", "up"]),
+    "rslora on down": dict(adapter__rank=5, adapter__method="rslora", adapter__targets=["down"]),
+    "dropout": dict(adapter__rank=4, adapter__split_fused=True, adapter__dropout=0.3),
+    "embeddings": dict(adapter__rank=4, adapter__targets=["q", "embed_tokens", "lm_head"]),
+}
+KEEPS: tuple[Keep, ...] = ("all", "attention", "input")
+LENGTHS = [9, 1, 23, 11, 14]
+EXACT = dict(model__quantization="none", model__compute_dtype="float32", train__activations="keep")
+NF4 = dict(model__quantization="nf4", model__compute_dtype="float32", train__activations="keep")
+HALF = dict(model__quantization="nf4", model__compute_dtype="bfloat16", train__activations="keep")
+
+
+def pair(geometry: str, settings: dict[str, Any], seed: int = 1, **adapter: Any) -> tuple[Any, Any, Any]:
+    """The same model twice, with adapters as after training, and its recipe."""
+    chosen = recipe(**{"adapter__split_fused": False, **settings, **adapter})
+    model, _ = build(chosen, num_layers=2, **GEOMETRIES[geometry])
+    torch.manual_seed(seed)
+    for parameter in trained(model):
+        nn.init.normal_(parameter, std=0.05)  # beyond, rounding in float32 shows
+    return model, copy.deepcopy(model), chosen
+
+
+def install(model: Any, *keeps: Keep, parks: bool = False, **how: Any) -> Native:
+    native = Native(model.get_base_model(), "offload" if parks else "recompute", **how)
+    native.keeps = list(keeps) or native.keeps
+    return native
+
+
+def backward(model: Any, chosen: Any, lengths: list[int]) -> float:
+    torch.manual_seed(7)
+    loss = loss_of(model, chosen, documents(lengths)) / sum(lengths)
+    loss.backward()
+    return float(loss.detach())
+
+
+def compare_gradients(one: Any, other: Any, tolerance: float) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        if not a.requires_grad:
+            continue
+        assert a.grad is not None and b.grad is not None, name
+        assert a.grad.dtype == b.grad.dtype == torch.float32
+        scale = float(a.grad.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(b.grad, a.grad, rtol=tolerance, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_loss_and_gradients_are_the_references(geometry: str, adapter: str, keep: Keep) -> None:
+    stock, ours, chosen = pair(geometry, EXACT, **ADAPTERS[adapter])
+    install(ours, keep, keep)
+    found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
+    assert found == pytest.approx(expected, rel=1e-6)
+    compare_gradients(stock, ours, 2e-5)
+
+
+@pytest.mark.parametrize("columns", [64, 128, None])
+@pytest.mark.parametrize("adapter", ["fused", "split", "dropout", "rslora on down"])
+@pytest.mark.parametrize("settings", [EXACT, NF4], ids=["float32", "nf4"])
+def test_slices_and_packed_weights(settings: dict[str, Any], adapter: str, columns: int | None) -> None:
+    stock, ours, chosen = pair("mini", settings, **ADAPTERS[adapter])
+    install(ours, "input", "all", slice_columns=columns)
+    found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
+    assert found == pytest.approx(expected, rel=1e-6)
+    compare_gradients(stock, ours, 2e-5)
+
+
+@pytest.mark.parametrize("geometry", ["medium", "window"])
+@pytest.mark.parametrize("scores", [1, 40, 700])
+def test_attention_in_blocks(geometry: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "SCORES", scores)
+    stock, ours, chosen = pair(geometry, EXACT, **ADAPTERS["split"])
+    install(ours)
+    found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
+    assert found == pytest.approx(expected, rel=1e-6)
+    compare_gradients(stock, ours, 2e-5)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_half_precision_to_its_rounding(keep: Keep) -> None:
+    """Ours rounds less often than autocast: both lie as near to float32."""
+    errors = {"stock": 0.0, "ours": 0.0}
+    for seed in range(6):
+        exact, _, in_full = pair("mini", NF4, seed, **ADAPTERS["split"])
+        stock, ours, chosen = pair("mini", HALF, seed, **ADAPTERS["split"])
+        install(ours, keep, keep)
+        lengths = [9, 13, 20, 7, seed + 3]
+        backward(exact, in_full, lengths)
+        assert backward(ours, chosen, lengths) == pytest.approx(backward(stock, chosen, lengths), rel=2e-3)
+        for name, model in (("stock", stock), ("ours", ours)):
+            each = zip(trained(model), trained(exact), strict=True)
+            errors[name] += sum(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in each)
+    assert errors["ours"] < 1.1 * errors["stock"]
+
+
+def test_parked_inputs_give_the_same() -> None:
+    here, parked, chosen = pair("mini", EXACT, **ADAPTERS["split"])
+    install(here)
+    install(parked, parks=True)
+    assert backward(here, chosen, LENGTHS) == backward(parked, chosen, LENGTHS)
+    for a, b in zip(trained(here), trained(parked), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("settings", [EXACT, NF4], ids=["float32", "nf4"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_trains_as_the_reference_does(geometry: str, settings: dict[str, Any]) -> None:
+    """50 steps of AdamW, two passes each, gradients clipped.
+
+    Steps this small: where a gradient is all rounding, Adam makes a whole step of it.
+    """
+    stock, ours, chosen = pair(geometry, settings, **ADAPTERS["split"])
+    install(ours, "all", "input")
+    losses = [curve(model, chosen, 50) for model in (stock, ours)]
+    assert min(losses[0][-2:]) < 0.98 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def curve(model: Any, chosen: Any, num_steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
+    found = []
+    for number in range(num_steps):
+        optimizer.zero_grad()
+        lengths = [LENGTHS, [5 + number % 7, 11]][number % 2]
+        found.append(backward(model, chosen, lengths) + backward(model, chosen, [8, 3]))
+        torch.nn.utils.clip_grad_norm_(trained(model), 1.0)
+        optimizer.step()
+    return found
+
+
+def test_what_is_not_training_is_as_it_was() -> None:
+    stock, ours, _ = pair("mini", NF4, **ADAPTERS["split"])
+    keys = list(ours.state_dict())
+    native = install(ours)
+    assert list(ours.state_dict()) == keys
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(ids).logits, stock.eval()(ids).logits)
+    native.remove()
+    assert all("forward" not in vars(layer) for layer in ours.get_base_model().model.layers)
+
+
+def test_only_what_the_policy_asks_for_is_saved() -> None:
+    _, ours, chosen = pair("mini", EXACT, **ADAPTERS["split"])
+    native, counts = install(ours), {}
+    for keep in KEEPS:
+        native.keeps = [keep, keep]
+        saved: list[torch.Tensor] = []
+
+        def note(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss_of(ours, chosen, documents(LENGTHS))
+        counts[keep] = len([one for one in saved if one is not None])
+    assert counts["attention"] - counts["input"] == 2 and counts["all"] - counts["input"] == 2 * 8
