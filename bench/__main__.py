@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, context, data, gpu, merge, quality, quickstart, report, startup
+from . import compare, context, data, engine, gpu, merge, quality, quickstart, report, startup
 
 CASES = {
     "compare": compare,
     "context": context,
     "data": data,
+    "engine": engine,
     "gpu": gpu,
     "merge": merge,
     "quality": quality,

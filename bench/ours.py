@@ -37,6 +37,7 @@ def recipe(job: dict[str, Any]) -> Recipe:
     """
     quantization, dtype = {
         "qlora": ("nf4", "bfloat16"),
+        "qlora-native": ("nf4", "bfloat16"),
         "lora-bf16": ("none", "bfloat16"),
         "lora-fp32": ("none", "float32"),
     }[job["method"]]
@@ -56,6 +57,7 @@ def recipe(job: dict[str, Any]) -> Recipe:
                 "effective_batch": job["effective_batch"],
                 "micro_batch": job["micro_batch"],
                 "activations": job["activations"],
+                "engine": "native" if job["method"] == "qlora-native" else "reference",
                 "learning_rate": job["learning_rate"],
                 "scheduler": "constant",
                 "warmup": 0.0,

@@ -13,7 +13,8 @@ from typing import Any
 
 from bench import probe
 
-MODULES = {"qlora": "ours", "lora-bf16": "ours", "lora-fp32": "ours", "trl-qlora": "peers.trl"}
+MODULES = dict.fromkeys(("qlora", "qlora-native", "lora-bf16", "lora-fp32"), "ours")
+MODULES["trl-qlora"] = "peers.trl"
 MODULES |= {name: f"peers.{name}" for name in ("unsloth", "torchtune", "axolotl", "llamafactory", "litgpt")}
 """Method -> module of this package that measures it."""
 QUESTIONS = {"activations": "ours", "prepare": "tokens"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import LOGIT_TOKENS, Case, eager_sizes, norm_backward_bytes, window_blocks
+from .native_replay import NativeLayer, Tiles, kept_beside_input
 from .replay import Backward, Layer, saved_beside_input
 from .sizes import target_linears
 from .tape import Tape
@@ -14,18 +15,22 @@ def saved_bytes(case: Case) -> int:
     """What the backward of one layer needs; in float32 that includes the layer's input."""
     if not case.through_layers:
         return 0
+    if case.native:
+        return case.state + kept_beside_input(case)
     return saved_beside_input(case) + (case.state if case.compute == 4 else 0)
 
 
 def all_saved_bytes(case: Case) -> int:
     """What the backward of all layers needs."""
-    if case.trains_inputs or not case.through_layers:
+    if case.trains_inputs or case.native or not case.through_layers:
         return case.geometry.num_layers * saved_bytes(case)
     return (case.geometry.num_layers - 1) * saved_bytes(case) + saved_beside_input(case, first=True)
 
 
 def held_bytes(case: Case, layer: int) -> int:
     """What the layers up to this one, counted from 0, hold on the device as its backward begins."""
+    if not case.through_layers:
+        return 0
     if case.offloads:
         on_host = parked_inputs(case, layer) if case.device == "cpu" else 0  # there it is the same memory
         return (inputs_in_flight(case, layer) + on_host) * case.state
@@ -73,6 +78,7 @@ def row_bytes(case: Case) -> int:
     """Ids, labels and positions of a pass as int64, RoPE's sines, and the masks that are kept for reuse."""
     masks = sum(queries * keys for queries, keys in set(window_blocks(case)))
     masks += eager_sizes(case)[3] if case.attention == "eager" else 0
+    masks = Tiles(case).kept if case.native else masks
     return case.tokens * 3 * 8 + _rotary_bytes(case) + masks
 
 
@@ -82,7 +88,9 @@ def _rotary_bytes(case: Case) -> int:
 
 
 def autocast_bytes(case: Case) -> int:
-    """Autocast's copies of all adapters, from a pass's forward to its loss, while layers are recomputed."""
+    """Autocast's copies of all adapters, from a pass's forward to its loss, while torch recomputes layers."""
+    if case.native:
+        return 0
     tape = Tape()
     layer = Layer(case, tape, saving=True)
     linears = target_linears(case.recipe)
@@ -92,14 +100,17 @@ def autocast_bytes(case: Case) -> int:
 def forward_peak(case: Case, *, saving: bool) -> Peak:
     """Fullest moment of the last layer's forward, its input not counted."""
     tape = Tape()
-    Layer(case, tape, saving=saving).forward()
+    if case.native:
+        NativeLayer(case, tape).forward(keeps=saving)
+    else:
+        Layer(case, tape, saving=saving).forward()
     return _peak(tape)
 
 
 def backward_peak(case: Case, *, recomputes: bool) -> Peak:
     """Fullest moment of the last layer's backward, beside its input, or beside what was saved."""
     tape = Tape()
-    Backward(case, tape).backward(recomputes=recomputes)
+    (NativeLayer if case.native else Backward)(case, tape).backward(recomputes=recomputes)
     return _peak(tape)
 
 
@@ -113,7 +124,7 @@ def loss_peak(case: Case, cached: int = 0) -> Peak:
     tape.new(cached, case.state)
     Layer(case, tape, saving=through).norm()
     tape.free(case.state if case.compute != 4 or not through else 0)
-    tape.free(0 if through else _rotary_bytes(case))  # no backward of a layer keeps them
+    tape.free(0 if through or case.native else _rotary_bytes(case))  # no backward of a layer keeps them
     tape.stage = "loss"
     chosen = case.supervised * case.geometry.hidden_size * case.compute
     gradient = chosen if through else 0

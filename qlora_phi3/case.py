@@ -79,6 +79,13 @@ class Case:
         return self.compute != 4 and not under_cuda
 
     @property
+    def native(self) -> bool:
+        """Whether engine/layer.py computes the layers. What `auto` means: engine/native.py, choose."""
+        engine = self.recipe.train.engine
+        means_native = engine == "auto" and self.device == "cpu" and not self.dora
+        return self.training and (engine == "native" or means_native)
+
+    @property
     def dropout(self) -> bool:
         return self.training and self.recipe.adapter.dropout > 0
 
@@ -110,9 +117,9 @@ class Case:
 
     @property
     def through_layers(self) -> bool:
-        """Whether the backward goes through the layers; recomputing has it do so whatever is trained."""
-        keeps = self.recipe.train.activations == "keep"
-        return self.trains_inputs or bool(self.recipe.adapter.pairs) or not keeps
+        """Whether the backward goes through the layers; torch's recomputing always has it do so."""
+        recomputes = self.recipe.train.activations != "keep" and not self.native
+        return self.trains_inputs or bool(self.recipe.adapter.pairs) or recomputes
 
     @property
     def offloads(self) -> bool:

@@ -376,6 +376,8 @@ def pass_phase(case: Case, *beside: Part) -> Phase:
 def _held_parts(case: Case, keep: bool) -> Iterator[Part]:
     """What the layers hold for their backward when that of the last one begins."""
     layers = case.geometry.num_layers
+    if not case.through_layers:
+        return
     if keep:
         words = f"{layers} layers x {format_bytes(saved_bytes(case))}"
         yield Part("kept activations", all_saved_bytes(case), words, "replayed")
@@ -399,7 +401,8 @@ def _moments(case: Case, keep: bool) -> Iterable[Peak]:
     cached = 0 if keep else autocast_bytes(case)
     forward = forward_peak(case, saving=keep and case.through_layers)
     # the last layer has not saved yet what it will; its input is there, and the embedding's output
-    own = 2 * case.state - saved_bytes(case) if keep else 0
+    own = 2 * case.state - saved_bytes(case) if keep or not case.through_layers else 0
+    own -= case.state if case.native and case.through_layers and keep else 0  # its input is in what it saves
     # offloaded, no input is on its way back yet; the embedding's output is there until all layers are through
     coming = case.state if case.offloads and parked_inputs(case, case.geometry.num_layers - 1) > 1 else 0
     own += case.state if case.offloads and case.trains_inputs else 0

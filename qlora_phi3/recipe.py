@@ -293,7 +293,7 @@ class Train(_Part):
     engine: Literal["auto", "native", "reference"] = Field(
         default="auto",
         description="native: our own layers, forward and backward written out; reference: transformers and "
-        "PEFT's layers; auto: reference, until the memory plan knows native",
+        "PEFT's layers; auto: native where it is proven, which is on a CPU and without DoRA",
     )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         default="auto",

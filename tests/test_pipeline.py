@@ -80,7 +80,9 @@ def test_the_resolved_recipe_is_settled_and_repeats_the_run(
     folder, original = finished
     resolved = load_recipe(folder / "recipe.yaml")
     assert resolved.train.micro_batch == 4
-    assert resolved == load_recipe(original).settled(micro_batch=4, activations="keep")
+    assert resolved == load_recipe(original).settled(micro_batch=4, activations="keep", engine="native")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["engine"] == {"name": "native", "reason": "it is proven on CPUs"}
     done = command("recipe", folder / "recipe.yaml", "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert step_losses(tmp_path / "again") == step_losses(folder)

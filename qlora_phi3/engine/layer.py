@@ -192,6 +192,7 @@ def feed_backward(
         layer.gate_up.b_backward(gradients[2], part, z_gate_up, rows)
         dz = _plus(dz, layer.gate_up.narrow_backward(part, rows))
         dh = torch.mm(part, weight) if dh is None else dh.addmm_(part, weight)
+        del part, weight
     assert dh is not None
     layer.down.b_backward(gradients[3], grad, z_made if z_down is None else z_down)
     layer.gate_up.a_backward(gradients[2], dz, h, masks[2])
@@ -228,20 +229,20 @@ class Function(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layer: Layer, run: Run, keep: Keep, *parameters: torch.Tensor
     ) -> torch.Tensor:
+        saves = any(ctx.needs_input_grad)
+        keep = keep if saves else "input"
         with torch.autocast(x.device.type, enabled=False):
             ctx.random = _random_state(layer, x.device)
             masks = layer.draw(x)
             first = attend(layer, x, run, masks)
-            out, gate_up, z_gate_up, z_down = feed_forward(layer, first.state, masks)
+            state, kept = first.state, list[torch.Tensor | None](() if keep == "input" else first.out)
+            half = [first.qkv, state, first.z_qkv, first.z_o] if keep == "all" else []
+            del first
+            out, *rest = feed_forward(layer, state, masks)
         ctx.layer, ctx.run, ctx.keep = layer, run, keep
-        kept: tuple[torch.Tensor | None, ...] = ()
-        if any(ctx.needs_input_grad):
-            if keep == "all":
-                rest = (first.z_qkv, first.z_o, gate_up, z_gate_up, z_down)
-                kept = (first.qkv, first.state, *rest, *first.out)
-            elif keep == "attention":
-                kept = first.out
-        ctx.save_for_backward(x, *kept)
+        if keep == "all":
+            kept = [*half, *rest, *kept]
+        ctx.save_for_backward(*((x, *kept) if saves else ()))
         return out
 
     @staticmethod

@@ -183,17 +183,28 @@ def forward(qkv: torch.Tensor, run: Run) -> tuple[torch.Tensor, ...]:
         return _flash_forward(qkv, run)
     out = qkv.new_empty(len(qkv), heads.num * heads.width)
     for group, bias in run.whole:
-        q, k, v = (_by_head(part, heads) for part in heads.parts(group.take(qkv)))
-        found = torch.bmm(_weights(q, k, bias, run.scale), v)
-        group.put(_by_token(found, group.longest, heads).flatten(2), out)
+        group.put(_forward_whole(group, bias, qkv, run), out)
     for start, end in run.long:
-        q, k, v = (part.unsqueeze(0) for part in heads.parts(qkv[start:end]))
         for at, stop, first in run.blocks(end - start):
-            queries, keys = _by_head(q[:, at:stop], heads), _by_head(k[:, first:stop], heads)
-            weights = _weights(queries, keys, run.bias(at, stop, first), run.scale)
-            found = torch.bmm(weights, _by_head(v[:, first:stop], heads))
-            out[start + at : start + stop] = _by_token(found, stop - at, heads)[0].flatten(1)
+            queries, keys = slice(start + at, start + stop), slice(start + first, start + stop)
+            out[queries] = _forward_block(queries, keys, run.bias(at, stop, first), qkv, run)
     return (out,)
+
+
+def _forward_whole(group: _Whole, bias: torch.Tensor, qkv: torch.Tensor, run: Run) -> torch.Tensor:
+    """Shape: returns (documents, longest, num * width)."""
+    q, k, v = (_by_head(part, run.heads) for part in run.heads.parts(group.take(qkv)))
+    return _by_token(torch.bmm(_weights(q, k, bias, run.scale), v), group.longest, run.heads).flatten(2)
+
+
+def _forward_block(
+    queries: slice, keys: slice, bias: torch.Tensor, qkv: torch.Tensor, run: Run
+) -> torch.Tensor:
+    """Shape: returns (queries, num * width)."""
+    q, k, v = run.heads.parts(qkv.unsqueeze(0))
+    each = _by_head(q[:, queries], run.heads), _by_head(k[:, keys], run.heads)
+    found = torch.bmm(_weights(*each, bias, run.scale), _by_head(v[:, keys], run.heads))
+    return _by_token(found, queries.stop - queries.start, run.heads)[0].flatten(1)
 
 
 def backward(grad: torch.Tensor, qkv: torch.Tensor, kept: tuple[torch.Tensor, ...], run: Run) -> torch.Tensor:
@@ -201,39 +212,56 @@ def backward(grad: torch.Tensor, qkv: torch.Tensor, kept: tuple[torch.Tensor, ..
 
     Shape: grad (tokens, num * width), qkv as in `forward`; returns one like it.
     """
-    heads = run.heads
     if flash_takes(qkv):
         return _flash_backward(grad, qkv, kept, run)
     found = torch.empty_like(qkv)
     for group, bias in run.whole:
-        q, k, v = (_by_head(part, heads) for part in heads.parts(group.take(qkv)))
-        do = _by_head(heads.cut(group.take_zeroed(grad)), heads)
-        made = _backward(do, q, k, v, bias, run.scale)
-        each = [_by_token(part, group.longest, heads) for part in made]
-        group.put(torch.cat(each, dim=2).flatten(2), found)
+        group.put(_backward_whole(group, bias, grad, qkv, run), found)
     for start, end in run.long:
         _backward_long(slice(start, end), grad, qkv, run, found)
     return found
 
 
+def _backward_whole(
+    group: _Whole, bias: torch.Tensor, grad: torch.Tensor, qkv: torch.Tensor, run: Run
+) -> torch.Tensor:
+    """Shape: returns (documents, longest, heads.size)."""
+    heads = run.heads
+    q, k, v = (_by_head(part, heads) for part in heads.parts(group.take(qkv)))
+    do = _by_head(heads.cut(group.take_zeroed(grad)), heads)
+    made = _backward(do, q, k, v, bias, run.scale)
+    return torch.cat([_by_token(part, group.longest, heads) for part in made], dim=2).flatten(2)
+
+
 def _backward_long(rows: slice, grad: torch.Tensor, qkv: torch.Tensor, run: Run, found: torch.Tensor) -> None:
     """One document in blocks of queries; what they give to a key is summed in float32."""
-    heads = run.heads
-    q, k, v = (part.unsqueeze(0) for part in heads.parts(qkv[rows]))
-    dq, dk, dv = heads.parts(found[rows])
-    do = heads.cut(grad[rows]).unsqueeze(0)
-    each = (len(do[0]), heads.num_kv, heads.width)
-    for_k, for_v = (qkv.new_zeros(each, dtype=wide_dtype(qkv)) for _ in range(2))
-    for at, stop, first in run.blocks(len(do[0])):
-        places = ((do, at), (q, at), (k, first), (v, first))
-        each_one = [_by_head(part[:, start:stop], heads) for part, start in places]
-        bias = run.bias(at, stop, first)
-        made = _backward(each_one[0], each_one[1], each_one[2], each_one[3], bias, run.scale)
-        dq[at:stop] = _by_token(made[0], stop - at, heads)[0]
-        for_k[first:stop] += _by_token(made[1], stop - first, heads)[0]
-        for_v[first:stop] += _by_token(made[2], stop - first, heads)[0]
+    dq, dk, dv = run.heads.parts(found[rows])
+    for_k, for_v = (qkv.new_zeros(dk.shape, dtype=wide_dtype(qkv)) for _ in range(2))
+    for at, stop, first in run.blocks(len(dk)):
+        queries, keys = (
+            slice(rows.start + at, rows.start + stop),
+            slice(rows.start + first, rows.start + stop),
+        )
+        made = _backward_block(queries, keys, run.bias(at, stop, first), grad, qkv, run)
+        dq[at:stop] = made[0]
+        for_k[first:stop] += made[1]
+        for_v[first:stop] += made[2]
+        del made
     dk.copy_(for_k)
     dv.copy_(for_v)
+
+
+def _backward_block(
+    queries: slice, keys: slice, bias: torch.Tensor, grad: torch.Tensor, qkv: torch.Tensor, run: Run
+) -> list[torch.Tensor]:
+    """Gradients of the block's queries and of what it gives to its keys and values, token by token."""
+    heads = run.heads
+    q, k, v = heads.parts(qkv.unsqueeze(0))
+    do = _by_head(heads.cut(grad[queries]).unsqueeze(0), heads)
+    each = _by_head(q[:, queries], heads), _by_head(k[:, keys], heads), _by_head(v[:, keys], heads)
+    made = _backward(do, *each, bias, run.scale)
+    sizes = [part.stop - part.start for part in (queries, keys, keys)]
+    return [_by_token(part, size, heads)[0] for part, size in zip(made, sizes, strict=True)]
 
 
 def _by_head(part: torch.Tensor, heads: Heads) -> torch.Tensor:

@@ -27,7 +27,7 @@ def dequantize(
     """
     num_rows, num_columns = state.shape
     size, scales = state.blocksize, _scales(state)
-    if rows is not None:
+    if rows is not None and list(rows) != [(0, num_rows)]:
         ends = [(start * num_columns, stop * num_columns) for start, stop in rows]
         assert all(end % size == 0 for span in ends for end in span), "a span of rows cuts a block"
         packed = torch.cat([packed.view(-1)[start // 2 : stop // 2] for start, stop in ends])

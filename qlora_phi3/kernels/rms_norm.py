@@ -15,8 +15,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Shape: x (tokens, hidden_size), weight (hidden_size,); returns one like x.
     """
-    wide = x.to(wide_dtype(x))
-    return wide.mul(_scale(wide, eps)).to(x.dtype).mul_(weight)
+    return _normed(x, eps)[0].to(x.dtype).mul_(weight)
 
 
 def backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -26,14 +25,15 @@ def backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: flo
 
     Shape: grad and x (tokens, hidden_size), weight (hidden_size,); returns one like x.
     """
-    wide = x.to(wide_dtype(x))
-    scale = _scale(wide, eps)
-    normed = wide.mul(scale)
+    normed, scale = _normed(x, eps)
     g = grad.mul(weight).to(normed.dtype)
     along = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-x.shape[-1])
     return normed.mul_(along).add_(g).mul_(scale).to(x.dtype)
 
 
-def _scale(wide: torch.Tensor, eps: float) -> torch.Tensor:
+def _normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """n and s, wide. Shape: x (tokens, hidden_size); returns one like x, (tokens, 1)."""
+    wide = x.to(wide_dtype(x))
     squares: torch.Tensor = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-    return squares.div_(wide.shape[-1]).add_(eps).rsqrt_()
+    scale = squares.div_(wide.shape[-1]).add_(eps).rsqrt_()
+    return (wide.mul(scale) if wide is x else wide.mul_(scale)), scale

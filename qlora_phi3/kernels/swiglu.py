@@ -23,6 +23,6 @@ def backward_(
     """
     activated = functional.silu(gate)
     found = activated.mul(up) if product else None
-    torch.ops.aten.silu_backward.grad_input(grad.mul(up), gate, grad_input=gate)
+    torch.ops.aten.silu_backward.grad_input(up.mul_(grad), gate, grad_input=gate)
     torch.mul(grad, activated, out=up)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 import pytest
@@ -10,14 +11,19 @@ import torch
 from memory_lab import build, documents, loss_of, recipe, trained
 from torch import nn
 
+from bench.linear_flops import LinearFlops
+from qlora_phi3 import phi3
 from qlora_phi3.engine import tiles
 from qlora_phi3.engine.layer import Keep
-from qlora_phi3.engine.native import Native
+from qlora_phi3.engine.native import Native, choose
+from qlora_phi3.errors import RecipeError
 
 SMALL = dict(hidden_size=64, intermediate_size=192, vocab_size=320)
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "mini": dict(num_attention_heads=4, num_key_value_heads=4, **SMALL),
-    "medium": dict(num_attention_heads=6, num_key_value_heads=2, **SMALL | dict(hidden_size=192)),
+    "medium": dict(
+        num_attention_heads=6, num_key_value_heads=2, **SMALL | dict(hidden_size=192, vocab_size=336)
+    ),
     "phi-4-mini": dict(
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -202,3 +208,47 @@ def test_only_what_the_policy_asks_for_is_saved() -> None:
             loss_of(ours, chosen, documents(LENGTHS))
         counts[keep] = len([one for one in saved if one is not None])
     assert counts["attention"] - counts["input"] == 2 and counts["all"] - counts["input"] == 2 * 8
+
+
+@pytest.mark.parametrize("geometry", ["mini", "medium", "phi-4-mini"])
+def test_products_with_the_weights(geometry: str) -> None:
+    """Of Phi-3-mini's sizes, recomputing takes 5.56 operations a weight and token, not 6; keeping 4."""
+    _, ours, chosen = pair(geometry, EXACT, **ADAPTERS["embeddings"] | {"adapter__rank": 2})
+    native = install(ours)
+    sizes = phi3.geometry_from_config({**ours.config.to_dict(), "architectures": None})
+    shares = {name: prod(sizes.linear_shape(name)) for name in phi3.LINEARS}
+    again = 2 * (1 - shares["down_proj"] / sum(shares.values()))
+    for keep, expected in (("input", 4 + again), ("attention", 4 + again), ("all", 4.0)):
+        native.keeps = [keep, keep]
+        with LinearFlops(sizes) as counter:
+            backward(ours, chosen, LENGTHS)
+        assert counter.total == pytest.approx(expected * sum(LENGTHS) * sizes.num_linear_parameters)
+    mini = phi3.VARIANTS["microsoft/Phi-3-mini-4k-instruct"]
+    rows, columns = mini.linear_shape("down_proj")
+    assert 6 - 2 * rows * columns * mini.num_layers / mini.num_linear_parameters < 5.6
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "config", "device", "expected"),
+    [
+        ("auto", "lora", {}, "cpu", ("native", "it is proven on CPUs")),
+        ("auto", "lora", {}, "cuda", ("reference", "native was proven on CPUs only")),
+        ("native", "lora", {}, "cuda", ("native", "the recipe says so")),
+        ("reference", "lora", {}, "cpu", ("reference", "the recipe says so")),
+        ("auto", "dora", {}, "cpu", ("reference", "DoRA's lengths are not in it")),
+        ("auto", "lora", {"hidden_act": "gelu"}, "cpu", ("reference", "its activation is silu, not gelu")),
+        ("auto", "lora", {"resid_pdrop": 0.1}, "cpu", ("reference", "config.json says resid_pdrop")),
+    ],
+)
+def test_which_engine_runs_and_why(
+    asked: str, method: str, config: dict[str, Any], device: str, expected: tuple[str, str]
+) -> None:
+    chosen = recipe(train__engine=asked, adapter__method=method)
+    name, why = choose(chosen, config, torch.device(device))
+    assert name == expected[0] and expected[1] in why
+
+
+def test_native_is_refused_where_it_would_be_wrong() -> None:
+    with pytest.raises(RecipeError, match=r"config\.json says resid_pdrop") as raised:
+        choose(recipe(train__engine="native"), {"resid_pdrop": 0.1}, torch.device("cpu"))
+    assert "train.engine" in str(raised.value)
