@@ -23,7 +23,7 @@ SUFFIXES: Final = (".svg", ".png")
 TEXT: Final = "#737a83"
 COLORS: Final = {
     "qlora": "#2f7fd0",
-    "qlora-native": "#17b3c9",
+    "qlora-native": "#a0522d",
     "lora-bf16": "#c8641e",
     "lora-fp32": "#8b6fc9",
     "trl-qlora": "#2c8c5c",

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Final
 
-from . import compare_table, pages, plots, quality_table, tables
+from . import compare_table, engine_table, pages, plots, quality_table, tables
 
 _ROOT = Path(__file__).parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("adapters", "memory", "bench")),
+    *(_ROOT / "docs" / f"{name}.md" for name in ("adapters", "memory", "bench", "engine")),
 )
 TABLES: Final = {
     "adapters": quality_table.adapters,
@@ -19,6 +19,7 @@ TABLES: Final = {
     "compare": compare_table.compare,
     "compare_brief": compare_table.brief,
     "context": tables.context,
+    "engine": engine_table.engine,
     "data": tables.data,
     "startup": tables.startup,
     "quickstart": tables.quickstart,
