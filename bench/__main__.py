@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, context, data, gpu, merge, quality, quickstart, report, startup
+from . import compare, context, data, gpu, kernels, merge, quality, quickstart, report, startup
 
 CASES = {
     "compare": compare,
     "context": context,
     "data": data,
     "gpu": gpu,
+    "kernels": kernels,
     "merge": merge,
     "quality": quality,
     "quickstart": quickstart,

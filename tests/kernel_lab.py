@@ -67,7 +67,7 @@ def twin_of(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _rounds_to_nearest() -> Iterator[None]:
-    """Triton 3.9's interpreter cuts a float32's last bits off where a card rounds it to bfloat16."""
+    """Triton's interpreter (3.7 to 3.9) cuts a float32's last bits off where a card rounds it to bfloat16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
