@@ -127,6 +127,7 @@ def _runs(state: Any, rows: Sequence[tuple[int, int]] | None, columns: tuple[int
 
 def _launch(packed: torch.Tensor, state: Any, run: _Run, out: torch.Tensor, at: int) -> None:
     """Write the run into `out`, from its block `at` on."""
+    assert packed.dtype == torch.uint8, f"two weights a byte, not {packed.dtype}"
     second = state.state2
     nested = (second.absmax, second.code, state.offset) if state.nested else (state.absmax,) * 3
     half = state.blocksize // 2

@@ -83,6 +83,7 @@ TYPES = {
 
 
 def compiled(kernel: Any, arguments: Any, constants: dict[str, Any], capability: int) -> Any:
+    """As a launch compiles it: a 1 is a constant, and what 16 divides is known to be so."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -90,12 +91,17 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any], capability:
     function = backend._compiled(kernel)
     options = {name: value for name, value in constants.items() if name not in function.arg_names}
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
-    signature = dict.fromkeys(function.arg_names, "constexpr")
-    for name, value in zip(function.arg_names, arguments, strict=False):
-        signature[name] = (
-            TYPES[value.dtype] if torch.is_tensor(value) else "fp32" if isinstance(value, float) else "i32"
-        )
-    source = ASTSource(fn=function, signature=signature, constexprs=constexprs)
+    signature, known = dict.fromkeys(function.arg_names, "constexpr"), {}
+    for place, value in enumerate(arguments):
+        name = function.arg_names[place]
+        if not torch.is_tensor(value) and value == 1:
+            constexprs[name] = value
+            continue
+        plain = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = TYPES[value.dtype] if torch.is_tensor(value) else plain
+        if torch.is_tensor(value) or value % 16 == 0:
+            known[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=known)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -115,6 +121,8 @@ def test_every_kernel_compiles_to_a_card_s_code(
     for name, (kernel, arguments, constants) in found.items():
         made = compiled(kernel, arguments, constants, capability)
         assert len(made.asm["cubin"]) > 1000, name
+        # 16 bytes at once, wherever a matrix is written
+        assert "st.global.v4.b32" in made.asm["ptx"] and ".local" not in made.asm["ptx"], name
         if name == "nf4_kernel":
             # a product that is rounded before it is summed, or bits are not bitsandbytes'
             assert "fma." not in made.asm["ptx"]

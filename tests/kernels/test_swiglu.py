@@ -66,3 +66,16 @@ def test_gates_far_out_stay_finite(dtype: torch.dtype, device: str) -> None:
         swiglu.backward_(grad, gate, up, product=False)
     assert found.tolist() == [[0, 0, 0, 100, 1000]]
     assert gate.tolist() == [[0, 0, 0.5, 1, 1]] and up.tolist() == [[0, 0, 0, 100, 1000]]
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    """131073 tokens of Phi-3-mini's 16384 columns: 4 GiB, whose last rows an int32 would miss."""
+    gate_up = torch.empty(131073, 16384, dtype=torch.bfloat16, device="cuda")
+    gate_up[-2:] = draw(2, 16384, dtype=torch.bfloat16, device="cuda")
+    last = gate_up[-2:].clone()
+    with kernels.using("torch"):
+        wanted = swiglu.forward(*last.chunk(2, dim=1))
+    with triton_on("cuda"):
+        found = swiglu.forward(*gate_up.chunk(2, dim=1))[-2:]
+    torch.testing.assert_close(found, wanted, **SAME[torch.bfloat16])
