@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, context, data, engine, gpu, merge, quality, quickstart, report, startup
+from . import compare, context, data, engine, gpu, kernels, merge, quality, quickstart, report, startup
 
 CASES = {
     "compare": compare,
@@ -16,6 +16,7 @@ CASES = {
     "data": data,
     "engine": engine,
     "gpu": gpu,
+    "kernels": kernels,
     "merge": merge,
     "quality": quality,
     "quickstart": quickstart,
