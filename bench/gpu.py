@@ -30,7 +30,7 @@ class Step:
     """A command, and its share of the time against those behind it.
 
     `bounded`: it takes `--minutes`. `base`: how it is told the folder of the random weights, which are made
-    once for all.
+    once for all; empty: it needs none.
     """
 
     words: tuple[str, ...]
@@ -41,7 +41,7 @@ class Step:
     def line(self, seconds: float, base: Path) -> list[str]:
         """Its arguments, where it has so many seconds."""
         minutes = [f"--minutes={seconds / 60:.2f}"] if self.bounded else []
-        return [*self.words, f"{self.base}={base}", *minutes]
+        return [*self.words, *([f"{self.base}={base}"] if self.base else []), *minutes]
 
 
 def _compare(methods: str, max_length: int, micro_batch: int, activations: str, share: float) -> Step:
@@ -51,13 +51,14 @@ def _compare(methods: str, max_length: int, micro_batch: int, activations: str, 
 
 
 PLAN: Final = (
-    _compare("qlora,lora-bf16,trl-qlora", 2048, 1, "recompute", 3.0),
+    _compare("qlora-native,qlora,lora-bf16,trl-qlora", 2048, 1, "recompute", 3.0),
     Step(("context", "--device=cuda", "--methods=qlora", "--vram=8,24,6,12,16", "--tolerance=0.05"), 2.5),
-    _compare("qlora,lora-bf16,trl-qlora", 512, 4, "recompute", 1.5),
-    _compare("qlora,trl-qlora", 4096, 1, "recompute", 1.0),
-    _compare("qlora,trl-qlora", 2048, 1, "keep", 1.0),
+    _compare("qlora-native,qlora,lora-bf16,trl-qlora", 512, 4, "recompute", 1.5),
+    _compare("qlora-native,qlora,trl-qlora", 4096, 1, "recompute", 1.0),
+    _compare("qlora-native,qlora,trl-qlora", 2048, 1, "keep", 1.0),
     Step(("context", "--device=cuda", "--methods=lora-bf16", "--vram=24,16,12", "--tolerance=0.05"), 0.5),
     Step(("startup", "--repeats=1"), 0.5, bounded=False, base="--model"),
+    Step(("kernels", "--device=cuda", "--repeats=20"), 0.3, bounded=False, base=""),
 )
 """What is measured, by importance. What a step leaves of its time goes to those behind it."""
 
