@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from memory_lab import build, documents, loss_of, recipe, trained
+from memory_lab import adapt, build, documents, loss_of, recipe, tiny, trained
 from torch import nn
 
 from bench.linear_flops import LinearFlops
 from qlora_phi3 import phi3
 from qlora_phi3.engine import tiles
-from qlora_phi3.engine.layer import Keep
+from qlora_phi3.engine.layer import Function, Keep, Layer, heads_of
 from qlora_phi3.engine.native import Native, choose
 from qlora_phi3.errors import RecipeError
 
@@ -208,6 +208,45 @@ def test_only_what_the_policy_asks_for_is_saved() -> None:
             loss_of(ours, chosen, documents(LENGTHS))
         counts[keep] = len([one for one in saved if one is not None])
     assert counts["attention"] - counts["input"] == 2 and counts["all"] - counts["input"] == 2 * 8
+
+
+@pytest.mark.parametrize(("columns", "scores"), [(None, 2**22), (8, 20)])
+def test_gradients_against_differences(
+    columns: int | None, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, of the input and every A and B; whole, and in slices and blocks."""
+    monkeypatch.setattr(tiles, "SCORES", scores)
+    sizes = dict(hidden_size=12, intermediate_size=24, num_attention_heads=3, num_key_value_heads=1)
+    targets = {"adapter__targets": ["q", "o", "up", "down"], "adapter__split_fused": True}
+    base, _ = tiny(1, torch.float64, **sizes)
+    tuned = adapt(base, recipe(**EXACT, adapter__rank=2, **targets)).double()
+    layer = Layer.of(tuned.get_base_model().model.layers[0], columns)
+    torch.manual_seed(0)
+    for parameter in layer.parameters:
+        nn.init.normal_(parameter, std=0.3)
+    angles = torch.rand(5, 2, dtype=torch.float64).repeat(1, 2)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    run = tiles.Run(bounds, None, angles.cos(), angles.sin(), heads_of(base.config), 0.5)
+    inputs = (torch.randn(5, 12, dtype=torch.float64, requires_grad=True), *layer.parameters)
+
+    def through(keep: Keep) -> Any:
+        return lambda x, *parameters: Function.apply(x, layer, run, keep, *parameters)
+
+    assert torch.autograd.gradcheck(through("input"), inputs)
+    found = {keep: torch.autograd.grad(through(keep)(*inputs).square().sum(), inputs) for keep in KEEPS}
+    if columns is None:  # what keeps all is never sliced
+        for keep in KEEPS:
+            torch.testing.assert_close(found[keep], found["input"])
+
+
+def test_what_was_kept_serves_once() -> None:
+    """Its gradients are written over it: a second backward is refused, not wrong."""
+    _, ours, chosen = pair("mini", EXACT, **ADAPTERS["split"])
+    install(ours, "all", "all")
+    loss = loss_of(ours, chosen, documents(LENGTHS))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("geometry", ["mini", "medium", "phi-4-mini"])
