@@ -81,6 +81,7 @@ def test_methods_take_turns_on_the_same_tokens(
     assert "tokens/s" not in printed
 
 
+@pytest.mark.slow
 def test_full_precision_stands_beside(run: Run) -> None:
     code, rows, printed = run("--methods=lora-bf16,lora-fp32", "--repeats=1", "--activations=auto")
     assert code == 0, printed
