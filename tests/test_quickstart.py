@@ -113,21 +113,20 @@ def test_evaluating_first_does_not_change_what_is_learned(folder: Path, tmp_path
 
 
 def test_both_engines_learn_alike(folder: Path, tmp_path: Path) -> None:
-    """Over 20 steps in bfloat16 they differ no more than the reference does when its passes are cut anew."""
+    """20 steps in float32; in bfloat16 each is as far from it as the other (tests/engine/test_native.py)."""
 
-    def losses(name: str, *overrides: str) -> torch.Tensor:
-        overrides = ("train.max_steps=20", "data.eval=", "evaluate.metrics=[loss]", *overrides)
+    def losses(engine: str) -> list[float]:
+        smaller = ["train.max_steps=20", "train.effective_batch=4", "train.micro_batch=4", "data.eval="]
+        overrides = [*smaller, "evaluate.metrics=[loss]", "model.compute_dtype=float32"]
         arguments = [sys.executable, "-m", "qlora_phi3", "recipe", str(folder / "recipe.yaml"), *overrides]
-        subprocess.run([*arguments, "--out", str(tmp_path / name)], check=True, timeout=600)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return torch.tensor([json.loads(line)["loss"] for line in lines])
+        out = ["--out", str(tmp_path / engine)]
+        subprocess.run([*arguments, f"train.engine={engine}", *out], check=True, timeout=900)
+        lines = (tmp_path / engine / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
 
-    native = losses("native", "train.engine=native")
-    stock = losses("reference", "train.engine=reference")
-    cut = losses("cut", "train.engine=reference", "train.micro_batch=4")
+    native, reference = losses("native"), losses("reference")
     assert len(native) == 20 and native[-1] < 0.6 * native[0]
-    assert (native - stock).abs().mean() < 1.5 * (cut - stock).abs().mean()
-    assert native[0] == pytest.approx(float(stock[0]), rel=2e-3)
+    assert native == pytest.approx(reference, abs=1e-3)
 
 
 def test_recipe_trains_every_linear(folder: Path) -> None:

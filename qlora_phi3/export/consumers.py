@@ -229,12 +229,14 @@ class MlxLm:
     name = "mlx-lm"
 
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        from mlx.core import float32
         from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import load_model
 
         self.model, _ = load_model(base)
         if adapter is not None:
             self.model = load_adapters(self.model, str(adapter))
+        self.model.set_dtype(float32)  # in half precision mlx has no fast product on a CPU
         self.tokenizer = models.load_tokenizer(base)
         self.end = Turns.of(self.tokenizer).end
 
