@@ -254,9 +254,15 @@ class MlxLm:
         return rows.log_softmax(-1)
 
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
-        stops, answer = {self.end, self.tokenizer.eos_token_id}, list[int]()
+        import mlx.core
+        from mlx_lm.models.cache import make_prompt_cache
+
+        stops, answer, given = {self.end, self.tokenizer.eos_token_id}, list[int](), ids
+        cache = make_prompt_cache(self.model)
         while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
-            answer.append(int(self.log_probs([*ids, *answer], 1)[-1].argmax()))
+            logits = self.model(mlx.core.array([given]), cache=cache)[0, -1]
+            given = [int(mlx.core.argmax(logits))]
+            answer += given
         return answer
 
     def text(self, ids: list[int]) -> str:
