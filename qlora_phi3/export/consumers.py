@@ -5,6 +5,7 @@ Owns how each is asked. Refuses nothing: an export that a program cannot load ra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -233,7 +234,10 @@ class MlxLm:
         from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import load_model
 
-        self.model, _ = load_model(base)
+        # transformers 5 writes RoPE's base into `rope_parameters` alone, which mlx-lm 0.32 does not know
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+        self.model, _ = load_model(base, model_config={} if theta is None else {"rope_theta": theta})
         if adapter is not None:
             self.model = load_adapters(self.model, str(adapter))
         self.model.set_dtype(float32)  # in half precision mlx has no fast product on a CPU
