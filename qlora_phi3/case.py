@@ -17,6 +17,9 @@ LOGIT_TOKENS: Final[int] = Train.model_fields["logit_tokens"].default
 EAGER_TOKENS: Final = 512
 """Longest document for which plain matrix products beat torch's CPU attention, which in bfloat16 is slow."""
 
+SCORES: Final = 2**22
+"""Scores, one per query, key and head, that a native layer's attention has at once; at least one query's."""
+
 QUERY_BLOCK: Final = 1024
 """Queries that share one mask where a window is narrower than the document, off CUDA's flash attention."""
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from .case import Case
+from .case import SCORES, Case
 from .sizes import dequantized_bytes, target_linears
 from .tape import Tape
-
-SCORES: Final = 2**22
-"""Scores, one per query, key and head, that the attention's tiles have at once; at least one query's."""
 
 INTERMEDIATE: Final = ("gate_up_proj", "down_proj")
 

@@ -12,15 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 
 import torch
 
+from ..case import SCORES
 from ..kernels.wide import wide_dtype
 from .attention import flash_takes
-
-SCORES: Final = 2**22
-"""Scores, one per query, key and head, that exist at once; at least one query's."""
 
 
 @dataclass(frozen=True)
