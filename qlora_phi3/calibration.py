@@ -14,7 +14,7 @@ import torch
 from .case import Case
 from .engine.documents import Documents
 from .engine.loss import IGNORE
-from .memory import Phase, pass_phase
+from .phases import Phase, pass_phase
 from .phi3 import Geometry
 from .recipe import Recipe
 from .tracked import TrackedBytes, model_tensors

@@ -21,6 +21,7 @@ from . import (
     ladder,
     memory,
     model,
+    phases,
     process,
     report,
     run_folder,
@@ -96,7 +97,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, folder)
     adapting = _Adapting(recipe, folder, display)
-    evaluation = adapting.evaluation(memory.answer_tokens(recipe, checkpoint.geometry))
+    evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry))
     notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from memory_lab import build, compare, documents, host_is_apart, loss_of, recipe, rows, trained
 
-from qlora_phi3 import activations, memory, phi3
+from qlora_phi3 import activations, phases, phi3
 from qlora_phi3.case import Case
 from qlora_phi3.engine.documents import hidden_states
 from qlora_phi3.evaluate import mean_loss
@@ -177,7 +177,7 @@ def test_peak_as_on_cuda(
     settings = recipe(adapter__method=method, adapter__rank=8, train__effective_batch=2, **keys)
     found = compare(settings, 3, lengths, 2, **SHAPES["gqa"])
     case = OnCuda(settings, found.geometry, sum(lengths), max(lengths), "cuda")
-    assert memory._train_phase(case).peak_bytes == pytest.approx(found.tracked.peak_bytes, rel=0.02)
+    assert phases.train_phase(case).peak_bytes == pytest.approx(found.tracked.peak_bytes, rel=0.02)
 
 
 def saved_in_pass(num_layers: int, settings: Recipe, tokens: int, shape: str) -> tuple[int, Case]:

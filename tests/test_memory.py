@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from memory_lab import recipe
 
-from qlora_phi3 import memory, phi3
+from qlora_phi3 import memory, phases, phi3
 from qlora_phi3.memory import StepRows
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
@@ -169,7 +169,7 @@ def test_answers_need_a_cache() -> None:
     for row_tokens, at_once in ((2048, 1), (1024, 3), (256, 10)):
         plan = memory.predict(settings, MINI, micro_batch=1, row_tokens=row_tokens)
         tokens = at_once * (row_tokens + 128)
-        assert tokens <= memory.answer_tokens(settings, MINI) == 4096 < tokens + row_tokens + 128
+        assert tokens <= phases.answer_tokens(settings, MINI) == 4096 < tokens + row_tokens + 128
         assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
 
 
@@ -306,7 +306,7 @@ def test_a_first_pass_has_no_optimizer_states() -> None:
     settings = recipe(train__effective_batch=1)
     case = memory.training_case(settings, MINI, 1, StepRows((500,)), "cuda")
     train = training(settings, row_tokens=500)
-    assert memory.pass_phase(case).peak_bytes == train.peak_bytes - part(train, "optimizer states")
+    assert phases.pass_phase(case).peak_bytes == train.peak_bytes - part(train, "optimizer states")
 
 
 def test_what_is_beside_the_tensors() -> None:

@@ -1,0 +1,293 @@
+"""What is in memory together at the fullest moment of each phase of a run, part by part.
+
+Weights, adapters, gradients and optimizer states are exact; activations are a replay of the operations, the
+reference engine's (TRL's trainer, PEFT, transformers' Phi-3, bitsandbytes, our attention and loss) or the
+native one's. Each part says how sure it is. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from .activations import (
+    Peak,
+    all_saved_bytes,
+    answering_peak,
+    autocast_bytes,
+    backward_peak,
+    embedding_bytes,
+    forward_peak,
+    held_bytes,
+    inputs_in_flight,
+    loss_peak,
+    parked_inputs,
+    row_bytes,
+    saved_bytes,
+    scoring_peak,
+)
+from .case import Case
+from .phi3 import LINEARS, Geometry
+from .recipe import GENERATION_METRICS, Recipe
+from .sizes import (
+    ADAPTER_BYTES,
+    adapter_elements,
+    compute_dtype_bytes,
+    linear_bytes,
+    optimizer_bytes,
+    quantizing_bytes,
+)
+from .units import format_bytes
+
+Kind = Literal["exact", "replayed", "estimate"]
+
+ANSWER_CACHE: Final = 3 * 1024**3 // 2
+"""Bytes of KV cache that answers generated at once may take: 4096 tokens on Phi-3-mini."""
+
+ANSWER_TOKENS: Final = 16384
+"""Tokens of prompts and answers generated at once, pads too, however small their cache is."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one thing in memory, with the arithmetic in words and how sure they are."""
+
+    name: str
+    num_bytes: int
+    formula: str
+    kind: Kind = "exact"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.num_bytes, "kind": self.kind, "formula": self.formula}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in memory together at the fullest moment of "load", "attach" (the adapters), "first step" (no
+    optimizer states yet), "train" (every later step), "evaluate" or "save"."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        parts = [part.to_json() for part in self.parts]
+        return {"name": self.name, "peak_bytes": self.peak_bytes, "parts": parts}
+
+
+def answer_tokens(recipe: Recipe, geometry: Geometry) -> int:
+    """Tokens of prompts and answers that are generated at once, pads too."""
+    return min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
+
+
+def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    width = geometry.num_kv_heads * geometry.head_dim
+    return geometry.num_layers * 2 * width * compute_dtype_bytes(recipe)
+
+
+# Parts
+
+
+def _weight_parts(case: Case) -> list[Part]:
+    g, bits = case.geometry, 8 * case.compute
+    num, matrix = g.num_linear_parameters, g.vocab_size * g.hidden_size
+    linears = linear_bytes(case.recipe, g)
+    parts = [Part("linears", linears, f"{_count(num)} weights x {8 * linears / num:.4g} bit")]
+    for name in ("embedding",) if g.tied_embeddings else ("embedding", "head"):
+        parts.append(Part(name, matrix * case.compute, f"{_count(matrix)} weights x {bits} bit"))
+    num = g.num_norm_parameters
+    return [*parts, Part("norms", num * case.compute, f"{_count(num)} weights x {bits} bit")]
+
+
+def adapter_part(case: Case, name: str) -> Part:
+    """The adapters, or what has their shapes and dtype."""
+    num = adapter_elements(case.recipe, case.geometry)
+    return Part(name, num * ADAPTER_BYTES, f"{_count(num)} parameters x {8 * ADAPTER_BYTES} bit")
+
+
+def _elements(case: Case, *parts: str) -> int:
+    return case.geometry.lora_parameters(parts, case.rank)
+
+
+def _gradient_part(case: Case, *, in_layers: bool) -> Part:
+    """Gradients at a moment in the layers' backward, or before it.
+
+    With a step in one pass there are none before it, and in it what they weigh more, where most, than what of
+    the layers is gone. The head's are then in the moments from the loss on; the embedding's come when all
+    else is gone.
+    """
+    whole = adapter_part(case, "gradients")
+    if not case.one_pass:
+        return whole
+    if not in_layers:
+        return replace(whole, num_bytes=0, formula="none before the layers' backward", kind="replayed")
+    layers = whole.num_bytes - ADAPTER_BYTES * _elements(case, *case.recipe.adapter.embeddings)
+    last, all_held = case.geometry.num_layers - 1, held_bytes(case, case.geometry.num_layers - 1)
+    # what is held falls evenly from the last layer on, offloaded to the third
+    turns = [layer for layer in (0, 1, 2) if layer < last]
+    beyond = [
+        layers * (last - at) // case.geometry.num_layers - (all_held - held_bytes(case, at)) for at in turns
+    ]
+    words = f"{whole.formula}, as activations go"
+    return replace(whole, num_bytes=max(0, *beyond) if beyond else 0, formula=words, kind="replayed")
+
+
+def _optimizer_part(case: Case) -> Part:
+    name = case.recipe.train.optimizer
+    where = "; on the device unless evicted" if name.startswith("paged") else ""
+    return Part("optimizer states", optimizer_bytes(case.recipe, case.geometry), f"two of {name}{where}")
+
+
+def _count(number: int) -> str:
+    """A count of parameters for people: "3.62 B"."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+# Phases
+
+
+def load_phase(case: Case) -> Phase:
+    """All weights, and what quantizing the largest takes: transformers 5.23 then loads one by one.
+
+    A base that was kept quantized is read without it.
+    """
+    scratch = max(quantizing_bytes(case.recipe, case.geometry, name, case.device) for name in LINEARS)
+    words = "largest linear before, and its scales" + "; 13.5 bytes a weight" * (case.device == "cpu")
+    quantizing = [Part("quantizing", scratch, words)] if scratch else []
+    return Phase("load", (*_weight_parts(case), *quantizing))
+
+
+def attach_phase(case: Case) -> Phase:
+    return Phase("attach", (*_weight_parts(case), adapter_part(case, "adapters")))
+
+
+def first_step_phase(case: Case) -> Phase:
+    """A step's only or last pass; optimizer states are made after it."""
+    return replace(pass_phase(case), name="first step")
+
+
+def train_phase(case: Case) -> Phase:
+    """Everything; `activations: auto` is the least that it can become, recompute."""
+    return pass_phase(case, _optimizer_part(case))
+
+
+def pass_phase(case: Case, *beside: Part) -> Phase:
+    """A forward and backward pass with what is `beside` it.
+
+    With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
+    are all there from the second on.
+    """
+    keep = case.recipe.train.activations == "keep"
+    moments = [(peak, _gradient_part(case, in_layers=False)) for peak in _moments_before(case, keep)]
+    if case.through_layers:
+        moments.append((_moment_in_layers(case, keep), _gradient_part(case, in_layers=True)))
+    fullest, gradients = max(moments, key=lambda moment: moment[0].num_bytes + moment[1].num_bytes)
+    activations = (
+        Part("rows", row_bytes(case), f"{case.tokens} tokens: ids, labels, positions, RoPE", "replayed"),
+        *_held_parts(case, keep),
+        Part(
+            "working set",
+            fullest.num_bytes + embedding_bytes(case),
+            f"fullest in: {fullest.stage}",
+            "replayed",
+        ),
+    )
+    states = (adapter_part(case, "adapters"), gradients, *beside)
+    return Phase("train", (*_weight_parts(case), *states, *activations))
+
+
+def _held_parts(case: Case, keep: bool) -> Iterator[Part]:
+    """What the layers hold for their backward when that of the last one begins."""
+    layers = case.geometry.num_layers
+    if not case.through_layers:
+        return
+    if keep:
+        words = f"{layers} layers x {format_bytes(saved_bytes(case))}"
+        yield Part("kept activations", all_saved_bytes(case), words, "replayed")
+        return
+    there = inputs_in_flight(case, layers - 1) if case.offloads else layers
+    words = f"{there} of {layers} layers" if case.offloads else f"{layers} layers"
+    words = f"{words} x {format_bytes(case.state)}"
+    yield Part("layer inputs", there * case.state, words, "replayed")
+    if case.offloads and case.device == "cpu":
+        yield parked_part(case, case.state, "replayed")
+
+
+def parked_part(case: Case, each: int, kind: Kind) -> Part:
+    """Layer inputs in host memory, of so many bytes each."""
+    parked = parked_inputs(case, case.geometry.num_layers - 1)
+    return Part("offloaded inputs", parked * each, f"{parked} layers x {format_bytes(each)}", kind)
+
+
+def _moments_before(case: Case, keep: bool) -> Iterable[Peak]:
+    """What is there beside what the layers hold, where it can be most before their backward."""
+    cached = 0 if keep else autocast_bytes(case)
+    forward = forward_peak(case, saving=keep and case.through_layers)
+    # the last layer has not saved yet what it will; its input is there, and the embedding's output
+    own = 2 * case.state - saved_bytes(case) if keep or not case.through_layers else 0
+    own -= case.state if case.native and case.through_layers and keep else 0  # its input is in what it saves
+    # offloaded, no input is on its way back yet; the embedding's output is there until all layers are through
+    coming = case.state if case.offloads and parked_inputs(case, case.geometry.num_layers - 1) > 1 else 0
+    own += case.state if case.offloads and case.trains_inputs else 0
+    yield Peak(forward.num_bytes + own + cached - coming, forward.stage)
+    loss = loss_peak(case, cached)
+    yield Peak(loss.num_bytes - coming, loss.stage)
+
+
+def _moment_in_layers(case: Case, keep: bool) -> Peak:
+    """The same in the backward of a layer."""
+    backward = backward_peak(case, recomputes=not keep)
+    head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and case.one_pass else 0
+    return Peak(backward.num_bytes + head, backward.stage)
+
+
+def evaluate_phase(case: Case, micro_batch: int) -> Phase:
+    """Weights, adapters, the optimizer of a trainer still alive; then the loss, or answers with their cache.
+
+    The loss takes the micro batch at once; answers as many prompts as answer_tokens holds. Every row is
+    taken to be as long as the longest.
+    """
+    scored = Case(
+        case.recipe, case.geometry, micro_batch * case.length, case.length, case.device, training=False
+    )
+    words = f"loss of {micro_batch} x {case.length} tokens"
+    peak = scoring_peak(scored)
+    ways = [[Part("working set", row_bytes(scored) + peak.num_bytes, words, "replayed")]]
+    if set(case.recipe.evaluate.metrics) & set(GENERATION_METRICS):
+        ways.append(_answering_parts(case))
+    fullest = max(ways, key=lambda parts: sum(part.num_bytes for part in parts))
+    states = (adapter_part(case, "adapters"), _optimizer_part(case))
+    return Phase("evaluate", (*_weight_parts(case), *states, *fullest))
+
+
+def _answering_parts(case: Case) -> list[Part]:
+    settings, per_token = case.recipe.evaluate, _kv_bytes(case.recipe, case.geometry)
+    width = case.length + settings.max_new_tokens
+    rows = max(1, min(answer_tokens(case.recipe, case.geometry) // width, settings.samples))
+    batch = Case(
+        case.recipe,
+        case.geometry,
+        rows * case.length,
+        case.length,
+        case.device,
+        training=False,
+        padded=True,
+    )
+    words = f"{rows} x {case.length} tokens"
+    cache = Part(
+        "KV cache", rows * width * per_token, f"{words}, each + {settings.max_new_tokens}", "estimate"
+    )
+    peak = answering_peak(batch).num_bytes
+    return [Part("working set", peak, f"one layer of {words}", "estimate"), cache]
+
+
+def save_phase(case: Case) -> Phase:
+    """What training left, and on a CPU the adapter's bytes being written, then read back."""
+    parts = [*_weight_parts(case), adapter_part(case, "adapters"), _optimizer_part(case)]
+    written = [adapter_part(case, "written")] if case.device == "cpu" else []
+    return Phase("save", (*parts, *written))
