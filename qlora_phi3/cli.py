@@ -375,6 +375,8 @@ def _print_plan(plan: memory.Plan, console: Console) -> None:
     host = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in plan.host)
     if host:
         console.print(f"the computer's own memory beside it: {host}, and the data", highlight=False)
+    merging = format_bytes(plan.merge.peak_bytes + memory.IMPORTS_BYTES)
+    console.print(f"merging the adapter, where an export does: {merging} of the computer's", highlight=False)
 
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:

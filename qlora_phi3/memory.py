@@ -20,6 +20,7 @@ from .phases import (
     evaluate_phase,
     first_step_phase,
     load_phase,
+    merge_phase,
     parked_part,
     save_phase,
     train_phase,
@@ -67,7 +68,7 @@ class Plan:
     """The prediction for one recipe, model and micro batch, with every row `row_tokens` long.
 
     `outside` is what the device holds beside tensors; `host` what is in the computer's memory when the device
-    is another.
+    is another. `merge` is of the computer's memory too, once the run's models are gone.
     """
 
     phases: tuple[Phase, ...]
@@ -76,6 +77,7 @@ class Plan:
     pass_tokens: int
     outside: tuple[Part, ...]
     host: tuple[Part, ...]
+    merge: Phase
 
     @property
     def peak_bytes(self) -> int:
@@ -99,6 +101,7 @@ class Plan:
             "phases": [phase.to_json() for phase in self.phases],
             "outside": [part.to_json() for part in self.outside],
             "host": [part.to_json() for part in self.host],
+            "merge": self.merge.to_json(),
             "covers": _COVERS,
         }
 
@@ -137,7 +140,7 @@ def predict(
     phases.append(save_phase(case))
     peak = max(phase.peak_bytes for phase in phases)
     outside, host = _outside(case, peak)
-    return Plan(tuple(phases), micro_batch, row_tokens, case.tokens, outside, host)
+    return Plan(tuple(phases), micro_batch, row_tokens, case.tokens, outside, host, merge_phase(case))
 
 
 def training_case(

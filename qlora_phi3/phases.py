@@ -35,8 +35,10 @@ from .sizes import (
     adapter_elements,
     compute_dtype_bytes,
     linear_bytes,
+    merging_bytes,
     optimizer_bytes,
     quantizing_bytes,
+    saved_adapter_bytes,
 )
 from .units import format_bytes
 
@@ -64,8 +66,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is in memory together at the fullest moment of "load", "attach" (the adapters), "first step" (no
-    optimizer states yet), "train" (every later step), "evaluate" or "save"."""
+    """What is in memory together at its fullest moment.
+
+    "load", "attach" (the adapters), "first step" (no optimizer states yet), "train" (every later step),
+    "evaluate", "save"; and "merge", in the computer's memory.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -291,3 +296,17 @@ def save_phase(case: Case) -> Phase:
     parts = [*_weight_parts(case), adapter_part(case, "adapters"), _optimizer_part(case)]
     written = [adapter_part(case, "written")] if case.device == "cpu" else []
     return Phase("save", (*parts, *written))
+
+
+def merge_phase(case: Case) -> Phase:
+    """An export as merged safetensors, of the computer's memory: one matrix after the other, no model.
+
+    The checkpoint is taken to be in bf16, as Microsoft's are.
+    """
+    recipe, g = case.recipe, case.geometry
+    sizes = {name: merging_bytes(recipe, g, name, case.device) for name in (*LINEARS, "embed_tokens")}
+    name = max(sizes, key=lambda name: sizes[name])
+    saved = saved_adapter_bytes(recipe, g)
+    adapter = Part("adapter file", saved, "float32; pairs of a fused linear as one")
+    words = f"{name}: read, as trained, merged"
+    return Phase("merge", (adapter, Part("one matrix", sizes[name], words, "replayed")))

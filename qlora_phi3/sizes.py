@@ -17,6 +17,9 @@ The trainer's autocast computes with them in the compute dtype; outside of it, a
 what goes in and out of them to float32.
 """
 
+MERGE_CHUNK: Final = 2**23
+"""Elements of a matrix that are in float32 at once while an adapter is added to it: 32 MiB."""
+
 _DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -60,14 +63,49 @@ def dequantized_bytes(recipe: Recipe, geometry: Geometry, linear: str) -> int:
 def quantizing_bytes(recipe: Recipe, geometry: Geometry, linear: str, device: str) -> int:
     """What quantizing one linear takes beside its result: the weight before, scales that are quantized too.
 
-    A CPU has no kernel for it: two float32 copies, an int32 and a uint8 index and half a byte besides.
+    A CPU has no kernel for it: two float32 copies, of float32 itself one, an int32 and a uint8 index and half
+    a byte besides.
     Source: bitsandbytes 0.50 backends/default/ops.py, quantize_4bit.
     """
     rows, columns = geometry.linear_shape(linear)
     if recipe.model.quantization == "none":
         return 0
-    intermediates = rows * columns * 27 // 2 if device == "cpu" else 0
+    copies = 8 if compute_dtype_bytes(recipe) == 2 else 4
+    intermediates = rows * columns * (2 * copies + 11) // 2 if device == "cpu" else 0
     return dequantized_bytes(recipe, geometry, linear) + intermediates
+
+
+def saved_adapter_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of the adapter's file: a fused linear's own pairs as one, whose A lie one above the other."""
+    ranks = {name: recipe.adapter.rank for name in recipe.adapter.embeddings}
+    elements = geometry.lora_parameters(tuple(ranks), recipe.adapter.rank)
+    for linear in recipe.adapter.trained:
+        parts = sum(owner == linear for owner, _ in recipe.adapter.pairs)
+        elements += geometry.lora_parameters((linear,), recipe.adapter.rank * parts)
+    return ADAPTER_BYTES * elements
+
+
+def merging_bytes(recipe: Recipe, geometry: Geometry, name: str, device: str) -> int:
+    """What a matrix of a merged checkpoint in bf16 takes of a computer's memory at its fullest moment.
+
+    `name`: a linear, the embedding or the head, read from a checkpoint in bf16. What was trained in NF4 is
+    cast, and a linear quantized and back, on the device.
+    Source: export/merge.py, Merger.tensor.
+    """
+    rows, columns = geometry.pair_shape(name)
+    num, quantized = rows * columns, recipe.model.quantization == "nf4"
+    width = compute_dtype_bytes(recipe) if quantized else 2
+    adapted = name in recipe.adapter.trained or name in recipe.adapter.embeddings
+    each = 8 if adapted and width == 2 else 5  # the part and the sum in float32; what isfinite makes
+    chunk = each * min(num, max(MERGE_CHUNK // columns, 1) * columns)
+    merging = width * num + 2 * num + chunk
+    if not quantized or name not in phi3.LINEARS:
+        return merging
+    read = 2 * num if width != 2 else 0  # else it is the weight itself
+    if device == "cpu":
+        packed = nf4_bytes(num, recipe.model.double_quant)
+        return max(read + quantizing_bytes(recipe, geometry, name, device) + packed, merging)
+    return max(read + 2 * width * num, merging)
 
 
 def target_linears(recipe: Recipe) -> tuple[str, ...]:

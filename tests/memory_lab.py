@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,17 @@ def host_is_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         return copy, wait
 
     monkeypatch.setattr(offload, "copied", apart)
+
+
+def allocated_bytes(done: Callable[[], object]) -> int:
+    """Peak of what torch allocates meanwhile, inside of operations too; done once before, for what stays."""
+    from torch.profiler import ProfilerActivity, profile
+
+    done()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        done()
+    found = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return max(accumulate(one.nbytes() for one in sorted(found, key=lambda one: one.start_ns())))
 
 
 def trained(model: Any) -> list[torch.Tensor]:

@@ -314,6 +314,8 @@ def test_what_is_beside_the_tensors() -> None:
     assert [p.name for p in cuda.outside] == ["CUDA context", "allocator slack"]
     assert [p.name for p in cpu.outside] == ["imports", "heap"]
     assert (len(cuda.host), len(cpu.host)) == (2, 0)
+    assert [p.name for p in cuda.merge.parts] == ["adapter file", "one matrix"]
+    assert cuda.merge.peak_bytes < cpu.merge.peak_bytes < 1.2 * 1024**3  # which quantizes in that memory
     for plan in (cuda, cpu):
         assert plan.needed_bytes == plan.peak_bytes + sum(p.num_bytes for p in plan.outside)
         assert {p.kind for p in plan.outside} == {"estimate"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from memory_lab import adapt, optimizer_of, quantize, recipe, step, tiny, trained
+from memory_lab import adapt, allocated_bytes, optimizer_of, quantize, recipe, step, tiny, trained
 
 from qlora_phi3 import memory, phi3, sizes
 from qlora_phi3.tracked import model_tensors, optimizer_tensors
@@ -71,27 +70,23 @@ def test_weights_are_byte_exact(shape: str, double_quant: bool) -> None:
     assert rest == sum(p.num_bytes for p in load.parts if p.name in ("embedding", "head", "norms"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", [(256, 128), (200, 64), (1000, 2112)])
-def test_quantizing_on_a_cpu(shape: tuple[int, int], double_quant: bool) -> None:
+def test_quantizing_on_a_cpu(shape: tuple[int, int], double_quant: bool, dtype: str) -> None:
     """bitsandbytes makes its copies inside one operation: torch's own profiler counts what it allocates."""
     from bitsandbytes.functional import quantize_4bit
-    from torch.profiler import ProfilerActivity, profile
 
-    weight = torch.randn(shape, dtype=torch.bfloat16)
+    weight = torch.randn(shape, dtype=getattr(torch, dtype))
     options = {"blocksize": 64, "compress_statistics": double_quant, "quant_type": "nf4"}
-    quantize_4bit(weight, **options)  # makes its code books
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        quantize_4bit(weight, **options)
-    found = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
-    sizes_of_moments = accumulate(one.nbytes() for one in sorted(found, key=lambda one: one.start_ns()))
+    made = allocated_bytes(lambda: quantize_4bit(weight, **options))
     rows, columns = shape
     geometry = replace(MINI, hidden_size=rows, intermediate_size=columns)
     assert geometry.linear_shape("down_proj") == shape
-    settings = recipe(model__double_quant=double_quant)
+    settings = recipe(model__double_quant=double_quant, model__compute_dtype=dtype)
     predicted = sizes.quantizing_bytes(settings, geometry, "down_proj", "cpu")
     result = rows * columns // 2 + (0 if double_quant else 4 * rows * columns // 64)
-    assert max(sizes_of_moments) + weight.nbytes == predicted + result
+    assert made + weight.nbytes == predicted + result
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

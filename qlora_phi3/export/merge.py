@@ -20,13 +20,12 @@ from ..errors import InputError
 from ..layouts.blocks import Pair
 from ..layouts.names import is_embedding
 from ..layouts.pairs import parse
+from ..sizes import MERGE_CHUNK
 from .options import MergeBase
 from .source import Source
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-_CHUNK_ELEMENTS: Final = 2**23
-"""Of a matrix that are in float32 at once: 32 MiB each of weight, update and sum."""
 
 
 def merged_tensors(source: Source, base: MergeBase, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +82,7 @@ class Merger:
             weight = self._as_trained(name, weight)
         pair = self._pairs.get(name.removesuffix(".weight"))
         merged = weight.to(self.dtype, copy=True) if pair is None else self._merged(name, weight, pair)
-        if not bool(merged.isfinite().all()):
+        if not all(bool(part.isfinite().all()) for part in torch.split(merged.view(-1), MERGE_CHUNK)):
             kind = str(self.dtype).removeprefix("torch.")
             reason = f"{name} holds numbers that {kind} cannot."
             raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")
@@ -120,7 +119,7 @@ class Merger:
         turned = is_embedding(name.removesuffix(".weight"))
         left, right = (pair.a.T.float(), pair.b.T.float()) if turned else (pair.b.float(), pair.a.float())
         merged = torch.empty(weight.shape, dtype=self.dtype)
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+        rows = max(1, MERGE_CHUNK // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
             merged[part] = torch.addmm(weight[part].float(), left[part], right, alpha=pair.scale)

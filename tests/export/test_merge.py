@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from export_lab import FAMILY, make_base, make_run
+from memory_lab import allocated_bytes
 from safetensors.torch import load_file, save_file
 
-from qlora_phi3 import loralib_bridge, model
+from qlora_phi3 import loralib_bridge, model, phi3, sizes
 from qlora_phi3.errors import InputError
 from qlora_phi3.export import compare, merge, merged, shards
 from qlora_phi3.export.options import Options
@@ -75,6 +76,36 @@ def test_merged_computes_what_the_live_model_does(bases: Any, tmp_path: Path, ki
     torch.testing.assert_close(found, expected, **CLOSE)
     other = logits(live(source, quantized=base != "dequant"))
     assert (found - other).abs().max() > 1e-2  # the two bases do differ
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("kind", ["mini", "phi-4-mini"])
+def test_memory_of_each_matrix_is_as_planned(
+    bases: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    quantization: str,
+    compute_dtype: str,
+) -> None:
+    for room in (merge, sizes):
+        monkeypatch.setattr(room, "MERGE_CHUNK", 2**12)  # several chunks in a tiny matrix
+    keys = {"quantization": quantization, "compute_dtype": compute_dtype, "double_quant": kind == "mini"}
+    targets = ["qkv_proj", "o", "gate_up_proj", "embed_tokens"]
+    source = source_of(tmp_path, bases(kind), model=keys, adapter={"targets": targets, "split_fused": True})
+    assert source.recipe is not None
+    geometry = source.checkpoint.geometry
+    merger = merge.Merger(source, "dequant" if quantization == "nf4" else "original", torch.bfloat16)
+    read = load_file(source.checkpoint.folder / "model.safetensors")  # mapped, torch counts the whole file
+    monkeypatch.setattr(merger, "_read", lambda name: read[name].clone())
+    for name in (*phi3.LINEARS, "embed_tokens"):
+        full = next(one for one in merger.shapes if one.split(".")[-2] == name)
+        made = allocated_bytes(lambda full=full: merger.tensor(full))
+        planned = sizes.merging_bytes(source.recipe, geometry, name, "cpu")
+        assert made == pytest.approx(planned, rel=0.02), name
+    saved = sum(tensor.nbytes for tensor in source.tensors.values())
+    assert sizes.saved_adapter_bytes(source.recipe, geometry) == saved
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q", "embed_tokens", "lm_head"]])
