@@ -100,14 +100,15 @@ class Pass:
     def through(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work` gives while the layers go that way, without gradients from before."""
         from qlora_phi3.engine.native import Native
-        from qlora_phi3.trainer import RECOMPUTING
+        from qlora_phi3.engine.policy import Policy
+        from qlora_phi3.engine.stock import RECOMPUTING
 
         engine, keep, columns = WAYS[name]
         causal = self.model.get_base_model()
         self.model.zero_grad()
         if engine == "native":
-            native = Native(causal, "recompute", slice_columns=columns)
-            native.keeps = [keep] * len(native.keeps)
+            layers = causal.config.num_hidden_layers
+            native = Native(causal, Policy((keep,) * layers, slice_columns=columns))
             try:
                 return work()
             finally:

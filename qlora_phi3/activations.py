@@ -20,35 +20,49 @@ def saved_bytes(case: Case) -> int:
     return saved_beside_input(case) + (case.state if case.compute == 4 else 0)
 
 
-def all_saved_bytes(case: Case) -> int:
-    """What the backward of all layers needs."""
-    if case.trains_inputs or case.native or not case.through_layers:
-        return case.geometry.num_layers * saved_bytes(case)
-    return (case.geometry.num_layers - 1) * saved_bytes(case) + saved_beside_input(case, first=True)
+@dataclass(frozen=True)
+class Held:
+    """What layers hold for their backward. Units: layers that keep all, inputs on the device and on the host,
+    bytes of the first."""
+
+    kept: int
+    inputs: int
+    parked: int
+    kept_bytes: int
 
 
-def held_bytes(case: Case, layer: int) -> int:
-    """What the layers up to this one, counted from 0, hold on the device as its backward begins."""
-    if not case.through_layers:
-        return 0
-    if case.offloads:
-        on_host = parked_inputs(case, layer) if case.device == "cpu" else 0  # there it is the same memory
-        return (inputs_in_flight(case, layer) + on_host) * case.state
-    keeps = case.recipe.train.activations == "keep"
-    return (layer + 1) * (saved_bytes(case) if keeps else case.state)
+def held(case: Case, layer: int, *, back: bool = True) -> Held:
+    """What the layers up to this one, counted from 0, hold as its backward begins.
 
-
-def parked_inputs(case: Case, layer: int) -> int:
-    """How many of the inputs of layers up to this one, counted from 0, are in host memory.
-
-    Not the embedding's output, a leaf that autograd holds, unless an adapter on it makes it none.
+    Without `back`, no offloaded input is on its way to the device yet: not before the first layer that
+    recomputes is reached.
     """
-    return layer + (1 if case.trains_inputs else 0)
+    if not case.through_layers:
+        return Held(0, 0, 0, 0)
+    others = case.geometry.num_layers - case.kept_layers
+    kept = max(0, layer + 1 - others)
+    kept_bytes = kept * saved_bytes(case)
+    if not others and not (case.trains_inputs or case.native):  # the first layer's input needs no gradient
+        kept_bytes += saved_beside_input(case, first=True) - saved_bytes(case)
+    inputs = min(layer + 1, others)
+    if not case.offloads or not inputs:
+        return Held(kept, inputs, 0, kept_bytes)
+    # the embedding's output is a leaf that autograd holds, unless an adapter on it makes it none
+    leaf = 0 if case.trains_inputs else 1
+    parked = inputs - leaf
+    return Held(kept, leaf + min(2 if back else 1, parked), parked, kept_bytes)
 
 
-def inputs_in_flight(case: Case, layer: int) -> int:
-    """Layers' inputs on the device as this one's backward begins: the leaf, its own, the next on its way."""
-    return (0 if case.trains_inputs else 1) + min(2, parked_inputs(case, layer))
+def input_bytes(case: Case) -> int:
+    """What a layer holds that recomputes: its input, and the attention's output where that is kept."""
+    kept = kept_beside_input(case, all_of_it=False) if case.keeps_attention else 0
+    return case.state + kept
+
+
+def held_bytes(case: Case, found: Held) -> int:
+    """Of the device; a CPU's host is the same memory."""
+    on_host = found.parked * case.state if case.device == "cpu" else 0
+    return found.kept_bytes + found.inputs * input_bytes(case) + on_host
 
 
 def embedding_bytes(case: Case) -> int:

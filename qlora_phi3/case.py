@@ -24,6 +24,19 @@ QUERY_BLOCK: Final = 1024
 """Queries that share one mask where a window is narrower than the document, off CUDA's flash attention."""
 
 
+def kept_layers(recipe: Recipe, num_layers: int) -> int:
+    """How many layers, from the last on, keep all that they compute; `auto` is none."""
+    train = recipe.train
+    if train.activations == "keep":
+        return num_layers
+    return min(train.kept_layers, num_layers) if isinstance(train.kept_layers, int) else 0
+
+
+def keeps_attention(recipe: Recipe) -> bool:
+    """Whether layers that recompute on the native engine keep their attention's output; `auto` is no."""
+    return recipe.train.keep_attention is True and recipe.train.activations != "offload"
+
+
 @dataclass(frozen=True)
 class Case:
     """One pass: `tokens` in documents of `length`. Without `training` there are no gradients, no autocast."""
@@ -119,9 +132,24 @@ class Case:
         return "lm_head" in self.recipe.adapter.embeddings
 
     @property
+    def kept_layers(self) -> int:
+        return kept_layers(self.recipe, self.geometry.num_layers)
+
+    @property
+    def keeps_attention(self) -> bool:
+        return self.native and keeps_attention(self.recipe)
+
+    @property
+    def slices(self) -> list[int]:
+        """Intermediate columns that a layer which recomputes has at once, one slice after the other."""
+        wanted, whole = self.recipe.train.slice_columns, self.geometry.intermediate_size
+        step = wanted if self.native and isinstance(wanted, int) else whole
+        return [min(step, whole - at) for at in range(0, whole, step)]
+
+    @property
     def through_layers(self) -> bool:
         """Whether the backward goes through the layers; torch's recomputing always has it do so."""
-        recomputes = self.recipe.train.activations != "keep" and not self.native
+        recomputes = self.kept_layers < self.geometry.num_layers and not self.native
         return self.trains_inputs or bool(self.recipe.adapter.pairs) or recomputes
 
     @property

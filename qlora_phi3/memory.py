@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
 
+from .activations import held
 from .case import Case, Device
 from .phases import (
     Part,
@@ -222,5 +223,6 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
     if not case.offloads:
         return (context, share), (imports, rows)
     # torch's pinned memory comes in powers of two. Source: ATen/core/CachingHostAllocator.h
-    pinned = parked_part(case, 1 << (case.state - 1).bit_length(), "estimate")
+    each, whole = 1 << (case.state - 1).bit_length(), held(case, case.geometry.num_layers - 1)
+    pinned = parked_part(case, whole, each, "estimate")
     return (context, share), (imports, pinned, rows)

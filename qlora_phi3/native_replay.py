@@ -6,7 +6,7 @@ source line by line. Nothing of it is autograd's, so what is saved is what the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from .case import SCORES, Case
@@ -16,8 +16,10 @@ from .tape import Tape
 INTERMEDIATE: Final = ("gate_up_proj", "down_proj")
 
 
-def kept_beside_input(case: Case) -> int:
-    """What a layer keeps beside its input where it keeps all."""
+def kept_beside_input(case: Case, *, all_of_it: bool = True) -> int:
+    """What a layer keeps beside its input where it keeps all, or the attention's output only."""
+    if not all_of_it:
+        return case.query + sums_bytes(case)
     narrow = sum(narrow_bytes(case, name) for name in target_linears(case.recipe))
     return 2 * case.query + 2 * case.key + case.state + 2 * case.wide + narrow + sums_bytes(case)
 
@@ -93,42 +95,62 @@ class NativeLayer:
     # Forward
 
     def forward(self, *, keeps: bool) -> None:
-        """Leaves the output; with `keeps`, what is saved too, else what is not is freed on the way."""
+        """Leaves the output, and what is saved; with `keeps` all, else the rest is freed."""
         case, tape = self.case, self.tape
         masks = self._masks()
         self._attend()
-        dropped = 0 if keeps else 2 * case.query + 2 * case.key + sums_bytes(case)
+        attention = case.query + sums_bytes(case)
+        dropped = 0 if keeps else case.query + 2 * case.key + (0 if case.keeps_attention else attention)
         tape.free(dropped, 0 if keeps else self._narrow("qkv_proj", "o_proj"))
-        self._feed_forward()
-        tape.free(0 if keeps else case.state + 2 * case.wide + self._narrow(*INTERMEDIATE), masks)
+        last = self._feed_forward([1.0] if keeps else self._slices)
+        tape.free(0 if keeps else case.state + 2 * last + self._narrow(*INTERMEDIATE), masks)
 
-    def _attend(self) -> None:
-        """Leaves qkv, the attention's output, the sum with the residual, both A's outputs."""
+    @property
+    def _slices(self) -> list[float]:
+        """Shares of the intermediate columns."""
+        return [columns / self.case.geometry.intermediate_size for columns in self.case.slices]
+
+    def _attend(self, *, attends: bool = True) -> None:
+        """Leaves qkv, the attention's output, the sum with the residual, both A's outputs.
+
+        Without `attends`, the attention's output is there, and not counted.
+        """
         case, tape = self.case, self.tape
         self._norm()
         self._linear("qkv_proj")
         tape.free(case.state)
         self._rotate()
-        self._attention()
+        if attends:
+            self._attention()
         self._linear("o_proj")
 
-    def _feed_forward(self) -> None:
-        """Leaves the output, gate_up_proj's, both A's outputs."""
-        case, tape = self.case, self.tape
+    def _feed_forward(self, slices: Sequence[float]) -> int:
+        """Leaves the output, the last slice of gate_up_proj's, both A's outputs; returns half that slice."""
+        case, tape, wide = self.case, self.tape, 0
         self._norm()
         tape.stage = "gate_up_proj"
         self._narrowed("gate_up_proj")
-        self._product("gate_up_proj", 2 * case.wide)
-        tape.stage = "SwiGLU"
-        tape.new(case.wide)
-        tape.stage = "down_proj"
-        self._narrowed("down_proj", dropped=case.wide)
-        weight, scales = self._weight("down_proj")
-        tape.new(weight, scales)
-        tape.free(scales)
-        tape.new(case.state)
+        for number, share in enumerate(slices):
+            tape.free(2 * wide)
+            wide = int(case.wide * share)
+            tape.stage = "gate_up_proj"
+            self._product("gate_up_proj", 2 * wide, share)
+            tape.stage = "SwiGLU"
+            tape.new(wide)
+            tape.stage = "down_proj"
+            self._narrow_part(wide, first=number == 0)
+            weight = self._made_weight("down_proj", share)
+            tape.new(0 if number else case.state)
+            tape.free(weight, wide)
         self._widen("down_proj")
-        tape.free(weight, case.wide, case.state)
+        tape.free(case.state)
+        return wide
+
+    def _narrow_part(self, wide: int, *, first: bool) -> None:
+        """A slice's part of the output of down_proj's A; leaves the first."""
+        made = self._narrow("down_proj")
+        self._narrowed("down_proj", dropped=wide)
+        self.tape.free(0 if first else made)
 
     def _norm(self) -> None:
         """Leaves the output."""
@@ -161,13 +183,11 @@ class NativeLayer:
         self._narrowed(name)
         self._product(name, self._output(name))
 
-    def _product(self, name: str, out: int) -> None:
-        weight, scales = self._weight(name)
-        self.tape.new(weight, scales)
-        self.tape.free(scales)
+    def _product(self, name: str, out: int, share: float = 1.0) -> None:
+        weight = self._made_weight(name, share)
         self.tape.new(out)
         if name == "gate_up_proj":  # a local of the caller's until B is through
-            self._widen(name)
+            self._widen(name, share)
             self.tape.free(weight)
             return
         self.tape.free(weight)
@@ -194,24 +214,44 @@ class NativeLayer:
         self.tape.passing(elements * (case.compute + (4 if several else 0)))
         return elements * case.compute
 
-    def _widen(self, name: str) -> None:
+    def _widen(self, name: str, share: float = 1.0) -> None:
         """A copy of the largest B, where it is cast."""
-        self.tape.passing(self._b_copy(name))
+        self.tape.passing(self._b_copy(name, share))
 
-    def _b_copy(self, name: str) -> int:
+    def _b_copy(self, name: str, share: float = 1.0) -> int:
         if not self.case.adapted(name) or self.case.compute == 4:
             return 0
-        shapes = map(self.case.geometry.pair_shape, self.case.parts(name))
-        return max(num_out for num_out, _ in shapes) * self.case.rank * self.case.compute
+        return self._most_rows(name, share) * self.case.rank * self.case.compute
 
-    def _weight(self, name: str) -> tuple[int, int]:
-        """The weight as it is multiplied with, and what only making it takes; none where it is not packed."""
-        whole = dequantized_bytes(self.case.recipe, self.case.geometry, name)
+    def _most_rows(self, name: str, share: float) -> int:
+        """Of a B that are taken at once; of gate_up_proj's slices those of gate or of up."""
+        most = max(self.case.geometry.pair_shape(part)[0] for part in self.case.parts(name))
+        if name != "gate_up_proj" or share == 1:
+            return most
+        return int(share * self.case.geometry.intermediate_size)
+
+    def _made_weight(self, name: str, share: float = 1.0) -> int:
+        """Leaves the weight as it is multiplied with, or what of it a slice takes; returns its bytes.
+
+        Unpacked, only rows of gate and of up are copied, to lie one behind the other.
+        """
+        case, tape = self.case, self.tape
+        rows, columns = case.geometry.linear_shape(name)
+        weight = int(rows * columns * case.compute * share)
+        whole = dequantized_bytes(case.recipe, case.geometry, name)
         if not whole:
-            return 0, 0
-        rows, columns = self.case.geometry.linear_shape(name)
-        weight = rows * columns * self.case.compute
-        return weight, whole - weight
+            return tape.new(weight if share < 1 and name == "gate_up_proj" else 0)
+        scales = whole - rows * columns * case.compute
+        if share == 1:
+            tape.new(weight, scales)
+            tape.free(scales)
+            return weight
+        packed, some = int(rows * columns * share) // 2, 4 * int(rows * columns * share) // 64
+        tape.new(scales, packed, some)
+        tape.free(scales)
+        tape.new(weight)
+        tape.free(packed, some)
+        return weight
 
     def _attention(self) -> None:
         """Leaves the output. Source: engine/tiles.py."""
@@ -245,14 +285,14 @@ class NativeLayer:
     def backward(self, *, recomputes: bool) -> None:
         """From the gradient of the output, which stays to the end, to that of the input.
 
-        `recomputes`: the first half is computed again from the input; otherwise what was kept is there, and
-        not counted.
+        `recomputes`: the first half is computed again from the input, but for an attention that was kept;
+        otherwise what was kept is there, and not counted.
         """
         case, tape = self.case, self.tape
         tape.new(case.state)
         self._masks()
         if recomputes:
-            self._attend()
+            self._attend(attends=not case.keeps_attention)
         self._feed_backward(recomputes=recomputes)
         self._attend_backward()
 
@@ -265,37 +305,41 @@ class NativeLayer:
             self._narrowed("gate_up_proj")
         narrow = self._narrow(*INTERMEDIATE)
         self._narrow_backward("down_proj")
-        weight, scales = self._weight("gate_up_proj")
-        tape.new(weight, scales)
-        tape.free(scales)
-        if recomputes:
-            tape.new(2 * case.wide)
-            self._widen("gate_up_proj")
-        down, scales = self._weight("down_proj")
-        tape.new(down, scales)
-        tape.free(scales)
-        tape.new(case.wide)
-        tape.free(down)
-        self._input_backward("down_proj", case.wide)
-        tape.stage = "SwiGLU's backward"
-        inner = case.wide if case.adapted("down_proj") else 0
-        tape.new(case.wide, inner)
-        tape.free(2 * case.wide)  # silu(gate), and the gradient of what came out
-        if inner and recomputes:
-            self._narrowed("down_proj", dropped=case.wide)
-        self._a_backward("down_proj")
-        tape.free(inner)
-        tape.stage = "gate_up_proj's backward"
-        self._b_backward("gate_up_proj")
-        self._narrow_backward("gate_up_proj")
-        tape.new(case.state)
-        tape.free(2 * case.wide if recomputes else 0, weight)
+        for number, share in enumerate(self._slices if recomputes else [1.0]):
+            self._slice_backward(share, first=number == 0, recomputes=recomputes)
         self._b_backward("down_proj")
         self._a_backward("gate_up_proj")
         self._input_backward("gate_up_proj", case.state)
         self._norm_backward()
         # h, its gradient, both dz; kept, A's outputs go when `second` does
         tape.free(2 * case.state, narrow, narrow if recomputes else 0)
+
+    def _slice_backward(self, share: float, *, first: bool, recomputes: bool) -> None:
+        """Of the intermediate columns; the first leaves what the others add to."""
+        case, tape, wide = self.case, self.tape, int(self.case.wide * share)
+        tape.stage = "down_proj's backward"
+        weight = self._made_weight("gate_up_proj", share)
+        if recomputes:
+            tape.new(2 * wide)
+            self._widen("gate_up_proj", share)
+        down = self._made_weight("down_proj", share)
+        tape.new(wide)
+        tape.free(down)
+        self._input_backward("down_proj", wide)
+        tape.stage = "SwiGLU's backward"
+        inner = wide if case.adapted("down_proj") else 0
+        tape.new(wide, inner)
+        tape.free(2 * wide)  # silu(gate), and the gradient of what came out
+        if inner and recomputes:
+            self._narrow_part(wide, first=first)
+        self._a_backward("down_proj", share, first=first)
+        tape.free(inner)
+        tape.stage = "gate_up_proj's backward"
+        self._b_backward("gate_up_proj", share, first=first)
+        self._narrow_backward("gate_up_proj", share)
+        tape.free(0 if first else self._narrow("gate_up_proj"))
+        tape.new(case.state if first else 0)
+        tape.free(2 * wide if recomputes else 0, weight)
 
     def _attend_backward(self) -> None:
         """Leaves the gradient of the input, and those of both adapters."""
@@ -316,36 +360,38 @@ class NativeLayer:
         self._narrow_backward(name)
         self._b_backward(name)
         self._a_backward(name)
-        weight, scales = self._weight(name)
-        self.tape.new(weight, scales)
-        self.tape.free(scales)
+        weight = self._made_weight(name)
         self.tape.new(size)
         self.tape.free(weight)
         self._input_backward(name, size)
         self.tape.free(self._narrow(name))
 
-    def _narrow_backward(self, name: str) -> None:
+    def _narrow_backward(self, name: str, share: float = 1.0) -> None:
         """Leaves the gradient of A's output."""
         self.tape.new(self._narrow(name))
-        self.tape.passing(self._b_copy(name))
+        self.tape.passing(self._b_copy(name, share))
 
-    def _b_backward(self, name: str) -> None:
-        """Leaves the gradients of B; a product of the largest passes by."""
+    def _b_backward(self, name: str, share: float = 1.0, *, first: bool = True) -> None:
+        """Leaves the gradients of B, with the first slice; a product of the largest passes by."""
         if self.case.adapted(name):
-            shapes = list(map(self.case.geometry.pair_shape, self.case.parts(name)))
-            self.tape.new(4 * self.case.rank * sum(num_out for num_out, _ in shapes))
-            self.tape.passing(max(num_out for num_out, _ in shapes) * self.case.rank * self.case.compute)
+            outputs = sum(self.case.geometry.pair_shape(part)[0] for part in self.case.parts(name))
+            self.tape.new(4 * self.case.rank * outputs if first else 0)
+            self.tape.passing(self._most_rows(name, share) * self.case.rank * self.case.compute)
 
-    def _a_backward(self, name: str) -> None:
-        """Leaves the gradients of A."""
+    def _a_backward(self, name: str, share: float = 1.0, *, first: bool = True) -> None:
+        """Leaves the gradients of A, all of it with the first slice."""
         case, tape = self.case, self.tape
         if not case.adapted(name):
             return
         elements = case.hidden_width(name) * case.geometry.linear_shape(name)[1]
-        made = tape.new(elements * case.compute)
-        tape.passing(self._input(name) if case.dropout else 0)
-        tape.new(4 * elements if case.compute != 4 else 0)
-        tape.free(made if case.compute != 4 else 0)
+        some = int(elements * share)
+        made = tape.new(some * case.compute)
+        tape.passing(int(self._input(name) * share) if case.dropout else 0)
+        cast = tape.new(4 * some if case.compute != 4 else 0)
+        tape.free(made if cast else 0)
+        if share < 1:
+            tape.new(4 * elements if first else 0)
+            tape.free(cast or made)
 
     def _input_backward(self, name: str, size: int) -> None:
         """A's part of a gradient of so many bytes; dropout makes it apart."""
@@ -400,13 +446,18 @@ class NativeLayer:
     # Both
 
     def _masks(self) -> int:
-        """Dropout's, drawn one after the other; returns their bytes."""
+        """Dropout's, drawn one after the other; returns their bytes.
+
+        A CPU makes noise, then a product of it and ones; CUDA's one operation makes a mask beside the product.
+        """
         case, tape, found = self.case, self.tape, 0
+        each = 3 * 4 if case.device == "cpu" else 2 * 4 + 1
+        tape.stage = "dropout's masks"
         if not case.dropout:
             return 0
         for name in target_linears(case.recipe):
             elements = case.tokens * case.geometry.linear_shape(name)[1]
-            tape.passing(8 * elements, elements)
+            tape.passing(each * elements)
             found += tape.new(elements)
         return found
 

@@ -7,22 +7,22 @@ native one's. Each part says how sure it is. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from .activations import (
+    Held,
     Peak,
-    all_saved_bytes,
     answering_peak,
     autocast_bytes,
     backward_peak,
     embedding_bytes,
     forward_peak,
+    held,
     held_bytes,
-    inputs_in_flight,
+    input_bytes,
     loss_peak,
-    parked_inputs,
     row_bytes,
     saved_bytes,
     scoring_peak,
@@ -119,27 +119,19 @@ def _elements(case: Case, *parts: str) -> int:
     return case.geometry.lora_parameters(parts, case.rank)
 
 
-def _gradient_part(case: Case, *, in_layers: bool) -> Part:
-    """Gradients at a moment in the layers' backward, or before it.
+def _gradients(case: Case, layer: int) -> int:
+    """Bytes of gradients as this layer's backward begins, counted from 0.
 
-    With a step in one pass there are none before it, and in it what they weigh more, where most, than what of
-    the layers is gone. The head's are then in the moments from the loss on; the embedding's come when all
-    else is gone.
+    A step in one pass has none before it: its layers' come one by one, the embedding's when all else is gone,
+    the head's with the loss, which counts them itself. With several passes they are all there from the second
+    on.
     """
-    whole = adapter_part(case, "gradients")
     if not case.one_pass:
-        return whole
-    if not in_layers:
-        return replace(whole, num_bytes=0, formula="none before the layers' backward", kind="replayed")
-    layers = whole.num_bytes - ADAPTER_BYTES * _elements(case, *case.recipe.adapter.embeddings)
-    last, all_held = case.geometry.num_layers - 1, held_bytes(case, case.geometry.num_layers - 1)
-    # what is held falls evenly from the last layer on, offloaded to the third
-    turns = [layer for layer in (0, 1, 2) if layer < last]
-    beyond = [
-        layers * (last - at) // case.geometry.num_layers - (all_held - held_bytes(case, at)) for at in turns
-    ]
-    words = f"{whole.formula}, as activations go"
-    return replace(whole, num_bytes=max(0, *beyond) if beyond else 0, formula=words, kind="replayed")
+        return adapter_part(case, "gradients").num_bytes
+    embeddings, num_layers = case.recipe.adapter.embeddings, case.geometry.num_layers
+    layers = ADAPTER_BYTES * (adapter_elements(case.recipe, case.geometry) - _elements(case, *embeddings))
+    head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and layer < num_layers else 0
+    return layers * (num_layers - 1 - min(layer, num_layers - 1)) // num_layers + head
 
 
 def _optimizer_part(case: Case) -> Part:
@@ -181,74 +173,93 @@ def train_phase(case: Case) -> Phase:
     return pass_phase(case, _optimizer_part(case))
 
 
-def pass_phase(case: Case, *beside: Part) -> Phase:
-    """A forward and backward pass with what is `beside` it.
+@dataclass(frozen=True)
+class _Moment:
+    """One that may be a pass's fullest. Units: bytes."""
 
-    With a step in one pass, a layer's gradients come when the inputs behind it are gone; with several, they
-    are all there from the second on.
-    """
-    keep = case.recipe.train.activations == "keep"
-    moments = [(peak, _gradient_part(case, in_layers=False)) for peak in _moments_before(case, keep)]
-    if case.through_layers:
-        moments.append((_moment_in_layers(case, keep), _gradient_part(case, in_layers=True)))
-    fullest, gradients = max(moments, key=lambda moment: moment[0].num_bytes + moment[1].num_bytes)
-    activations = (
-        Part("rows", row_bytes(case), f"{case.tokens} tokens: ids, labels, positions, RoPE", "replayed"),
-        *_held_parts(case, keep),
-        Part(
-            "working set",
-            fullest.num_bytes + embedding_bytes(case),
-            f"fullest in: {fullest.stage}",
-            "replayed",
-        ),
+    peak: Peak
+    held: Held
+    held_bytes: int
+    gradients: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.peak.num_bytes + self.held_bytes + self.gradients
+
+
+def pass_phase(case: Case, *beside: Part) -> Phase:
+    """A forward and backward pass with what is `beside` it."""
+    fullest = max(_moments(case), key=lambda moment: moment.num_bytes)
+    whole = adapter_part(case, "gradients")
+    there = "" if whole.num_bytes == fullest.gradients else ", of the layers that are through"
+    states = (
+        adapter_part(case, "adapters"),
+        Part("gradients", fullest.gradients, whole.formula + there),
+        *beside,
     )
-    states = (adapter_part(case, "adapters"), gradients, *beside)
+    words = f"{case.tokens} tokens: ids, labels, positions, RoPE"
+    working = fullest.peak.num_bytes + embedding_bytes(case)
+    activations = (
+        Part("rows", row_bytes(case), words, "replayed"),
+        *_held_parts(case, fullest.held),
+        Part("working set", working, f"fullest in: {fullest.peak.stage}", "replayed"),
+    )
     return Phase("train", (*_weight_parts(case), *states, *activations))
 
 
-def _held_parts(case: Case, keep: bool) -> Iterator[Part]:
-    """What the layers hold for their backward when that of the last one begins."""
+def _held_parts(case: Case, found: Held) -> Iterator[Part]:
+    """What the layers hold for their backward."""
     layers = case.geometry.num_layers
-    if not case.through_layers:
-        return
-    if keep:
-        words = f"{layers} layers x {format_bytes(saved_bytes(case))}"
-        yield Part("kept activations", all_saved_bytes(case), words, "replayed")
-        return
-    there = inputs_in_flight(case, layers - 1) if case.offloads else layers
-    words = f"{there} of {layers} layers" if case.offloads else f"{layers} layers"
-    words = f"{words} x {format_bytes(case.state)}"
-    yield Part("layer inputs", there * case.state, words, "replayed")
-    if case.offloads and case.device == "cpu":
-        yield parked_part(case, case.state, "replayed")
+    if found.kept:
+        words = f"{found.kept} layers x {format_bytes(saved_bytes(case))}"
+        yield Part("kept activations", found.kept_bytes, words, "replayed")
+    if found.inputs:
+        words = f"{found.inputs} layers x {format_bytes(input_bytes(case))}"
+        words += f", of {layers}" if case.offloads or found.kept else ""
+        yield Part("layer inputs", found.inputs * input_bytes(case), words, "replayed")
+    if found.parked and case.device == "cpu":
+        yield parked_part(case, found, case.state, "replayed")
 
 
-def parked_part(case: Case, each: int, kind: Kind) -> Part:
+def parked_part(case: Case, found: Held, each: int, kind: Kind) -> Part:
     """Layer inputs in host memory, of so many bytes each."""
-    parked = parked_inputs(case, case.geometry.num_layers - 1)
-    return Part("offloaded inputs", parked * each, f"{parked} layers x {format_bytes(each)}", kind)
+    words = f"{found.parked} layers x {format_bytes(each)}"
+    return Part("offloaded inputs", found.parked * each, words, kind)
 
 
-def _moments_before(case: Case, keep: bool) -> Iterable[Peak]:
-    """What is there beside what the layers hold, where it can be most before their backward."""
-    cached = 0 if keep else autocast_bytes(case)
+def _moments(case: Case) -> Iterator[_Moment]:
+    """Where a pass can be fullest: the last layer's forward, the loss, and backwards of layers.
+
+    Between layers that do the same, what is held and the gradients change evenly: the first and last of them
+    decide, and offloaded, where less is on its way to the device, those before the last.
+    """
+    last, kept = case.geometry.num_layers - 1, case.kept_layers
+    others = case.geometry.num_layers - kept
+    whole = held(case, last, back=False)
+    cached = autocast_bytes(case) * others // case.geometry.num_layers
+
+    def moment(peak: Peak, layer: int, there: Held) -> _Moment:
+        return _Moment(peak, there, held_bytes(case, there), _gradients(case, layer))
+
+    keep = bool(kept)
     forward = forward_peak(case, saving=keep and case.through_layers)
     # the last layer has not saved yet what it will; its input is there, and the embedding's output
     own = 2 * case.state - saved_bytes(case) if keep or not case.through_layers else 0
     own -= case.state if case.native and case.through_layers and keep else 0  # its input is in what it saves
-    # offloaded, no input is on its way back yet; the embedding's output is there until all layers are through
-    coming = case.state if case.offloads and parked_inputs(case, case.geometry.num_layers - 1) > 1 else 0
+    # offloaded, the embedding's output is there until all layers are through
     own += case.state if case.offloads and case.trains_inputs else 0
-    yield Peak(forward.num_bytes + own + cached - coming, forward.stage)
-    loss = loss_peak(case, cached)
-    yield Peak(loss.num_bytes - coming, loss.stage)
-
-
-def _moment_in_layers(case: Case, keep: bool) -> Peak:
-    """The same in the backward of a layer."""
-    backward = backward_peak(case, recomputes=not keep)
-    head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and case.one_pass else 0
-    return Peak(backward.num_bytes + head, backward.stage)
+    yield moment(Peak(forward.num_bytes + own + cached, forward.stage), last + 1, whole)
+    yield moment(loss_peak(case, cached), last + 1, whole)
+    if not case.through_layers:
+        return
+    if kept:
+        backward = backward_peak(case, recomputes=False)
+        for layer in {last, others}:
+            yield moment(backward, layer, held(case, layer, back=False))
+    if others:
+        backward = backward_peak(case, recomputes=True)
+        for layer in {others - 1, *range(min(3, others))}:
+            yield moment(backward, layer, held(case, layer))
 
 
 def evaluate_phase(case: Case, micro_batch: int) -> Phase:

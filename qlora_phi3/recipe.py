@@ -25,6 +25,7 @@ from .recipe_values import (
     TARGETS,
     Method,
     Today,
+    auto_or_count,
     auto_or_positive,
     auto_or_size,
     check_export,
@@ -54,6 +55,7 @@ Targets = Annotated[
     | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(check_targets), Tag("<list>")],
     Discriminator(_kind_of_targets),
 ]
+AutoOrCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], BeforeValidator(auto_or_count)]
 Export = Annotated[str, BeforeValidator(check_export), Field(json_schema_extra={"enum": list(EXPORTS)})]
 Metric = Annotated[Literal["loss", "perplexity", "exact_match", "json_match", "rouge"], Today(METRICS)]
 
@@ -299,6 +301,23 @@ class Train(_Part):
         default="auto",
         description="keep: faster, more memory; recompute: gradient checkpointing; offload: recompute, the "
         "layers' inputs in host memory meanwhile (CUDA); auto: the first of these that fits",
+    )
+    kept_layers: AutoOrCount = Field(
+        default="auto",
+        description="where activations are recomputed or offloaded, so many of the last layers keep theirs; "
+        "auto: as many as fit where activations is auto, else none",
+    )
+    keep_attention: Literal["auto"] | bool = Field(
+        default="auto",
+        description="layers that recompute keep their attention's output (native engine, not with offload); "
+        "auto: where activations is auto and it is faster so, else no",
+    )
+    slice_columns: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=64, multiple_of=64)], BeforeValidator(auto_or_positive)
+    ] = Field(
+        default="auto",
+        description="intermediate columns that a layer has at once where it recomputes (native engine); "
+        "auto: all, or 2048 where nothing fits otherwise",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")

@@ -72,6 +72,12 @@ def auto_or_positive(value: Any) -> Any:
     raise PydanticCustomError("expected", "needs `auto` or a positive whole number")
 
 
+def auto_or_count(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise PydanticCustomError("expected", "needs `auto` or a whole number from 0 on")
+
+
 def auto_or_size(value: Any) -> Any:
     text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
     if isinstance(text, str) and text != "auto":

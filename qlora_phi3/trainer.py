@@ -27,10 +27,11 @@ from trl import SFTConfig, SFTTrainer
 from .calibration import Calibration, compare
 from .data import Split, TokenRow
 from .data.store import Rows as RowArrays
-from .engine import offload
+from .engine import stock
 from .engine.documents import Documents, Layout, hidden_states
 from .engine.loss import IGNORE, HeadLora, supervised_nll
 from .engine.native import Native
+from .engine.policy import Policy
 from .errors import FitError, RunError
 from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
@@ -49,7 +50,6 @@ OPTIMIZERS: Final = {
 """Recipe's optimizer -> transformers' name of it."""
 
 
-RECOMPUTING: Final = {"use_reentrant": False}
 """How layers are recomputed: arguments of torch's checkpoint."""
 
 
@@ -85,7 +85,7 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         fp16=recipe.model.compute_dtype == "float16",  # for the loss scaler
         use_cpu=device.type == "cpu",
         activation_checkpointing=stock_recomputes(recipe),
-        activation_checkpointing_kwargs=RECOMPUTING if stock_recomputes(recipe) else None,
+        activation_checkpointing_kwargs=stock.RECOMPUTING if stock_recomputes(recipe) else None,
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0 and let the run end "well"
@@ -103,6 +103,11 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
 def stock_recomputes(recipe: Recipe) -> bool:
     """Whether torch's checkpoint recomputes; the native layers do that themselves."""
     return recipe.train.activations != "keep" and recipe.train.engine != "native"
+
+
+def policy_of(recipe: Recipe, causal: Any) -> Policy:
+    """What each of its layers keeps."""
+    return Policy.of(recipe, causal.config.num_hidden_layers)
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:
@@ -176,7 +181,7 @@ def build(
     on_card = base.model.device.type == "cuda"
     causal = model.get_base_model()
     native = recipe.train.engine == "native"
-    trainer.native = Native(causal, recipe.train.activations) if native else None
+    trainer.native = Native(causal, policy_of(recipe, causal)) if native else None
     trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower, host_apart=on_card), adapted
     trainer.settle(recipe)
     for name, parameter in model.named_parameters():
@@ -241,14 +246,11 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
 
     def recompute(self, recipe: Recipe) -> None:
         """Have layers recomputed as the recipe says, from when transformers has set its own way on."""
-        policy = recipe.train.activations
+        policy = policy_of(recipe, self.model.get_base_model())
         if self.native is not None:
-            self.native.follow(policy)
-            return
-        if policy != "keep" and not self.model.is_activation_checkpointing:
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=RECOMPUTING)
-        if policy == "offload":
-            offload.enable(self.model)
+            self.native.policy = policy
+        else:
+            stock.follow(self.model, policy)
 
     def calibrate(self) -> None:
         """One pass as full as this data makes it, before the first step, of which nothing stays.

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_phi3 import adapters, memory, phi3
 from qlora_phi3.data import TokenRow
-from qlora_phi3.engine import attention, offload
+from qlora_phi3.engine import attention, offload, stock
 from qlora_phi3.engine.documents import Documents
 from qlora_phi3.engine.native import Native
+from qlora_phi3.engine.policy import Policy
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.tracked import TrackedBytes, model_tensors, optimizer_tensors
@@ -91,12 +92,12 @@ def build(settings: Recipe, num_layers: int, **sizes: Any) -> tuple[Any, Geometr
         quantize(base, settings.model.double_quant)
     model = adapt(base, settings).train()
     if settings.train.engine == "native":
-        Native(base, settings.train.activations)
+        Native(base, Policy.of(settings, num_layers))
         return model, geometry
-    if settings.train.activations != "keep":
-        recomputing(model)
-    if settings.train.activations == "offload":
-        offload.enable(model)
+    policy = Policy.of(settings, num_layers)
+    if policy.keeps[0] != "all":
+        model.enable_input_require_grads()
+    stock.follow(model, policy)
     return model, geometry
 
 

@@ -47,6 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=2048,
         sliding_window=None,
     ),
+    "wide": dict(  # fullest behind its attention
+        hidden_size=128,
+        intermediate_size=4096,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=None,
+    ),
 }
 BASES = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32"), ("none", "float32")]
 TARGETS: list[Any] = ["all-linear", ["qkv_proj"], ["down"], ["gate_up_proj", "o_proj"]]
@@ -67,7 +74,7 @@ def grid(
     """Every activation policy, base, dropout and adapter; the other settings drawn once and for all."""
     draw, found = random.Random(seed), []
     for policy, base, (targets, split), dropout in product(policies, BASES, adapters, [0.0, 0.1]):
-        lengths, shape = draw.choice(LENGTHS), draw.choice(sorted(SHAPES))
+        lengths, shape = draw.choice(LENGTHS), draw.choice(["gqa", "mini", "tied"])
         packing, passes = draw.random() < 0.3, draw.choice([1, 2])
         keys = {
             "train__activations": policy,
@@ -92,6 +99,22 @@ def grid(
     return found
 
 
+def mixed(grid: list[Any], seed: int) -> list[Any]:
+    """The same settings, of three layers one or two kept; native ones with kept attention, in slices."""
+    draw, found = random.Random(seed), []
+    for one in grid:
+        shape, lengths, passes, keys = one.values
+        keys = keys | {"train__kept_layers": draw.choice([0, 1, 2])}
+        if keys["train__engine"] == "native":
+            keys["train__keep_attention"] = draw.random() < 0.5
+            shape = draw.choice(["gqa", "wide", "wide"])  # whose intermediate size is one of whole blocks
+            keys["train__slice_columns"] = draw.choice([256, 640, 2048])
+        words = [str(keys.get(f"train__{key}")) for key in ("kept_layers", "keep_attention", "slice_columns")]
+        name = f"{one.id}-{shape}-kept-{'-'.join(words)}"
+        found.append(pytest.param(shape, lengths, passes, keys, id=name))
+    return found
+
+
 ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targets in SPLIT]
 LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])[::2]
 LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")  # its steps take long
@@ -108,9 +131,26 @@ NATIVE = [
     *grid(8, [("all-linear", True)], policies=["offload"], engine="native")[::2],
 ]
 
+MIXED = [
+    *mixed(grid(21, [("all-linear", False), (["q", "v"], True)], policies=["recompute"]), 1),
+    *mixed(grid(22, [("all-linear", False)], policies=["offload"]), 2)[::2],
+    *mixed(grid(23, [(["q", "v", "embed_tokens", "lm_head"], True)], policies=["recompute"]), 3)[::3],
+    *mixed(grid(24, [("all-linear", True)], "dora", ["recompute"]), 4)[::4],
+    *mixed(
+        grid(25, [("all-linear", False), ("all-linear", True)], policies=["recompute"], engine="native"), 5
+    ),
+    *mixed(
+        grid(26, [(["o", "down"], True), (["qkv_proj"], False)], policies=["recompute"], engine="native"), 6
+    ),
+    *mixed(grid(27, [("all-linear", True)], policies=["offload"], engine="native"), 7)[::2],
+    *mixed(grid(28, [(["q", "down", "embed_tokens"], True)], policies=["recompute"], engine="native"), 8)[
+        ::2
+    ],
+]
+
 
 @pytest.mark.parametrize(
-    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE]
+    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE, *MIXED]
 )
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,11 +20,8 @@ from torch.autograd.function import once_differentiable
 from ..kernels import rms_norm, rope, swiglu
 from . import tiles
 from .linear import Gradients, Linear, Span, draw
+from .policy import Keep
 from .tiles import Heads, Run
-
-Keep = Literal["all", "attention", "input"]
-"""What a layer keeps for its backward: all that is computed with weights; the attention's output, beside the
-input; or the input alone."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +143,13 @@ def feed_forward(
     z_gate_up = layer.gate_up.narrow(h, masks[2])
     out = z_down = gate_up = None
     for columns in layer.slices:
-        rows = layer.rows(columns)
+        rows, gate_up = layer.rows(columns), None  # gone before the next is there
         gate_up = gate_and_up(layer, h, z_gate_up, columns, layer.gate_up.weight(h.dtype, rows=rows))
         inner = swiglu.forward(*gate_up.chunk(2, dim=1))
         z_down = _plus(z_down, _narrow_part(layer, inner, masks[3], columns))
         weight = layer.down.weight(h.dtype, columns=_columns(layer, columns))
         out = torch.mm(inner, weight.T) if out is None else out.addmm_(inner, weight.T)
+        del inner, weight
     assert out is not None and gate_up is not None
     return layer.down.widen_(out, z_down).add_(state), gate_up, z_gate_up, z_down
 

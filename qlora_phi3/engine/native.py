@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from ..errors import RecipeError
 from ..recipe import Recipe
-from .layer import Function, Keep, Layer, heads_of, why_not
+from .layer import Function, Layer, heads_of, why_not
 from .offload import Parking
+from .policy import Policy
 from .tiles import Run
-
-KEPT: Final[dict[str, Keep]] = {"keep": "all", "recompute": "input", "offload": "input"}
-"""`train.activations` -> what every layer keeps."""
 
 
 def choose(recipe: Recipe, config: Mapping[str, Any], device: torch.device) -> tuple[str, str]:
@@ -41,17 +39,11 @@ def choose(recipe: Recipe, config: Mapping[str, Any], device: torch.device) -> t
 
 
 class Native:
-    """Our layers on a Phi3ForCausalLM, with `activations` as the recipe's key has them.
+    """Our layers on a Phi3ForCausalLM; whoever gives them another `policy` does so between passes."""
 
-    `keeps` says what each layer keeps, `parks` that inputs are in host memory meanwhile; whoever changes them
-    does so between passes. `slice_columns`: intermediate columns computed at once, None for all.
-    """
-
-    def __init__(self, causal: Any, activations: str, *, slice_columns: int | None = None) -> None:
-        self.slice_columns = slice_columns
+    def __init__(self, causal: Any, policy: Policy) -> None:
+        self.policy = policy
         self._config, self._layers = causal.config, causal.model.layers
-        self.keeps: list[Keep] = []
-        self.follow(activations)
         self._heads = heads_of(self._config)
         self._parking = Parking()
         self._run: tuple[torch.Tensor, Run] | None = None
@@ -59,11 +51,6 @@ class Native:
             # transformers would recompute around us. Source: modeling_layers.py, GradientCheckpointingLayer
             module.gradient_checkpointing = False
             module.forward = self._in_place_of(module.forward, module, index)
-
-    def follow(self, activations: str) -> None:
-        """Every layer as `train.activations` says."""
-        self.keeps = [KEPT[activations]] * len(self._layers)
-        self.parks = activations == "offload"
 
     def remove(self) -> None:
         """transformers' own layers again."""
@@ -82,10 +69,10 @@ class Native:
         return forward
 
     def _through(self, index: int, module: Any, state: torch.Tensor, run: Run) -> torch.Tensor:
-        keep = self.keeps[index]
-        layer = Layer.of(module, None if keep == "all" else self.slice_columns)
+        policy, keep = self.policy, self.policy.keeps[index]
+        layer = Layer.of(module, None if keep == "all" else policy.slice_columns)
         # the embedding's output is a leaf, which autograd holds anyway
-        parked = self.parks and keep == "input" and not state.is_leaf
+        parked = policy.parks and keep == "input" and not state.is_leaf
         with self._parking.hooks() if parked else nullcontext():
             out: torch.Tensor = Function.apply(  # type: ignore[no-untyped-call]
                 state[0], layer, run, keep, *layer.parameters

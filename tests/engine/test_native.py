@@ -14,8 +14,9 @@ from torch import nn
 from bench.linear_flops import LinearFlops
 from qlora_phi3 import phi3
 from qlora_phi3.engine import tiles
-from qlora_phi3.engine.layer import Function, Keep, Layer, heads_of
+from qlora_phi3.engine.layer import Function, Layer, heads_of
 from qlora_phi3.engine.native import Native, choose
+from qlora_phi3.engine.policy import Keep, Policy
 from qlora_phi3.errors import RecipeError
 
 SMALL = dict(hidden_size=64, intermediate_size=192, vocab_size=320)
@@ -73,9 +74,8 @@ def pair(geometry: str, settings: dict[str, Any], seed: int = 1, **adapter: Any)
 
 
 def install(model: Any, *keeps: Keep, parks: bool = False, **how: Any) -> Native:
-    native = Native(model.get_base_model(), "offload" if parks else "recompute", **how)
-    native.keeps = list(keeps) or native.keeps
-    return native
+    causal = model.get_base_model()
+    return Native(causal, Policy(keeps or ("input",) * causal.config.num_hidden_layers, parks, **how))
 
 
 def backward(model: Any, chosen: Any, lengths: list[int]) -> float:
@@ -197,7 +197,7 @@ def test_only_what_the_policy_asks_for_is_saved() -> None:
     _, ours, chosen = pair("mini", EXACT, **ADAPTERS["split"])
     native, counts = install(ours), {}
     for keep in KEEPS:
-        native.keeps = [keep, keep]
+        native.policy = Policy((keep, keep))
         saved: list[torch.Tensor] = []
 
         def note(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
@@ -258,7 +258,7 @@ def test_products_with_the_weights(geometry: str) -> None:
     shares = {name: prod(sizes.linear_shape(name)) for name in phi3.LINEARS}
     again = 2 * (1 - shares["down_proj"] / sum(shares.values()))
     for keep, expected in (("input", 4 + again), ("attention", 4 + again), ("all", 4.0)):
-        native.keeps = [keep, keep]
+        native.policy = Policy((keep, keep))
         with LinearFlops(sizes) as counter:
             backward(ours, chosen, LENGTHS)
         assert counter.total == pytest.approx(expected * sum(LENGTHS) * sizes.num_linear_parameters)

@@ -13,8 +13,8 @@ from torch import nn
 
 from qlora_phi3 import kernels
 from qlora_phi3.engine.documents import Documents
-from qlora_phi3.engine.layer import Keep
 from qlora_phi3.engine.native import Native
+from qlora_phi3.engine.policy import Keep, Policy
 
 LENGTHS = [5, 1, 8]
 SIZES: dict[str, Any] = dict(
@@ -39,7 +39,7 @@ def pair(dtype: str, device: str, **keys: Any) -> tuple[Any, Any, Any]:
 
 
 def step(model: Any, chosen: Any, device: str, keep: Keep, slice_columns: int | None) -> float:
-    Native(model.get_base_model(), "recompute", slice_columns=slice_columns).keeps = [keep] * 2
+    Native(model.get_base_model(), Policy((keep, keep), slice_columns=slice_columns))
     loss = loss_of(model, chosen, Documents.of(rows(LENGTHS), torch.device(device))) / sum(LENGTHS)
     loss.backward()
     return float(loss.detach())
