@@ -76,7 +76,7 @@ def activations(job: dict[str, Any]) -> dict[str, Any]:
     geometry, kind = weights.locate(settings.model).geometry, pipeline.device_kind(device)
     known = tokens.rows(Path(job["stream"])).fullest_step(settings.train.effective_batch)
     usable = memory.usable_bytes(pipeline.allowed_bytes(settings, device))
-    way = memory.choose(memory.ways(settings, geometry, known=known, device=kind), usable)
+    way = memory.Ways(settings, geometry, known=known, device=kind).fastest(usable)
     return {"activations": way.activations}
 
 

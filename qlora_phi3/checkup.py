@@ -134,8 +134,7 @@ def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) ->
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
-    ways = memory.ways(recipe, geometry, known=known, device=kind)
-    return memory.choose(ways, usable).micro_batch
+    return memory.Ways(recipe, geometry, known=known, device=kind).fastest(usable).micro_batch
 
 
 def _say(console: Console, text: str | Text) -> None:

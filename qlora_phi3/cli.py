@@ -339,14 +339,16 @@ def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> 
     for one in cards:
         largest = [str(number) if number is not None else "-" for number in (one.max_length, one.micro_batch)]
         fits = "yes" if one.fits else "no"
-        auto = f"{one.way.activations}, {one.way.micro_batch}" if one.fits else "-"
+        way, kept = one.way, f" but {one.way.kept_layers}" if one.way.activations != "keep" else ""
+        auto = f"{way.activations}{kept if way.kept_layers else ''}, {way.micro_batch}" if one.fits else "-"
         name = f"{one.gib} GB" if one.gib in fit.SHOWN_GIB else "here"
         table.add_row(name, fits, format_bytes(one.headroom_bytes), auto, *largest)
     console.print(table)
     for one in cards:
         if one.gib not in fit.SHOWN_GIB:
             console.print(f"here: this computer's card, {one.gib:.1f} GiB in all", highlight=False)
-    console.print("auto: train.activations, train.micro_batch", highlight=False)
+    auto = "auto: train.activations (but so many layers that keep theirs), train.micro_batch"
+    console.print(auto, highlight=False, soft_wrap=True)
     console.print("* the largest, with everything else as in the recipe", highlight=False)
 
 

@@ -48,7 +48,7 @@ class Card:
             "headroom_bytes": self.headroom_bytes,
             "largest_max_length": self.max_length,
             "largest_micro_batch": self.micro_batch,
-            "chosen": {"activations": self.way.activations, "micro_batch": self.way.micro_batch},
+            "chosen": self.way.keys,
         }
 
 
@@ -64,10 +64,12 @@ class Change:
 
 
 def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
-    """The plan of a recipe on a card; what is `auto` as the least it can become: one row, offloaded."""
+    """The plan of a recipe on a card; `auto` as the least it can become: one row, offloaded, in slices."""
     explicit = recipe.train.micro_batch
     if recipe.train.activations == "auto":
         recipe = recipe.settled(activations="offload")
+    if recipe.train.slice_columns == "auto" and memory.can_slice(recipe, geometry, "cuda"):
+        recipe = recipe.settled(slice_columns=memory.SLICE_COLUMNS)
     return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
 
 
@@ -84,14 +86,14 @@ def card(recipe: Recipe, geometry: Geometry, gib: float) -> Card:
     longest = largest_length(recipe, geometry, room)
     largest = largest_micro_batch(recipe, geometry, room)
     # as a run chooses where nothing else is on the card
-    way = memory.choose(_ways(recipe, geometry), memory.usable_bytes(room - memory.CONTEXT_BYTES))
+    way = _ways(recipe, geometry).fastest(memory.usable_bytes(room - memory.CONTEXT_BYTES))
     return Card(gib, headroom >= 0, headroom, longest, largest, way)
 
 
 @lru_cache(maxsize=1)
-def _ways(recipe: Recipe, geometry: Geometry) -> tuple[memory.Way, ...]:
+def _ways(recipe: Recipe, geometry: Geometry) -> memory.Ways:
     """The same for every card."""
-    return tuple(memory.ways(recipe, geometry))
+    return memory.Ways(recipe, geometry)
 
 
 def largest_length(recipe: Recipe, geometry: Geometry, room: int) -> int | None:
@@ -169,6 +171,10 @@ def _ladder(recipe: Recipe, geometry: Geometry) -> Iterator[_Override]:
         yield _Override("train", "micro_batch", 1)
     if recipe.train.activations == "keep":
         yield _Override("train", "activations", "recompute")
+    if recipe.train.kept_layers != "auto":
+        yield _Override("train", "kept_layers", 0)
+    if recipe.train.keep_attention is True:
+        yield _Override("train", "keep_attention", False)
     if recipe.train.activations in ("keep", "recompute"):
         yield _Override("train", "activations", "offload")
     if recipe.train.optimizer != "paged_adamw_8bit":

@@ -115,24 +115,30 @@ class RandomState:
 
 
 def lower(recipe: Recipe, *, host_apart: bool = True) -> tuple[Recipe, str] | None:
-    """The recipe with less in memory at once and the key that changed; None where nothing is left to lower.
+    """The recipe with less in memory at once and the keys that changed; None where nothing is left to lower.
 
-    The effective batch stays: the micro batch becomes its largest divisor that is at most half; from one row
-    on, activations are recomputed, then offloaded where the host's memory is not the device's, then the loss
-    takes fewer tokens' logits at once.
+    The effective batch stays: the micro batch becomes its largest divisor that is at most half. From one row
+    on, half as many layers keep their activations, and half of those; then no attention outputs are kept,
+    then layers' inputs are offloaded where the host's memory is not the device's, then the loss takes fewer
+    tokens' logits at once.
     """
     train = recipe.train
     assert isinstance(train.micro_batch, int), "the recipe is not settled"
     halves = [n for n in range(1, train.micro_batch // 2 + 1) if train.effective_batch % n == 0]
-    rungs: tuple[tuple[bool, str, int | str], ...] = (
-        (bool(halves), "micro_batch", max(halves, default=1)),
-        (train.activations == "keep", "activations", "recompute"),
-        (train.activations == "recompute" and host_apart, "activations", "offload"),
-        (train.logit_tokens > SMALL_LOGIT_TOKENS, "logit_tokens", SMALL_LOGIT_TOKENS),
+    kept = train.kept_layers if isinstance(train.kept_layers, int) else 0
+    fewer = {"kept_layers": kept // 2} if kept else {}
+    rungs: tuple[tuple[bool, dict[str, Any]], ...] = (
+        (bool(halves), {"micro_batch": max(halves, default=1)}),
+        (train.activations == "keep", {"activations": "recompute", **fewer}),
+        (kept > 0, fewer),
+        (train.keep_attention is True, {"keep_attention": False}),
+        (train.activations == "recompute" and host_apart, {"activations": "offload"}),
+        (train.logit_tokens > SMALL_LOGIT_TOKENS, {"logit_tokens": SMALL_LOGIT_TOKENS}),
     )
-    for possible, key, value in rungs:
+    for possible, keys in rungs:
         if possible:
-            return recipe.settled(**{key: value}), f"train.{key}={value} instead of {getattr(train, key)}"
+            told = [f"train.{key}={keys[key]} instead of {getattr(train, key)}" for key in keys]
+            return recipe.settled(**keys), ", ".join(told)
     return None
 
 

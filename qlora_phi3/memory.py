@@ -6,10 +6,11 @@ phases hold is phases.py's. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Final
+from math import prod
+from typing import Any, Final, Literal
 
 from .activations import held
 from .case import Case, Device
@@ -47,6 +48,22 @@ HEAP_BYTES: Final = 360 * 1024**2
 gaps that freed tensors left.
 
 So in three runs of the quickstart, whose tensors took 0.3 to 1.3 GiB: it does not grow with them.
+"""
+
+SLICE_COLUMNS: Final = 2048
+"""Intermediate columns of a slice where `auto` slices."""
+
+SLICED: Final = 0.1
+"""Share of time that slices add to what is computed again, as on a CPU."""
+
+OFFLOADED: Final = 0.5
+"""The same of copies to the host. Not measured: enough to go there for little else than to fit."""
+
+DEQUANTIZING: Final[dict[Device, float]] = {"cuda": 68, "cpu": 5}
+"""Tokens whose three products with all weights take as long as dequantizing these once.
+
+Of a card computed: 6.4 ms at 4.3 TB/s for three times, beside 26 GFLOP a token at 790 TFLOP/s. Of a CPU
+measured on the built-in model: 18 ms, beside 2.7 s for 838 tokens.
 """
 
 POLICIES: Final[dict[Device, tuple[str, ...]]] = {
@@ -160,49 +177,146 @@ def training_case(
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train. Units: bytes of tensors at the fullest moment."""
+    """A way to train: a recipe's keys, the bytes of tensors at its fullest moment, and how long it takes.
+
+    Units: `cost` in operations a weight and token, 4 where
+    nothing is computed again and the attention takes none.
+    """
 
     activations: str
     micro_batch: int
+    kept_layers: int
+    keep_attention: bool
+    slice_columns: int | Literal["all"]
     peak_bytes: int
+    cost: float
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Of `train`, as they are written into a run's recipe."""
+        return {
+            "activations": self.activations,
+            "micro_batch": self.micro_batch,
+            "kept_layers": self.kept_layers,
+            "keep_attention": self.keep_attention,
+            "slice_columns": self.slice_columns,
+        }
+
+    @property
+    def words(self) -> str:
+        """What happens to activations: "recomputing activations but for 12 layers"."""
+        verb = {"keep": "keeping", "recompute": "recomputing", "offload": "offloading"}[self.activations]
+        kept = self.kept_layers if self.activations != "keep" else 0
+        but = [f"{kept} layers"] if kept else []
+        but += ["attention outputs"] if self.keep_attention else []
+        sliced = f" in slices of {self.slice_columns}" if self.slice_columns != "all" else ""
+        return f"{verb} activations{sliced}" + (f" but for {' and '.join(but)}" if but else "")
 
     def of(self, usable: int) -> str:
         """The choice in words."""
-        verb = {"keep": "keeping", "recompute": "recomputing", "offload": "offloading"}[self.activations]
         sizes = f"{format_bytes(self.peak_bytes)} of {format_bytes(usable)}"
-        return f"{verb} activations, micro batch {self.micro_batch}: {sizes}"
+        return f"{self.words}, micro batch {self.micro_batch}: {sizes}"
 
 
-def choose(ways: Iterable[Way], usable: int) -> Way:
-    """The first way that fits, the last where none does.
+class Ways:
+    """What `auto` can become for a recipe; explicit settings stay as they are.
 
-    Loading and answering samples do not depend on it: look at the plan's peak for those.
-
-    Units: `usable` as `usable_bytes` gives them.
+    `known`: what is known of the rows that are trained on.
     """
-    for way in ways:
-        if way.peak_bytes <= usable:
-            break
-    return way
+
+    def __init__(
+        self, recipe: Recipe, geometry: Geometry, *, known: StepRows | None = None, device: Device = "cuda"
+    ) -> None:
+        self._recipe, self._geometry, self._device = recipe, geometry, device
+        self._known = known or StepRows((recipe.data.max_length,))
+        self._native = self._case(recipe, 1).native
+        self._peaks: dict[Way, Way] = {}
+
+    def fastest(self, usable: int) -> Way:
+        """The fastest way that fits, of equals the one with the largest micro batch; where none fits, the one
+        that needs least.
+
+        Loading and answering samples do not depend on it: look at the plan's peak for those.
+
+        Units: `usable` as `usable_bytes` gives them.
+        """
+        found = [self._most_kept(way, usable) for way in self._kinds()]
+        fitting = [way for way in found if way.peak_bytes <= usable]
+        if fitting:
+            return min(fitting, key=lambda way: (way.cost, -way.micro_batch))
+        return min(found, key=lambda way: (way.peak_bytes, way.micro_batch))
+
+    def _kinds(self) -> Iterator[Way]:
+        """Every combination but for how many layers are kept."""
+        train, auto = self._recipe.train, self._recipe.train.activations == "auto"
+        policies = POLICIES[self._device][1:] if auto else (train.activations,)
+        whole = train.effective_batch
+        sizes = [n for n in range(whole, 0, -1) if whole % n == 0]
+        sizes = [train.micro_batch] if isinstance(train.micro_batch, int) else sizes
+        free = auto and self._native
+        attention = [False, True] if free else [False]
+        attention = [train.keep_attention] if isinstance(train.keep_attention, bool) else attention
+        columns: list[int | Literal["all"]] = ["all"]
+        if train.slice_columns != "auto":
+            columns = [train.slice_columns]
+        elif can_slice(self._recipe, self._geometry, self._device):
+            columns = ["all", SLICE_COLUMNS]
+        if policies == ("keep",):  # nothing is computed again
+            attention, columns = [False], ["all"]
+        for policy, size, kept, sliced in product(policies, sizes, attention, columns):
+            yield Way(policy, size, 0, kept and policy == "recompute", sliced, 0, 0.0)
+
+    def _most_kept(self, way: Way, usable: int) -> Way:
+        """With as many layers kept as fit, where that is free; all of them are `keep`."""
+        train, layers = self._recipe.train, self._geometry.num_layers
+        if isinstance(train.kept_layers, int) or train.activations != "auto":
+            kept = train.kept_layers if isinstance(train.kept_layers, int) else 0
+            return self._measured(way, layers if way.activations == "keep" else min(kept, layers))
+        low, high = 0, layers
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._measured(way, middle).peak_bytes <= usable
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self._measured(way, low)
+
+    def _measured(self, way: Way, kept: int) -> Way:
+        """With so many layers kept; its bytes and its cost."""
+        if kept == self._geometry.num_layers:
+            way = replace(way, activations="keep", keep_attention=False, slice_columns="all")
+        way = replace(way, kept_layers=kept)
+        if way not in self._peaks:
+            case = self._case(self._recipe.settled(**way.keys), way.micro_batch)
+            self._peaks[way] = replace(way, peak_bytes=train_phase(case).peak_bytes, cost=_cost(case))
+        return self._peaks[way]
+
+    def _case(self, recipe: Recipe, micro_batch: int) -> Case:
+        return training_case(recipe, self._geometry, micro_batch, self._known, self._device)
 
 
-def ways(
-    recipe: Recipe, geometry: Geometry, *, known: StepRows | None = None, device: Device = "cuda"
-) -> Iterator[Way]:
-    """What `auto` can become, the fastest first; explicit settings as they are.
+def can_slice(recipe: Recipe, geometry: Geometry, device: Device) -> bool:
+    """Whether `auto` may slice: on the native engine, whole blocks of NF4, more than one slice."""
+    columns = geometry.intermediate_size
+    return Case(recipe, geometry, 1, 1, device).native and columns > SLICE_COLUMNS and columns % 64 == 0
 
-    Kept activations before recomputed ones, which take a third more time, and these before offloaded ones,
-    which take copies besides; then by the micro batch, a divisor of `effective_batch`.
+
+def _cost(case: Case) -> float:
+    """Operations a weight and token that a pass's time is made of, dequantizing as many as it takes as long.
+
+    Products forward and with the gradient are 2 each; attention's forward has two products of a token with
+    those it sees, half of a document, its backward five. What is computed again comes once more: the native
+    engine leaves down_proj out, and dequantizes once for both.
     """
-    train, known = recipe.train, known or StepRows((recipe.data.max_length,))
-    policies = POLICIES[device] if train.activations == "auto" else (train.activations,)
-    whole = train.effective_batch
-    sizes = [n for n in range(whole, 0, -1) if whole % n == 0]
-    if isinstance(train.micro_batch, int):
-        sizes = [train.micro_batch]
-    for activations, micro_batch in product(policies, sizes):
-        case = training_case(recipe.settled(activations=activations), geometry, micro_batch, known, device)
-        yield Way(activations, micro_batch, train_phase(case).peak_bytes)
+    g, again = case.geometry, 1 - case.kept_layers / case.geometry.num_layers
+    seen = min(case.length, g.sliding_window or case.length) / 2
+    attention = 4 * g.num_layers * g.num_heads * g.head_dim * seen / g.num_linear_parameters
+    down = prod(g.linear_shape("down_proj")) * g.num_layers / g.num_linear_parameters
+    products = 2 * (1 - down) if case.native else 2
+    recomputed = again * (products + (0 if case.keeps_attention else attention))
+    recomputed *= 1 + (SLICED if len(case.slices) > 1 else 0) + (OFFLOADED if case.offloads else 0)
+    packed = case.recipe.model.quantization == "nf4"
+    times = 2 if case.native else 2 + again
+    dequantizing = 6 * times * DEQUANTIZING[case.device] / case.tokens if packed else 0
+    return 4 + 3.5 * attention + recomputed + dequantizing
 
 
 def usable_bytes(free_bytes: int) -> int:

@@ -448,7 +448,7 @@ class NativeLayer:
     def _masks(self) -> int:
         """Dropout's, drawn one after the other; returns their bytes.
 
-        A CPU makes noise, then a product of it and ones; CUDA's one operation makes a mask beside the product.
+        A CPU makes noise, then its product with ones; CUDA's one operation a mask beside that.
         """
         case, tape, found = self.case, self.tape, 0
         each = 3 * 4 if case.device == "cpu" else 2 * 4 + 1

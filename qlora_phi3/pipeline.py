@@ -174,12 +174,12 @@ def settle(
     row_tokens = max(split.longest for split in (splits.train, splits.eval) if split is not None)
     known = splits.train.rows.fullest_step(recipe.train.effective_batch)
     usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
-    ways = memory.ways(recipe, checkpoint.geometry, known=known, device=kind)
-    way, notes = memory.choose(ways, usable), []
+    way = memory.Ways(recipe, checkpoint.geometry, known=known, device=kind).fastest(usable)
+    notes = []
     if "auto" in (recipe.train.activations, recipe.train.micro_batch):
         notes.append(way.of(usable))
         say(notes[0])
-    recipe = recipe.settled(micro_batch=way.micro_batch, activations=way.activations)
+    recipe = recipe.settled(**way.keys)
     plan = memory.predict(
         recipe,
         checkpoint.geometry,

@@ -28,12 +28,14 @@ from .recipe_values import (
     auto_or_count,
     auto_or_positive,
     auto_or_size,
+    auto_or_switch,
     check_export,
     check_method,
     check_sources,
     check_target,
     check_targets,
     check_version,
+    columns,
     is_hub_id,
     size_schema,
 )
@@ -307,13 +309,13 @@ class Train(_Part):
         description="where activations are recomputed or offloaded, so many of the last layers keep theirs; "
         "auto: as many as fit where activations is auto, else none",
     )
-    keep_attention: Literal["auto"] | bool = Field(
+    keep_attention: Annotated[Literal["auto"] | bool, BeforeValidator(auto_or_switch)] = Field(
         default="auto",
         description="layers that recompute keep their attention's output (native engine, not with offload); "
         "auto: where activations is auto and it is faster so, else no",
     )
     slice_columns: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=64, multiple_of=64)], BeforeValidator(auto_or_positive)
+        Literal["auto", "all"] | Annotated[int, Field(ge=64, multiple_of=64)], BeforeValidator(columns)
     ] = Field(
         default="auto",
         description="intermediate columns that a layer has at once where it recomputes (native engine); "

@@ -33,6 +33,13 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Set train.engine=auto, or adapter.method=lora.",
         ),
         (
+            train.engine == "reference"
+            and (train.keep_attention is True or isinstance(train.slice_columns, int)),
+            ("train", "engine"),
+            "reference neither keeps attention outputs alone nor recomputes in slices.",
+            "Set train.engine=native, or train.keep_attention and train.slice_columns to auto.",
+        ),
+        (
             not adapter.targets,
             ("adapter", "targets"),
             "is empty: nothing would be trained.",

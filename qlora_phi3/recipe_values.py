@@ -78,6 +78,20 @@ def auto_or_count(value: Any) -> Any:
     raise PydanticCustomError("expected", "needs `auto` or a whole number from 0 on")
 
 
+def auto_or_switch(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise PydanticCustomError("expected", "needs `auto`, true or false")
+
+
+def columns(value: Any) -> Any:
+    if value in ("auto", "all"):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 64 == 0:
+        return value
+    raise PydanticCustomError("expected", "needs `auto`, `all` or a multiple of 64")
+
+
 def auto_or_size(value: Any) -> Any:
     text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
     if isinstance(text, str) and text != "auto":

@@ -261,15 +261,16 @@ KEPT: list[dict[str, Any]] = [
 @pytest.mark.parametrize("keys", KEPT)
 @pytest.mark.parametrize("tokens", [64, 600])
 @pytest.mark.parametrize("shape", ["mini", "gqa"])
-@pytest.mark.parametrize("policy", ["keep", "recompute"])
+@pytest.mark.parametrize("policy", ["keep", "attention", "recompute"])
 def test_what_a_native_layer_saves(policy: str, shape: str, tokens: int, keys: dict[str, Any]) -> None:
-    settings = recipe(adapter__rank=4, train__activations=policy, train__engine="native", **keys)
+    how = {"train__activations": "keep"} if policy == "keep" else {"train__activations": "recompute"}
+    how |= {"train__keep_attention": policy == "attention", "train__engine": "native"}
+    settings = recipe(adapter__rank=4, **how, **keys)
     if settings.adapter.method == "dora":
         pytest.skip("native has no DoRA")
     fewer, _ = saved_in_pass(2, settings, tokens, shape)
     more, case = saved_in_pass(3, settings, tokens, shape)
-    expected = activations.saved_bytes(case) if policy == "keep" else case.state
-    assert more - fewer == expected
+    assert more - fewer == (activations.saved_bytes if policy == "keep" else activations.input_bytes)(case)
 
 
 @pytest.mark.parametrize("keys", KEPT)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from memory_lab import recipe as in_memory
 from rich.console import Console
+from test_pipeline import KEPT
 from test_trainer import quiet, ready
 
 from qlora_phi3 import cli, evaluate, generate, pipeline, trainer
@@ -133,6 +134,19 @@ def test_the_micro_batch_goes_down_to_divisors_then_the_rest(
         "train.logit_tokens=256 instead of 1024",
     ]
     assert rungs(settings, host_apart=False) == [rung for rung in rungs(settings) if "offload" not in rung]
+
+
+def test_fewer_layers_are_kept_before_anything_is_offloaded() -> None:
+    keys = {"train__effective_batch": 1, "train__micro_batch": 1, "train__logit_tokens": 256}
+    settings = in_memory(**keys, train__activations="keep", train__kept_layers=5, train__engine="native")
+    assert rungs(settings) == [
+        "train.activations=recompute instead of keep, train.kept_layers=2 instead of 5",
+        "train.kept_layers=1 instead of 2",
+        "train.kept_layers=0 instead of 1",
+        "train.activations=offload instead of recompute",
+    ]
+    attention = settings.settled(activations="recompute", kept_layers=0, keep_attention=True)
+    assert rungs(attention)[0] == "train.keep_attention=False instead of True"
 
 
 def test_what_is_low_already_stays() -> None:
@@ -374,6 +388,20 @@ def test_from_the_middle_on_the_run_is_one_that_changed_there(
         assert curve(lines)[2:] != plain[2:], "dropout differs by how rows pass"
 
 
+def test_fewer_kept_layers_change_no_loss(recipe: Callable[..., Recipe], train: Any) -> None:
+    keys = ["train.micro_batch=1", "train.activations=keep", "train.kept_layers=2", "train.engine=reference"]
+    settings = recipe(*FLOAT32, *keys, "adapter.dropout=0.3")
+    limit = Limit(lambda _, made: made.state.global_step == 2 and limit.failed < 2)
+    lines, events, settled = train(settings, limit)
+    assert [event.change for event in events] == [
+        "train.activations=recompute instead of keep, train.kept_layers=1 instead of 2",
+        "train.kept_layers=0 instead of 1",
+    ]
+    assert settled == settings.settled(activations="recompute", kept_layers=0)
+    half = settings.settled(activations="recompute", kept_layers=1)
+    assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0]) == curve(train(half)[0])
+
+
 @pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_the_last_rungs_change_no_loss(
@@ -539,7 +567,7 @@ def test_what_was_settled_is_written_and_repeats_the_run(
     sentence = "before step 1: out of memory; taken again with train.micro_batch=2 instead of 4"
     assert sentence in said.err and f"note: {sentence}" in said.out
     settled = load_recipe(out / "recipe.yaml")
-    assert settled == original.settled(micro_batch=2, activations="keep", engine="native")
+    assert settled == original.settled(micro_batch=2, engine="native", **KEPT)
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"]["train"]["micro_batch"] == 2
     assert [event["change"] for event in report["memory"]["adapted"]] == ["train.micro_batch=2 instead of 4"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_offloading_on_a_cpu_gains_nothing() -> None:
     there = phase(offloaded(device="cpu"), "train")
     assert part(there, "offloaded inputs") == 31 * 12 * MIB
     assert there.peak_bytes >= training(recipe(train__activations="recompute"), device="cpu").peak_bytes
-    assert all(way.activations != "offload" for way in memory.ways(recipe(), MINI, device="cpu"))
+    assert memory.Ways(recipe(), MINI, device="cpu").fastest(0).activations == "recompute"
 
 
 def test_auto_activations_are_recomputed() -> None:
@@ -130,7 +131,8 @@ def test_packing_fills_a_pass_up_to_its_rows_or_the_whole_step(
 def test_gradients_of_a_step_in_one_pass_replace_layer_inputs() -> None:
     one = training(recipe(train__effective_batch=1), row_tokens=256)
     whole = 96 * MIB * 31 // 32
-    assert part(one, "gradients") == whole - 31 * 256 * 3072 * 2
+    assert part(one, "gradients") == whole
+    assert part(one, "layer inputs") == 256 * 3072 * 2  # all but the first layer's are gone by then
     assert part(training(recipe(train__effective_batch=2), row_tokens=256), "gradients") == 96 * MIB
 
 
@@ -223,7 +225,7 @@ def test_rows_that_are_known_make_the_pass(
 
 
 def way(settings: Recipe, geometry: Geometry, usable: int, **keys: Any) -> memory.Way:
-    return memory.choose(memory.ways(settings, geometry, **keys), usable)
+    return memory.Ways(settings, geometry, **keys).fastest(usable)
 
 
 def chosen(settings: Recipe, geometry: Geometry, usable: int, **keys: Any) -> int:
@@ -255,43 +257,92 @@ def test_explicit_settings_stay() -> None:
     assert way(recipe(train__activations="recompute"), MINI, 10**15).activations == "recompute"
 
 
+def peak_and_cost(settings: Recipe, way: memory.Way, device: memory.Device) -> tuple[int, float]:
+    """What a run with these settings would be measured by."""
+    fixed = settings.settled(**way.keys)
+    only = memory.Ways(fixed, MINI, known=StepRows((300,)), device=device).fastest(0)
+    train = training(fixed, micro_batch=way.micro_batch, row_tokens=300, device=device)
+    assert only.peak_bytes == train.peak_bytes
+    return only.peak_bytes, only.cost
+
+
+@pytest.mark.parametrize("engine", ["reference", "native"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("effective_batch", [1, 7, 12])
-def test_the_choice_is_the_fastest_way_that_fits(device: memory.Device, effective_batch: int) -> None:
-    """Against every way there is, at budgets around each of their peaks."""
-    asked = recipe(train__effective_batch=effective_batch)
-    sizes = [n for n in range(effective_batch, 0, -1) if effective_batch % n == 0]
-    policies = ("keep", "recompute", "offload") if device == "cuda" else ("keep", "recompute")
-    fastest_first = [(policy, size) for policy in policies for size in sizes]
-    peaks = [
-        training(
-            recipe(train__effective_batch=effective_batch, train__activations=policy),
-            micro_batch=size,
-            row_tokens=300,
-            device=device,
-        ).peak_bytes
-        for policy, size in fastest_first
+@pytest.mark.parametrize("effective_batch", [1, 6])
+def test_the_choice_is_the_fastest_way_that_fits(
+    device: memory.Device, effective_batch: int, engine: str
+) -> None:
+    """Against every way there is, at budgets between the least and the most."""
+    asked = recipe(train__effective_batch=effective_batch, train__engine=engine)
+    every = []
+    native = engine == "native"
+    for policy, size, kept, attention, columns in product(
+        ("recompute", "offload") if device == "cuda" else ("recompute",),
+        [n for n in range(1, effective_batch + 1) if effective_batch % n == 0],
+        range(0, 33, 4),
+        [False, True] if native else [False],
+        ["all", 2048] if native else ["all"],
+    ):
+        if attention and policy == "offload":
+            continue
+        way = memory.Way(policy, size, kept, attention, columns, 0, 0.0)
+        every.append((*peak_and_cost(asked, way, device), way))
+    ways = memory.Ways(asked, MINI, known=StepRows((300,)), device=device)
+    most, least = (pick(peak for peak, _, _ in every) for pick in (max, min))
+    assert ways.fastest(most).activations == "keep"
+    for usable in [least + (most - least) * n // 7 for n in range(8)]:
+        found = ways.fastest(usable)
+        assert found.peak_bytes <= usable
+        assert found.cost <= min(cost for peak, cost, _ in every if peak <= usable) + 1e-9
+    assert ways.fastest(0).peak_bytes == least
+
+
+def test_layers_are_kept_as_far_as_memory_goes() -> None:
+    settings, known = recipe(train__micro_batch=1), StepRows((2048,))
+    kept = [way(settings, MINI, room * GIB, known=known).kept_layers for room in (4, 6, 8, 10, 12)]
+    assert kept == sorted(kept)
+    assert 0 < kept[1] < kept[2] < 32
+    more = way(settings, MINI, 8 * GIB, known=known)
+    one_more = settings.settled(**more.keys | {"kept_layers": more.kept_layers + 1})
+    assert training(one_more, row_tokens=2048).peak_bytes > 8 * GIB >= more.peak_bytes
+
+
+def test_long_documents_keep_attention_before_layers() -> None:
+    """What it costs to compute again grows with their length, what it takes to keep does not."""
+    long = replace(MINI, sliding_window=None, max_positions=131072)
+    found = [
+        way(recipe(train__engine="native"), long, usable * GIB, known=StepRows((length,)))
+        for length, usable in ((512, 4), (32768, 20))
     ]
-    for usable in (n for peak in peaks for n in (peak - 1, peak)):
-        fitting = [way for way, peak in zip(fastest_first, peaks, strict=True) if peak <= usable]
-        found = way(asked, MINI, usable, known=StepRows((300,)), device=device)
-        assert (found.activations, found.micro_batch) == (fitting or [(policies[-1], 1)])[0]
-        assert found.peak_bytes == peaks[fastest_first.index((found.activations, found.micro_batch))]
+    assert [one.keep_attention for one in found] == [False, True]
 
 
 def test_an_explicit_micro_batch_is_kept_where_it_fits_so() -> None:
     settings = recipe(train__micro_batch=4)
     keep = training(recipe(train__activations="keep"), micro_batch=4).peak_bytes
     assert way(settings, MINI, keep).activations == "keep"
-    least = training(settings, micro_batch=4).peak_bytes
-    assert way(settings, MINI, keep - 1) == memory.Way("recompute", 4, least)
+    assert way(settings, MINI, keep - 1).kept_layers == 31
+
+
+def test_settings_of_a_recipe_stay() -> None:
+    fixed = dict(train__activations="recompute", train__kept_layers=3, train__engine="native")
+    found = way(recipe(**fixed, train__keep_attention=True, train__slice_columns=1024), MINI, 80 * GIB)
+    assert (found.activations, found.kept_layers, found.keep_attention) == ("recompute", 3, True)
+    assert found.slice_columns == 1024
+    assert way(recipe(train__activations="recompute"), MINI, 80 * GIB).kept_layers == 0
+    assert way(recipe(train__kept_layers=5), MINI, 80 * GIB).kept_layers == 5
 
 
 def test_the_choice_in_words() -> None:
-    said = memory.Way("keep", 4, 3 * GIB).of(11 * GIB)
-    assert said == "keeping activations, micro batch 4: 3.00 GiB of 11.00 GiB"
-    assert memory.Way("offload", 1, GIB).of(GIB).startswith("offloading activations, micro batch 1:")
-    assert memory.Way("recompute", 1, GIB).of(2 * GIB).startswith("recomputing activations, micro batch 1:")
+    def said(policy: str, *keys: Any) -> str:
+        return memory.Way(policy, 4, *keys, 3 * GIB, 5.0).of(11 * GIB)
+
+    end = ", micro batch 4: 3.00 GiB of 11.00 GiB"
+    assert said("keep", 32, False, "all") == "keeping activations" + end
+    assert said("offload", 0, False, "all") == "offloading activations" + end
+    assert said("recompute", 12, False, "all") == "recomputing activations but for 12 layers" + end
+    words = "recomputing activations in slices of 2048 but for 3 layers and attention outputs"
+    assert said("recompute", 3, True, 2048) == words + end
 
 
 def test_fewer_logit_tokens_take_less() -> None:
