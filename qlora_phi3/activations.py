@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import LOGIT_TOKENS, Case, eager_sizes, norm_backward_bytes, window_blocks
-from .native_replay import NativeLayer, Tiles, kept_beside_input
+from .native_replay import NativeLayer, kept_beside_input, shared_bytes
 from .replay import Backward, Layer, saved_beside_input
 from .sizes import target_linears
 from .tape import Tape
@@ -31,19 +31,19 @@ class Held:
     kept_bytes: int
 
 
-def held(case: Case, layer: int, *, back: bool = True) -> Held:
+def held(case: Case, layer: int, saved: int, *, back: bool = True) -> Held:
     """What the layers up to this one, counted from 0, hold as its backward begins.
 
     Without `back`, no offloaded input is on its way to the device yet: not before the first layer that
-    recomputes is reached.
+    recomputes is reached. `saved` is `saved_bytes` of the case.
     """
     if not case.through_layers:
         return Held(0, 0, 0, 0)
     others = case.geometry.num_layers - case.kept_layers
     kept = max(0, layer + 1 - others)
-    kept_bytes = kept * saved_bytes(case)
+    kept_bytes = kept * saved
     if not others and not (case.trains_inputs or case.native):  # the first layer's input needs no gradient
-        kept_bytes += saved_beside_input(case, first=True) - saved_bytes(case)
+        kept_bytes += saved_beside_input(case, first=True) - saved
     inputs = min(layer + 1, others)
     if not case.offloads or not inputs:
         return Held(kept, inputs, 0, kept_bytes)
@@ -92,7 +92,7 @@ def row_bytes(case: Case) -> int:
     """Ids, labels and positions of a pass as int64, RoPE's sines, and the masks that are kept for reuse."""
     masks = sum(queries * keys for queries, keys in set(window_blocks(case)))
     masks += eager_sizes(case)[3] if case.attention == "eager" else 0
-    masks = Tiles(case).kept if case.native else masks
+    masks = shared_bytes(case) if case.native else masks
     return case.tokens * 3 * 8 + _rotary_bytes(case) + masks
 
 

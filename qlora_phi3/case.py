@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Final, Literal
 
 from .phi3 import Geometry
@@ -35,6 +36,20 @@ def kept_layers(recipe: Recipe, num_layers: int) -> int:
 def keeps_attention(recipe: Recipe) -> bool:
     """Whether layers that recompute on the native engine keep their attention's output; `auto` is no."""
     return recipe.train.keep_attention is True and recipe.train.activations != "offload"
+
+
+def head_groups(num: int, num_kv: int, width: int, most_columns: int | None) -> list[tuple[int, int]]:
+    """Spans of key heads whose queries, keys and values are at most so many columns, where one's are.
+
+    What a group takes of o_proj's columns is whole blocks of 64 of its weights. None: one group.
+    """
+    if most_columns is None:
+        return [(0, num_kv)]
+    shares = num // num_kv
+    aligned = 64 // gcd(64, shares * width)
+    fitting = most_columns // ((shares + 2) * width)
+    step = max(aligned, fitting // aligned * aligned)
+    return [(at, min(at + step, num_kv)) for at in range(0, num_kv, step)]
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,13 @@ class Case:
         wanted, whole = self.recipe.train.slice_columns, self.geometry.intermediate_size
         step = wanted if self.native and isinstance(wanted, int) else whole
         return [min(step, whole - at) for at in range(0, whole, step)]
+
+    @property
+    def head_groups(self) -> list[int]:
+        """Key heads whose attention such a layer computes at once, one group after the other."""
+        wanted, g = self.recipe.train.slice_columns, self.geometry
+        most = wanted if self.native and isinstance(wanted, int) else None
+        return [stop - start for start, stop in head_groups(g.num_heads, g.num_kv_heads, g.head_dim, most)]
 
     @property
     def through_layers(self) -> bool:

@@ -17,6 +17,7 @@ from .case import Case, Device
 from .phases import (
     Part,
     Phase,
+    Stages,
     adapter_part,
     attach_phase,
     evaluate_phase,
@@ -152,7 +153,8 @@ def predict(
     """
     row_tokens = row_tokens or recipe.data.max_length
     case = training_case(recipe, geometry, micro_batch, known or StepRows((row_tokens,)), device)
-    phases = [load_phase(case), attach_phase(case), first_step_phase(case), train_phase(case)]
+    train = train_phase(case)
+    phases = [load_phase(case), attach_phase(case), first_step_phase(train), train]
     if recipe.data.eval is not None:
         phases.append(evaluate_phase(replace(case, length=row_tokens), micro_batch))
     phases.append(save_phase(case))
@@ -231,6 +233,7 @@ class Ways:
         self._known = known or StepRows((recipe.data.max_length,))
         self._native = self._case(recipe, 1).native
         self._peaks: dict[Way, Way] = {}
+        self._stages: dict[tuple[Way, bool, bool], Stages] = {}
 
     def fastest(self, usable: int) -> Way:
         """The fastest way that fits, of equals the one with the largest micro batch; where none fits, the one
@@ -273,10 +276,12 @@ class Ways:
             kept = train.kept_layers if isinstance(train.kept_layers, int) else 0
             return self._measured(way, layers if way.activations == "keep" else min(kept, layers))
         low, high = 0, layers
-        while low < high:
-            middle = (low + high + 1) // 2
+        if self._measured(way, high).peak_bytes <= usable:
+            return self._measured(way, high)
+        while low < high - 1 and self._measured(way, low).peak_bytes <= usable:
+            middle = (low + high) // 2
             fits = self._measured(way, middle).peak_bytes <= usable
-            low, high = (middle, high) if fits else (low, middle - 1)
+            low, high = (middle, high) if fits else (low, middle)
         return self._measured(way, low)
 
     def _measured(self, way: Way, kept: int) -> Way:
@@ -286,7 +291,12 @@ class Ways:
         way = replace(way, kept_layers=kept)
         if way not in self._peaks:
             case = self._case(self._recipe.settled(**way.keys), way.micro_batch)
-            self._peaks[way] = replace(way, peak_bytes=train_phase(case).peak_bytes, cost=_cost(case))
+            alike = replace(way, kept_layers=0), kept > 0, kept < self._geometry.num_layers
+            if alike not in self._stages:
+                self._stages[alike] = Stages(case)
+            stages = self._stages[alike]
+            peak = train_phase(case, stages).peak_bytes
+            self._peaks[way] = replace(way, peak_bytes=peak, cost=_cost(case))
         return self._peaks[way]
 
     def _case(self, recipe: Recipe, micro_batch: int) -> Case:
@@ -311,6 +321,8 @@ def _cost(case: Case) -> float:
     attention = 4 * g.num_layers * g.num_heads * g.head_dim * seen / g.num_linear_parameters
     down = prod(g.linear_shape("down_proj")) * g.num_layers / g.num_linear_parameters
     products = 2 * (1 - down) if case.native else 2
+    if len(case.head_groups) > 1 and not case.keeps_attention:  # queries, keys and values once more
+        products += 2 * prod(g.linear_shape("qkv_proj")) * g.num_layers / g.num_linear_parameters
     recomputed = again * (products + (0 if case.keeps_attention else attention))
     recomputed *= 1 + (SLICED if len(case.slices) > 1 else 0) + (OFFLOADED if case.offloads else 0)
     packed = case.recipe.model.quantization == "nf4"
@@ -337,6 +349,6 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
     if not case.offloads:
         return (context, share), (imports, rows)
     # torch's pinned memory comes in powers of two. Source: ATen/core/CachingHostAllocator.h
-    each, whole = 1 << (case.state - 1).bit_length(), held(case, case.geometry.num_layers - 1)
+    each, whole = 1 << (case.state - 1).bit_length(), held(case, case.geometry.num_layers - 1, 0)
     pinned = parked_part(case, whole, each, "estimate")
     return (context, share), (imports, pinned, rows)

@@ -35,22 +35,27 @@ def sums_bytes(case: Case) -> int:
 
 
 class Tiles:
-    """How engine/tiles.py cuts documents of one length, off flash attention.
+    """How engine/tiles.py cuts documents of one length, off flash attention, with so many key heads at once.
 
-    `whole`: documents of a group that is computed together, 0 where one is too long for that.
+    `whole`: documents of a group that is computed together, 0 where one is too long for that. `query` and
+    `key` are bytes of what these heads have.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, num_kv_heads: int) -> None:
         g, self.case = case.geometry, case
+        self.shares = g.num_heads // g.num_kv_heads
+        self.heads = num_kv_heads
+        self.query = case.query // g.num_kv_heads * num_kv_heads
+        self.key = case.key // g.num_kv_heads * num_kv_heads
         self.length = min(case.length, case.tokens)
         self.documents = max(1, case.tokens // self.length)
-        area = g.num_heads * self.length**2
-        self.whole = min(self.documents, SCORES // area)
+        heads = self.shares * num_kv_heads
+        self.whole = min(self.documents, SCORES // (heads * self.length**2))
         self.queries, self.keys = self.length, self.length
         if not self.whole:
             window = min(self.length, g.sliding_window or self.length)
             reach = min(self.length, 2 * window)
-            step = max(1, min(window, SCORES // (g.num_heads * reach)))
+            step = max(1, min(window, SCORES // (heads * reach)))
             stops = [(at, min(self.length, at + step)) for at in range(0, self.length, step)]
             blocks = [(stop - at, stop - max(0, at - window + 1)) for at, stop in stops]
             self.queries, self.keys = max(blocks, key=lambda block: block[0] * block[1])
@@ -62,7 +67,7 @@ class Tiles:
     @property
     def scores(self) -> int:
         """Bytes of one tile's scores."""
-        return self.count * self.case.geometry.num_heads * self.queries * self.keys * self.case.compute
+        return self.count * self.shares * self.heads * self.queries * self.keys * self.case.compute
 
     def rows(self, size: int, tokens: int) -> int:
         """Of `size`, bytes that all tokens have, those of so many in each document of a tile."""
@@ -73,24 +78,29 @@ class Tiles:
         """What the layers of a pass share: each group's places and bias."""
         if self.case.attention == "flash" or not self.whole:
             return 0
-        shares = self.case.geometry.num_heads // self.case.geometry.num_kv_heads
         groups = -(-self.documents // self.whole)
-        return 8 * self.case.tokens + groups * shares * self.length**2 * self.case.compute
+        return 8 * self.case.tokens + groups * self.shares * self.length**2 * self.case.compute
 
     @property
     def bias(self) -> int:
         """Of one block, made for it: int64 distances and what is seen come and go before it."""
-        if self.whole:
-            return 0
-        shares = self.case.geometry.num_heads // self.case.geometry.num_kv_heads
-        return shares * self.queries * self.keys * self.case.compute
+        return 0 if self.whole else self.shares * self.queries * self.keys * self.case.compute
+
+
+def shared_bytes(case: Case) -> int:
+    """What the layers of a pass share of documents' places and biases, for every number of heads at once."""
+    sizes = set(case.head_groups) if case.kept_layers < case.geometry.num_layers else set()
+    sizes |= {case.geometry.num_kv_heads} if case.kept_layers else set()
+    return sum(Tiles(case, size).kept for size in sizes)
 
 
 class NativeLayer:
     """One layer on a tape. The layer's input and the gradient of its output are the caller's."""
 
     def __init__(self, case: Case, tape: Tape) -> None:
-        self.case, self.tape, self.tiles = case, tape, Tiles(case)
+        self.case, self.tape = case, tape
+        self.all_heads = [Tiles(case, case.geometry.num_kv_heads)]
+        self.groups = [Tiles(case, size) for size in case.head_groups]
 
     # Forward
 
@@ -98,10 +108,10 @@ class NativeLayer:
         """Leaves the output, and what is saved; with `keeps` all, else the rest is freed."""
         case, tape = self.case, self.tape
         masks = self._masks()
-        self._attend()
-        attention = case.query + sums_bytes(case)
-        dropped = 0 if keeps else case.query + 2 * case.key + (0 if case.keeps_attention else attention)
-        tape.free(dropped, 0 if keeps else self._narrow("qkv_proj", "o_proj"))
+        groups = self.all_heads if keeps else self.groups
+        self._attend(groups, leaves_out=keeps or case.keeps_attention)
+        if not keeps:
+            tape.free(0 if len(groups) > 1 else case.query + 2 * case.key, self._narrow("qkv_proj", "o_proj"))
         last = self._feed_forward([1.0] if keeps else self._slices)
         tape.free(0 if keeps else case.state + 2 * last + self._narrow(*INTERMEDIATE), masks)
 
@@ -110,19 +120,45 @@ class NativeLayer:
         """Shares of the intermediate columns."""
         return [columns / self.case.geometry.intermediate_size for columns in self.case.slices]
 
-    def _attend(self, *, attends: bool = True) -> None:
-        """Leaves qkv, the attention's output, the sum with the residual, both A's outputs.
+    def _attend(self, groups: list[Tiles], *, attends: bool = True, leaves_out: bool = True) -> None:
+        """Leaves the sum with the residual and both A's outputs; of a single group qkv, and of all that is
+        computed with `leaves_out` the attention's output.
 
-        Without `attends`, the attention's output is there, and not counted.
+        Without `attends`, that is there, and not counted.
         """
-        case, tape = self.case, self.tape
+        case, tape, alone = self.case, self.tape, len(groups) == 1
         self._norm()
-        self._linear("qkv_proj")
-        tape.free(case.state)
-        self._rotate()
-        if attends:
-            self._attention()
-        self._linear("o_proj")
+        tape.stage = "qkv_proj"
+        self._narrowed("qkv_proj")
+        share, last = 0.0, groups[-1]
+        for group in groups:
+            tape.free(int(self._output("qkv_proj") * share))
+            share = group.heads / case.geometry.num_kv_heads
+            share = share if attends or alone else 0.0
+            if share:
+                tape.stage = "qkv_proj"
+                weight = self._made_weight("qkv_proj", share)
+                tape.new(int(self._output("qkv_proj") * share))
+                tape.free(weight)
+                self._widen("qkv_proj", share)
+                self._rotate(share)
+            tape.free(case.state if group is last else 0)
+            made = group.query + sums_bytes(case) * group.query // case.query
+            if attends:
+                self._attention(group)
+            elif not alone:
+                tape.new(made)  # a copy of what is there
+            tape.stage = "o_proj"
+            self._narrow_part("o_proj", group.query, first=group is groups[0])
+            weight = self._made_weight("o_proj", group.query / case.query)
+            tape.new(case.state if group is groups[0] else 0)
+            tape.free(weight)
+            gone = not leaves_out if attends else not alone
+            tape.free(made if gone else 0)
+        self._widen("o_proj")
+        tape.free(0 if alone else int(self._output("qkv_proj") * share))
+        if attends and leaves_out and not alone:
+            tape.passing(case.query + sums_bytes(case))  # those of all groups, joined
 
     def _feed_forward(self, slices: Sequence[float]) -> int:
         """Leaves the output, the last slice of gate_up_proj's, both A's outputs; returns half that slice."""
@@ -138,7 +174,7 @@ class NativeLayer:
             tape.stage = "SwiGLU"
             tape.new(wide)
             tape.stage = "down_proj"
-            self._narrow_part(wide, first=number == 0)
+            self._narrow_part("down_proj", wide, first=number == 0)
             weight = self._made_weight("down_proj", share)
             tape.new(0 if number else case.state)
             tape.free(weight, wide)
@@ -146,11 +182,10 @@ class NativeLayer:
         tape.free(case.state)
         return wide
 
-    def _narrow_part(self, wide: int, *, first: bool) -> None:
-        """A slice's part of the output of down_proj's A; leaves the first."""
-        made = self._narrow("down_proj")
-        self._narrowed("down_proj", dropped=wide)
-        self.tape.free(0 if first else made)
+    def _narrow_part(self, name: str, size: int, *, first: bool) -> None:
+        """What a part of so many bytes of a linear's input gives to the output of its A; leaves the first."""
+        self._narrowed(name, dropped=size)
+        self.tape.free(0 if first else self._narrow(name))
 
     def _norm(self) -> None:
         """Leaves the output."""
@@ -171,27 +206,18 @@ class NativeLayer:
         tape.new(scale, 0 if case.compute != 4 else wide)
         return scale, wide
 
-    def _rotate(self) -> None:
-        """Half of the dimensions that turn."""
+    def _rotate(self, share: float) -> None:
+        """Half of the dimensions that turn, of a share of the heads."""
         self.tape.stage = "RoPE"
-        turning = (self.case.query + self.case.key) * self.case.geometry.rotary_fraction
+        turning = (self.case.query + self.case.key) * self.case.geometry.rotary_fraction * share
         self.tape.passing(int(turning) // 2)
 
-    def _linear(self, name: str) -> None:
-        """Leaves the output, and A's."""
-        self.tape.stage = name
-        self._narrowed(name)
-        self._product(name, self._output(name))
-
-    def _product(self, name: str, out: int, share: float = 1.0) -> None:
+    def _product(self, name: str, out: int, share: float) -> None:
+        """Leaves the output; the weight is a local of the caller's until B is through."""
         weight = self._made_weight(name, share)
         self.tape.new(out)
-        if name == "gate_up_proj":  # a local of the caller's until B is through
-            self._widen(name, share)
-            self.tape.free(weight)
-            return
+        self._widen(name, share)
         self.tape.free(weight)
-        self._widen(name)
 
     def _narrowed(self, name: str, dropped: int = 0) -> None:
         """Leaves A's output. `dropped`: bytes of its input, where it is no state."""
@@ -224,23 +250,27 @@ class NativeLayer:
         return self._most_rows(name, share) * self.case.rank * self.case.compute
 
     def _most_rows(self, name: str, share: float) -> int:
-        """Of a B that are taken at once; of gate_up_proj's slices those of gate or of up."""
-        most = max(self.case.geometry.pair_shape(part)[0] for part in self.case.parts(name))
-        if name != "gate_up_proj" or share == 1:
+        """Of a B that are taken at once; of slices those of gate or of up, of groups those of queries."""
+        g, most = (
+            self.case.geometry,
+            max(self.case.geometry.pair_shape(part)[0] for part in self.case.parts(name)),
+        )
+        if share == 1 or name not in ("gate_up_proj", "qkv_proj"):
             return most
-        return int(share * self.case.geometry.intermediate_size)
+        largest = g.intermediate_size if name == "gate_up_proj" else g.num_heads * g.head_dim
+        return int(share * min(most, largest))
 
     def _made_weight(self, name: str, share: float = 1.0) -> int:
         """Leaves the weight as it is multiplied with, or what of it a slice takes; returns its bytes.
 
-        Unpacked, only rows of gate and of up are copied, to lie one behind the other.
+        Unpacked, only rows are copied, to lie one behind the other.
         """
         case, tape = self.case, self.tape
         rows, columns = case.geometry.linear_shape(name)
         weight = int(rows * columns * case.compute * share)
         whole = dequantized_bytes(case.recipe, case.geometry, name)
         if not whole:
-            return tape.new(weight if share < 1 and name == "gate_up_proj" else 0)
+            return tape.new(weight if share < 1 and name in ("gate_up_proj", "qkv_proj") else 0)
         scales = whole - rows * columns * case.compute
         if share == 1:
             tape.new(weight, scales)
@@ -253,32 +283,32 @@ class NativeLayer:
         tape.free(packed, some)
         return weight
 
-    def _attention(self) -> None:
+    def _attention(self, tiles: Tiles) -> None:
         """Leaves the output. Source: engine/tiles.py."""
-        case, tape, tiles = self.case, self.tape, self.tiles
+        case, tape = self.case, self.tape
         tape.stage = "attention"
-        tape.new(case.query, sums_bytes(case))
+        tape.new(tiles.query, sums_bytes(case) * tiles.query // case.query)
         if case.attention == "flash":
             return
-        held = tape.new(tiles.bias) + self._taken()
+        held = tape.new(tiles.bias) + self._taken(tiles)
         tape.new(tiles.scores)
         tape.passing(tiles.scores)  # the softmax is another
-        found = tape.new(tiles.rows(case.query, tiles.queries))
+        found = tape.new(tiles.rows(tiles.query, tiles.queries))
         tape.free(tiles.scores)
         tape.passing(found)  # in the order of tokens
         tape.free(found, held)
 
-    def _taken(self) -> int:
+    def _taken(self, tiles: Tiles) -> int:
         """Leaves a tile's queries, keys and values by heads; returns their bytes.
 
         Copied are several heads of several documents, and queries that share keys.
         """
-        case, tape, tiles = self.case, self.tape, self.tiles
-        size = tiles.rows(case.query + 2 * case.key, tiles.length) if tiles.whole else 0
-        if tiles.count > 1 and case.geometry.num_kv_heads > 1:
+        case, tape = self.case, self.tape
+        size = tiles.rows(tiles.query + 2 * tiles.key, tiles.length) if tiles.whole else 0
+        if tiles.count > 1 and tiles.heads > 1:
             tape.passing(size, size)
             return tape.new(size)
-        return tape.new(size, tiles.rows(case.query, tiles.queries) if case.grouped else 0)
+        return tape.new(size, tiles.rows(tiles.query, tiles.queries) if case.grouped else 0)
 
     # Backward
 
@@ -291,10 +321,11 @@ class NativeLayer:
         case, tape = self.case, self.tape
         tape.new(case.state)
         self._masks()
+        groups = self.groups if recomputes else self.all_heads
         if recomputes:
-            self._attend(attends=not case.keeps_attention)
+            self._attend(groups, attends=not case.keeps_attention)
         self._feed_backward(recomputes=recomputes)
-        self._attend_backward()
+        self._attend_backward(groups)
 
     def _feed_backward(self, *, recomputes: bool) -> None:
         """Leaves the gradient of the sum, and those of both adapters."""
@@ -331,7 +362,7 @@ class NativeLayer:
         tape.new(wide, inner)
         tape.free(2 * wide)  # silu(gate), and the gradient of what came out
         if inner and recomputes:
-            self._narrow_part(wide, first=first)
+            self._narrow_part("down_proj", wide, first=first)
         self._a_backward("down_proj", share, first=first)
         tape.free(inner)
         tape.stage = "gate_up_proj's backward"
@@ -341,30 +372,53 @@ class NativeLayer:
         tape.new(case.state if first else 0)
         tape.free(2 * wide if recomputes else 0, weight)
 
-    def _attend_backward(self) -> None:
+    def _attend_backward(self, groups: list[Tiles]) -> None:
         """Leaves the gradient of the input, and those of both adapters."""
-        case, tape = self.case, self.tape
+        case, tape, alone = self.case, self.tape, len(groups) == 1
+        if not alone:
+            self._norm()
         tape.stage = "o_proj's backward"
-        self._linear_backward("o_proj", case.query)
-        self._attention_backward()
-        tape.free(case.query)
-        self._rotate()
-        self._norm()
+        self._narrow_backward("o_proj")
+        for group in groups:
+            self._group_backward(group, first=group is groups[0], alone=alone)
+        tape.stage = "o_proj's backward"
+        self._b_backward("o_proj")
+        if alone:
+            self._norm()
         tape.stage = "qkv_proj's backward"
-        self._linear_backward("qkv_proj", case.state)
-        tape.free(case.query + 2 * case.key, case.state)
+        self._a_backward("qkv_proj")
+        tape.free(case.state)
+        self._input_backward("qkv_proj", case.state)
         self._norm_backward()
 
-    def _linear_backward(self, name: str, size: int) -> None:
-        """Leaves the input's gradient, of so many bytes, and the adapter's."""
-        self._narrow_backward(name)
-        self._b_backward(name)
-        self._a_backward(name)
-        weight = self._made_weight(name)
-        self.tape.new(size)
-        self.tape.free(weight)
-        self._input_backward(name, size)
-        self.tape.free(self._narrow(name))
+    def _group_backward(self, group: Tiles, *, first: bool, alone: bool) -> None:
+        """Of some heads; the first leaves what the others add to."""
+        case, tape = self.case, self.tape
+        share, columns = group.heads / case.geometry.num_kv_heads, group.query / case.query
+        tape.stage = "o_proj's backward"
+        part = tape.new(0 if alone else group.query)  # a copy of the attention's output
+        self._a_backward("o_proj", columns, first=first)
+        weight = self._made_weight("o_proj", columns)
+        tape.new(group.query)
+        tape.free(weight)
+        self._input_backward("o_proj", group.query)
+        qkv = weight = 0
+        if not alone:
+            tape.stage = "qkv_proj's backward"
+            weight = self._made_weight("qkv_proj", share)
+            qkv = tape.new(group.query + 2 * group.key)
+            self._widen("qkv_proj", share)
+            self._rotate(share)
+        self._attention_backward(group)
+        tape.free(group.query, qkv, part)
+        self._rotate(share)
+        tape.stage = "qkv_proj's backward"
+        self._b_backward("qkv_proj", share, first=first)
+        self._narrow_backward("qkv_proj", share)
+        tape.free(0 if first else self._narrow("qkv_proj"))
+        weight = weight if not alone else self._made_weight("qkv_proj")
+        tape.new(case.state if first else 0)
+        tape.free(group.query + 2 * group.key, weight)
 
     def _narrow_backward(self, name: str, share: float = 1.0) -> None:
         """Leaves the gradient of A's output."""
@@ -414,21 +468,21 @@ class NativeLayer:
         tape.new(case.state if half else 0)
         tape.free(wide, scale, scale, wide if half else 0)
 
-    def _attention_backward(self) -> None:
+    def _attention_backward(self, tiles: Tiles) -> None:
         """Leaves the gradient of qkv."""
-        case, tape, tiles = self.case, self.tape, self.tiles
+        case, tape = self.case, self.tape
         tape.stage = "attention's backward"
-        size = case.query + 2 * case.key
+        size = tiles.query + 2 * tiles.key
         if case.attention == "flash":
             tape.new(size)
             tape.passing(size)
             return
         tape.new(size)
         summed = (
-            0 if tiles.whole else tape.new(2 * 4 * tiles.length * (case.key // case.tokens) // case.compute)
+            0 if tiles.whole else tape.new(2 * 4 * tiles.length * (tiles.key // case.tokens) // case.compute)
         )
-        held = tape.new(tiles.bias) + self._taken()
-        queries, keys = tiles.rows(case.query, tiles.queries), tiles.rows(case.key, tiles.keys)
+        held = tape.new(tiles.bias) + self._taken(tiles)
+        queries, keys = tiles.rows(tiles.query, tiles.queries), tiles.rows(tiles.key, tiles.keys)
         copies = tiles.count > 1 or case.grouped
         tape.passing(queries if tiles.whole else 0, queries if copies else 0)
         held += tape.new(queries if copies or tiles.whole else 0)

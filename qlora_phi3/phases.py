@@ -7,8 +7,8 @@ native one's. Each part says how sure it is. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from .activations import (
@@ -163,14 +163,43 @@ def attach_phase(case: Case) -> Phase:
     return Phase("attach", (*_weight_parts(case), adapter_part(case, "adapters")))
 
 
-def first_step_phase(case: Case) -> Phase:
-    """A step's only or last pass; optimizer states are made after it."""
-    return replace(pass_phase(case), name="first step")
+def first_step_phase(train: Phase) -> Phase:
+    """What every step takes but for the optimizer's states, which are made after the first one's passes."""
+    parts = [part for part in train.parts if part.name != "optimizer states"]
+    return Phase("first step", tuple(parts))
 
 
-def train_phase(case: Case) -> Phase:
+def train_phase(case: Case, stages: Stages | None = None) -> Phase:
     """Everything; `activations: auto` is the least that it can become, recompute."""
-    return pass_phase(case, _optimizer_part(case))
+    return pass_phase(case, _optimizer_part(case), stages=stages)
+
+
+class Stages:
+    """A pass replayed stage by stage, each once, however many of its layers keep: all, some or none.
+
+    `case` stands for all that differ in nothing but how many of some.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self._case, self._peaks = case, dict[tuple[str, bool | int], Peak]()
+        self.saved = saved_bytes(case) if case.kept_layers else 0
+        self.autocast = autocast_bytes(case)
+        self.rows, self.embedding = row_bytes(case), embedding_bytes(case)
+
+    def forward(self, *, saving: bool) -> Peak:
+        return self._once("forward", saving, lambda: forward_peak(self._case, saving=saving))
+
+    def loss(self, cached: int) -> Peak:
+        return self._once("loss", cached, lambda: loss_peak(self._case, cached))
+
+    def backward(self, *, recomputes: bool) -> Peak:
+        return self._once("backward", recomputes, lambda: backward_peak(self._case, recomputes=recomputes))
+
+    def _once(self, name: str, how: bool | int, replayed: Callable[[], Peak]) -> Peak:
+        found = self._peaks.get((name, how))
+        if found is None:
+            found = self._peaks[name, how] = replayed()
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,9 +216,10 @@ class _Moment:
         return self.peak.num_bytes + self.held_bytes + self.gradients
 
 
-def pass_phase(case: Case, *beside: Part) -> Phase:
+def pass_phase(case: Case, *beside: Part, stages: Stages | None = None) -> Phase:
     """A forward and backward pass with what is `beside` it."""
-    fullest = max(_moments(case), key=lambda moment: moment.num_bytes)
+    stages = stages or Stages(case)
+    fullest = max(_moments(case, stages), key=lambda moment: moment.num_bytes)
     whole = adapter_part(case, "gradients")
     there = "" if whole.num_bytes == fullest.gradients else ", of the layers that are through"
     states = (
@@ -198,9 +228,9 @@ def pass_phase(case: Case, *beside: Part) -> Phase:
         *beside,
     )
     words = f"{case.tokens} tokens: ids, labels, positions, RoPE"
-    working = fullest.peak.num_bytes + embedding_bytes(case)
+    working = fullest.peak.num_bytes + stages.embedding
     activations = (
-        Part("rows", row_bytes(case), words, "replayed"),
+        Part("rows", stages.rows, words, "replayed"),
         *_held_parts(case, fullest.held),
         Part("working set", working, f"fullest in: {fullest.peak.stage}", "replayed"),
     )
@@ -211,7 +241,7 @@ def _held_parts(case: Case, found: Held) -> Iterator[Part]:
     """What the layers hold for their backward."""
     layers = case.geometry.num_layers
     if found.kept:
-        words = f"{found.kept} layers x {format_bytes(saved_bytes(case))}"
+        words = f"{found.kept} layers x {format_bytes(found.kept_bytes // found.kept)}"
         yield Part("kept activations", found.kept_bytes, words, "replayed")
     if found.inputs:
         words = f"{found.inputs} layers x {format_bytes(input_bytes(case))}"
@@ -227,7 +257,7 @@ def parked_part(case: Case, found: Held, each: int, kind: Kind) -> Part:
     return Part("offloaded inputs", found.parked * each, words, kind)
 
 
-def _moments(case: Case) -> Iterator[_Moment]:
+def _moments(case: Case, stages: Stages) -> Iterator[_Moment]:
     """Where a pass can be fullest: the last layer's forward, the loss, and backwards of layers.
 
     Between layers that do the same, what is held and the gradients change evenly: the first and last of them
@@ -235,31 +265,32 @@ def _moments(case: Case) -> Iterator[_Moment]:
     """
     last, kept = case.geometry.num_layers - 1, case.kept_layers
     others = case.geometry.num_layers - kept
-    whole = held(case, last, back=False)
-    cached = autocast_bytes(case) * others // case.geometry.num_layers
+    saved = stages.saved
+    whole = held(case, last, saved, back=False)
+    cached = stages.autocast * others // case.geometry.num_layers
 
     def moment(peak: Peak, layer: int, there: Held) -> _Moment:
         return _Moment(peak, there, held_bytes(case, there), _gradients(case, layer))
 
     keep = bool(kept)
-    forward = forward_peak(case, saving=keep and case.through_layers)
+    forward = stages.forward(saving=keep and case.through_layers)
     # the last layer has not saved yet what it will; its input is there, and the embedding's output
-    own = 2 * case.state - saved_bytes(case) if keep or not case.through_layers else 0
+    own = 2 * case.state - saved if keep or not case.through_layers else 0
     own -= case.state if case.native and case.through_layers and keep else 0  # its input is in what it saves
     # offloaded, the embedding's output is there until all layers are through
     own += case.state if case.offloads and case.trains_inputs else 0
     yield moment(Peak(forward.num_bytes + own + cached, forward.stage), last + 1, whole)
-    yield moment(loss_peak(case, cached), last + 1, whole)
+    yield moment(stages.loss(cached), last + 1, whole)
     if not case.through_layers:
         return
     if kept:
-        backward = backward_peak(case, recomputes=False)
+        backward = stages.backward(recomputes=False)
         for layer in {last, others}:
-            yield moment(backward, layer, held(case, layer, back=False))
+            yield moment(backward, layer, held(case, layer, saved, back=False))
     if others:
-        backward = backward_peak(case, recomputes=True)
+        backward = stages.backward(recomputes=True)
         for layer in {others - 1, *range(min(3, others))}:
-            yield moment(backward, layer, held(case, layer))
+            yield moment(backward, layer, held(case, layer, saved))
 
 
 def evaluate_phase(case: Case, micro_batch: int) -> Phase:

@@ -318,8 +318,8 @@ class Train(_Part):
         Literal["auto", "all"] | Annotated[int, Field(ge=64, multiple_of=64)], BeforeValidator(columns)
     ] = Field(
         default="auto",
-        description="intermediate columns that a layer has at once where it recomputes (native engine); "
-        "auto: all, or 2048 where nothing fits otherwise",
+        description="columns of the intermediate, and of queries, keys and values, that a layer has at once "
+        "where it recomputes (native engine); auto: all, or 2048 where nothing fits otherwise",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")

@@ -21,7 +21,7 @@ from ..kernels import rms_norm, rope, swiglu
 from . import tiles
 from .linear import Gradients, Linear, Span, draw
 from .policy import Keep
-from .tiles import Heads, Run
+from .tiles import Group, Heads, Run
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Layer:
     down: Linear
     intermediate: int
     slice_columns: int
+    sliced: bool
 
     @classmethod
     def of(cls, module: Any, slice_columns: int | None = None) -> Layer:
@@ -69,6 +70,7 @@ class Layer:
             Linear.of(mlp.down_proj),
             intermediate,
             slice_columns or intermediate,
+            slice_columns is not None,
         )
 
     @property
@@ -93,6 +95,10 @@ class Layer:
             return [(0, 2 * self.intermediate)]
         return [(start, stop), (self.intermediate + start, self.intermediate + stop)]
 
+    def groups(self, run: Run) -> list[Group]:
+        """Of heads, computed one after the other."""
+        return run.head_groups if self.sliced else run.all_heads
+
     def draw(self, x: torch.Tensor) -> list[torch.Tensor | None]:
         """Dropout's masks of all linears, in the order that PEFT draws them."""
         return [draw(linear, len(x), x.device) for linear in self.linears]
@@ -102,11 +108,12 @@ class Layer:
 class Attended:
     """The first half of a layer: its tensors, up to the sum with the residual.
 
-    Shape: qkv (tokens, size) with positions, state (tokens, hidden_size), z's (tokens, ranks); `out` is what
-        tiles.forward returns, o_proj's input first.
+    Shape: qkv (tokens, size) with positions, None where heads were computed in groups; state (tokens,
+        hidden_size), z's (tokens, ranks); `out` is what tiles.forward returns, o_proj's input first, () where
+        nobody asked for it.
     """
 
-    qkv: torch.Tensor
+    qkv: torch.Tensor | None
     out: tuple[torch.Tensor, ...]
     state: torch.Tensor
     z_qkv: torch.Tensor | None
@@ -119,13 +126,54 @@ def attend(
     run: Run,
     masks: Sequence[torch.Tensor | None],
     out: tuple[torch.Tensor, ...] = (),
+    *,
+    leaves_out: bool,
 ) -> Attended:
     """From the layer's input to the sum with the residual; `out`: the attention's, where it was kept."""
-    qkv, z_qkv = layer.qkv.forward(layer.before.forward(x), masks[0])
-    rope.rotate_(run.heads.turning(qkv), run.cos, run.sin)
-    out = out or tiles.forward(qkv, run)
-    state, z_o = layer.o.forward(out[0], masks[1])
-    return Attended(qkv, out, state.add_(x), z_qkv, z_o)
+    groups, h = layer.groups(run), layer.before.forward(x)
+    z_qkv, z_o = layer.qkv.narrow(h, masks[0]), None
+    qkv = state = None
+    made: list[tuple[torch.Tensor, ...]] = []
+    for group in groups:
+        qkv, part = None, _heads_of_group(out, group)  # gone before the next is there
+        if not part or group.whole:
+            qkv = torch.mm(h, layer.qkv.weight(h.dtype, rows=group.rows).T)
+            _finish_qkv_(layer, qkv, z_qkv, group, run)
+        if group is groups[-1]:
+            del h
+        if not part:
+            assert qkv is not None
+            part = tiles.forward(qkv, group.run or run)
+        if leaves_out and not out:
+            made.append(part)
+        columns = None if group.whole else group.columns
+        z_o = _plus(z_o, _narrow_part(layer.o, part[0], masks[1], columns))
+        weight = layer.o.weight(x.dtype, columns=columns)
+        state = torch.mm(part[0], weight.T) if state is None else state.addmm_(part[0], weight.T)
+        del weight, part
+    assert state is not None
+    state = layer.o.widen_(state, z_o).add_(x)
+    return Attended(qkv if groups[-1].whole else None, out or _joined(made), state, z_qkv, z_o)
+
+
+def _finish_qkv_(layer: Layer, qkv: torch.Tensor, z: torch.Tensor | None, group: Group, run: Run) -> None:
+    """Add the adapter's part to a group's queries, keys and values, and give them positions."""
+    layer.qkv.widen_(qkv, z, group.rows)
+    rope.rotate_((group.run or run).heads.turning(qkv), run.cos, run.sin)
+
+
+def _heads_of_group(out: tuple[torch.Tensor, ...], group: Group) -> tuple[torch.Tensor, ...]:
+    """A group's part of what tiles.forward returns of all heads."""
+    if not out or group.whole:
+        return out
+    return out[0][:, slice(*group.columns)].contiguous(), *(sums[group.queries] for sums in out[1:])
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    outs, *sums = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), *(torch.cat(each) for each in sums)
 
 
 def gate_and_up(
@@ -146,7 +194,7 @@ def feed_forward(
         rows, gate_up = layer.rows(columns), None  # gone before the next is there
         gate_up = gate_and_up(layer, h, z_gate_up, columns, layer.gate_up.weight(h.dtype, rows=rows))
         inner = swiglu.forward(*gate_up.chunk(2, dim=1))
-        z_down = _plus(z_down, _narrow_part(layer, inner, masks[3], columns))
+        z_down = _plus(z_down, _narrow_part(layer.down, inner, masks[3], _columns(layer, columns)))
         weight = layer.down.weight(h.dtype, columns=_columns(layer, columns))
         out = torch.mm(inner, weight.T) if out is None else out.addmm_(inner, weight.T)
         del inner, weight
@@ -184,7 +232,7 @@ def feed_backward(
         del d_inner
         if inner is not None:
             if z_down is None:
-                z_made = _plus(z_made, _narrow_part(layer, inner, masks[3], columns))
+                z_made = _plus(z_made, _narrow_part(layer.down, inner, masks[3], place))
             layer.down.a_backward(gradients[3], dz_down, inner, mask, place)
             del inner
         layer.gate_up.b_backward(gradients[2], part, z_gate_up, rows)
@@ -209,15 +257,35 @@ def attend_backward(
     for_input: bool,
 ) -> torch.Tensor | None:
     """The gradient of the layer's input through the first half, where it is wanted, from that of its sum."""
-    d_out = layer.o.backward(grad, found.out[0], found.z_o, gradients[1], masks[1])
-    assert d_out is not None
-    d_qkv = tiles.backward(d_out, found.qkv, found.out, run)
-    del d_out
-    rope.rotate_(run.heads.turning(d_qkv), run.cos, run.sin, back=True)
-    h = layer.before.forward(x)
-    dh = layer.qkv.backward(d_qkv, h, found.z_qkv, gradients[0], masks[0], for_input=for_input)
-    del d_qkv, h
-    return None if dh is None else layer.before.backward(dh, x)
+    h = None if found.qkv is not None else layer.before.forward(x)
+    dz_o, dz, dh = layer.o.narrow_backward(grad), None, None
+    for group in layer.groups(run):
+        columns, part = None if group.whole else group.columns, _heads_of_group(found.out, group)
+        mask = _mask_part(masks[1], columns)
+        layer.o.a_backward(gradients[1], dz_o, part[0], mask, columns)
+        d_out = torch.mm(grad, layer.o.weight(grad.dtype, columns=columns))
+        layer.o.input_backward_(d_out, dz_o, mask, columns)
+        qkv, weight = found.qkv, None
+        if qkv is None:
+            assert h is not None
+            weight = layer.qkv.weight(grad.dtype, rows=group.rows)
+            qkv = torch.mm(h, weight.T)
+            _finish_qkv_(layer, qkv, found.z_qkv, group, run)
+        heads = group.run or run
+        d_qkv = tiles.backward(d_out, qkv, part, heads)
+        del d_out, qkv, part
+        rope.rotate_(heads.heads.turning(d_qkv), run.cos, run.sin, back=True)
+        layer.qkv.b_backward(gradients[0], d_qkv, found.z_qkv, group.rows)
+        dz = _plus(dz, layer.qkv.narrow_backward(d_qkv, group.rows))
+        if for_input:
+            weight = layer.qkv.weight(grad.dtype, rows=group.rows) if weight is None else weight
+            dh = torch.mm(d_qkv, weight) if dh is None else dh.addmm_(d_qkv, weight)
+        del d_qkv, weight
+    layer.o.b_backward(gradients[1], grad, found.z_o)
+    h = layer.before.forward(x) if h is None else h
+    layer.qkv.a_backward(gradients[0], dz, h, masks[0])
+    del h
+    return None if dh is None else layer.before.backward(layer.qkv.input_backward_(dh, dz, masks[0]), x)
 
 
 class Function(torch.autograd.Function):
@@ -232,7 +300,7 @@ class Function(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             ctx.random = _random_state(layer, x.device)
             masks = layer.draw(x)
-            first = attend(layer, x, run, masks)
+            first = attend(layer, x, run, masks, leaves_out=keep != "input")
             state, kept = first.state, list[torch.Tensor | None](() if keep == "input" else first.out)
             half = [first.qkv, state, first.z_qkv, first.z_o] if keep == "all" else []
             del first
@@ -256,7 +324,7 @@ class Function(torch.autograd.Function):
                 qkv, state, z_qkv, z_o, *second = kept[:7]
                 found = Attended(qkv, tuple(kept[7:]), state, z_qkv, z_o)
             else:
-                found, second = attend(layer, x, run, masks, tuple(kept)), None
+                found, second = attend(layer, x, run, masks, tuple(kept), leaves_out=True), None
             del kept
             d_state = feed_backward(layer, grad, found.state, masks, gradients, second).add_(grad)
             del second
@@ -295,15 +363,14 @@ def _mask_part(mask: torch.Tensor | None, columns: Span | None) -> torch.Tensor 
 
 
 def _narrow_part(
-    layer: Layer, inner: torch.Tensor, mask: torch.Tensor | None, columns: Span
+    linear: Linear, inner: torch.Tensor, mask: torch.Tensor | None, columns: Span | None
 ) -> torch.Tensor | None:
-    """What these columns give to the output of down_proj's A."""
-    down, place = layer.down, _columns(layer, columns)
-    if down.lora is None:
+    """What these columns of a linear's input give to the output of its A."""
+    if linear.lora is None:
         return None
-    a = down.lora.all_a(inner.dtype)
-    a = a if place is None else a[:, slice(*place)]
-    return torch.mm(down.dropped(inner, _mask_part(mask, place)), a.T)
+    a = linear.lora.all_a(inner.dtype)
+    a = a if columns is None else a[:, slice(*columns)]
+    return torch.mm(linear.dropped(inner, _mask_part(mask, columns)), a.T)
 
 
 def _plus(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:

@@ -84,5 +84,6 @@ class Native:
         if self._run is None or self._run[0] is not cos:
             window = getattr(self._config, "sliding_window", None)
             scale = self._heads.width**-0.5
-            self._run = cos, Run(documents, window, cos[0], sin[0], self._heads, scale)
+            columns = self.policy.slice_columns
+            self._run = cos, Run(documents, window, cos[0], sin[0], self._heads, scale, columns)
         return self._run[1]

@@ -9,14 +9,14 @@ per query and head; that path is untested on hardware.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from ..case import SCORES
+from ..case import SCORES, head_groups
 from ..kernels.wide import wide_dtype
 from .attention import flash_takes
 
@@ -103,8 +103,27 @@ class _Whole:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Heads that are computed at once, as a run of their own, None where they are all heads.
+
+    `rows` of qkv_proj's output are theirs, `columns` of o_proj's input, `queries` of the query heads.
+    """
+
+    run: Run | None
+    rows: list[tuple[int, int]]
+    columns: tuple[int, int]
+    queries: slice
+
+    @property
+    def whole(self) -> bool:
+        return self.run is None
+
+
+@dataclass(frozen=True)
 class Run:
     """What the layers of one pass share: where its documents end, its window, its cosines and sines.
+
+    `most_columns`: of queries, keys and values together that a layer which recomputes has at once.
 
     Shape: bounds (documents + 1,) int32 on the CPU; cos and sin (tokens, rotary).
     """
@@ -115,6 +134,35 @@ class Run:
     sin: torch.Tensor
     heads: Heads
     scale: float
+    most_columns: int | None = None
+
+    @cached_property
+    def all_heads(self) -> list[Group]:
+        """One group."""
+        return self._grouped([(0, self.heads.num_kv)])
+
+    @cached_property
+    def head_groups(self) -> list[Group]:
+        """As `most_columns` has them."""
+        heads = self.heads
+        return self._grouped(head_groups(heads.num, heads.num_kv, heads.width, self.most_columns))
+
+    def _grouped(self, spans: list[tuple[int, int]]) -> list[Group]:
+        heads, found, runs = self.heads, list[Group](), dict[int, Run | None]()
+        for start, stop in spans:
+            size, first = stop - start, heads.num * heads.width
+            if size == heads.num_kv:
+                runs[size] = None  # itself, which would never be freed
+            elif size not in runs:
+                runs[size] = replace(self, heads=Heads(size * heads.shares, size, heads.width))
+            queries = start * heads.shares, stop * heads.shares
+            columns = queries[0] * heads.width, queries[1] * heads.width
+            keys = [first + at * heads.width for at in (start, stop)]
+            values = [at + heads.num_kv * heads.width for at in keys]
+            rows = [columns, (keys[0], keys[1]), (values[0], values[1])]
+            rows = [(0, heads.size)] if size == heads.num_kv else rows
+            found.append(Group(runs[size], rows, columns, slice(*queries)))
+        return found
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:

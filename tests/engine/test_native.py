@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from math import prod
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from memory_lab import adapt, build, documents, loss_of, recipe, tiny, trained
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.linear_flops import LinearFlops
 from qlora_phi3 import phi3
+from qlora_phi3.case import head_groups
 from qlora_phi3.engine import tiles
 from qlora_phi3.engine.layer import Function, Layer, heads_of
 from qlora_phi3.engine.native import Native, choose
@@ -116,6 +119,67 @@ def test_slices_and_packed_weights(settings: dict[str, Any], adapter: str, colum
     found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
     assert found == pytest.approx(expected, rel=1e-6)
     compare_gradients(stock, ours, 2e-5)
+
+
+SIX_HEADS = SMALL | dict(hidden_size=192, num_attention_heads=6, num_key_value_heads=6)
+TWO_SHARED = SMALL | dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4, sliding_window=5)
+
+
+@pytest.mark.parametrize("keep", ["input", "attention"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("settings", [EXACT, NF4], ids=["float32", "nf4"])
+@pytest.mark.parametrize(
+    ("sizes", "columns", "groups"),
+    [(SIX_HEADS, 64, [2, 2, 2]), (SIX_HEADS, 384, [4, 2]), (TWO_SHARED, 320, [2, 2])],
+    ids=["even", "uneven", "shared"],
+)
+def test_heads_in_groups(
+    sizes: dict[str, Any],
+    columns: int,
+    groups: list[int],
+    settings: dict[str, Any],
+    adapter: str,
+    keep: Keep,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(GEOMETRIES, "grouped", sizes)
+    stock, ours, chosen = pair("grouped", settings, **ADAPTERS[adapter])
+    heads = heads_of(ours.get_base_model().config)
+    spans = head_groups(heads.num, heads.num_kv, heads.width, columns)
+    assert [stop - start for start, stop in spans] == groups
+    install(ours, keep, keep, slice_columns=columns)
+    found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
+    assert found == pytest.approx(expected, rel=1e-6)
+    compare_gradients(stock, ours, 3e-5)
+
+
+@pytest.mark.parametrize("keep", ["attention", "input"])
+def test_products_of_a_layer_in_slices(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values are made once more, unless the attention's output was kept; nothing else is."""
+    monkeypatch.setitem(GEOMETRIES, "grouped", SIX_HEADS)
+    _, ours, chosen = pair("grouped", EXACT, adapter__rank=2)
+    native, totals = install(ours), []
+    for columns in (None, 64):
+        native.policy = Policy((keep, keep), slice_columns=columns)
+        with FlopCounterMode(display=False) as counter:
+            backward(ours, chosen, LENGTHS)
+        totals.append(counter.get_total_flops())
+    rows, columns = ours.get_base_model().model.layers[0].self_attn.qkv_proj.base_layer.weight.shape
+    once_more = 2 * 2 * sum(LENGTHS) * rows * (columns + 2) if keep == "input" else 0
+    assert totals[1] - totals[0] == once_more
+
+
+def test_a_pass_leaves_nothing_of_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help of the garbage collector."""
+    _, ours, chosen = pair("phi-4-mini", EXACT)
+    native = install(ours, slice_columns=64)
+    backward(ours, chosen, LENGTHS)
+    assert native._run is not None
+    whole, groups = weakref.ref(native._run[1]), native._run[1].head_groups
+    assert len(groups) == 2
+    part = weakref.ref(groups[0].run)
+    native._run = groups = None  # type: ignore[assignment]
+    assert whole() is None and part() is None
 
 
 @pytest.mark.parametrize("geometry", ["medium", "window"])
