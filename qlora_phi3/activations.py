@@ -136,8 +136,11 @@ def loss_peak(case: Case, cached: int = 0) -> Peak:
     """
     tape, through = Tape(), case.through_layers
     tape.new(cached, case.state)
-    Layer(case, tape, saving=through).norm()
-    tape.free(case.state if case.compute != 4 or not through else 0)
+    if case.native and through:
+        NativeLayer(case, tape).norm()  # saves the last layer's output as it is
+    else:
+        Layer(case, tape, saving=through).norm()
+        tape.free(case.state if case.compute != 4 or not through else 0)
     tape.free(0 if through or case.native else _rotary_bytes(case))  # no backward of a layer keeps them
     tape.stage = "loss"
     chosen = case.supervised * case.geometry.hidden_size * case.compute
@@ -159,6 +162,10 @@ def loss_peak(case: Case, cached: int = 0) -> Peak:
     if not through:
         return _peak(tape)  # A was the last
     tape.passing(2 * case.state)  # spread over all tokens, then beside each row's last
+    if case.native:
+        tape.new(case.state)  # the gradient as it came
+        NativeLayer(case, tape).norm_backward()
+        return _peak(tape)
     tape.stage = "last norm's backward"
     tape.passing(norm_backward_bytes(case))
     return _peak(tape)

@@ -21,6 +21,9 @@ EAGER_TOKENS: Final = 512
 SCORES: Final = 2**22
 """Scores, one per query, key and head, that a native layer's attention has at once; at least one query's."""
 
+NORM_ELEMENTS: Final = 2**22
+"""Elements of a norm's input that are in float32 at once on the native engine: 16 MiB."""
+
 QUERY_BLOCK: Final = 1024
 """Queries that share one mask where a window is narrower than the document, off CUDA's flash attention."""
 

@@ -6,10 +6,10 @@ source line by line. Nothing of it is autograd's, so what is saved is what the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .case import SCORES, Case
+from .case import NORM_ELEMENTS, SCORES, Case
 from .sizes import dequantized_bytes, target_linears
 from .tape import Tape
 
@@ -127,7 +127,7 @@ class NativeLayer:
         Without `attends`, that is there, and not counted.
         """
         case, tape, alone = self.case, self.tape, len(groups) == 1
-        self._norm()
+        self.norm()
         tape.stage = "qkv_proj"
         self._narrowed("qkv_proj")
         share, last = 0.0, groups[-1]
@@ -163,7 +163,7 @@ class NativeLayer:
     def _feed_forward(self, slices: Sequence[float]) -> int:
         """Leaves the output, the last slice of gate_up_proj's, both A's outputs; returns half that slice."""
         case, tape, wide = self.case, self.tape, 0
-        self._norm()
+        self.norm()
         tape.stage = "gate_up_proj"
         self._narrowed("gate_up_proj")
         for number, share in enumerate(slices):
@@ -187,20 +187,34 @@ class NativeLayer:
         self._narrowed(name, dropped=size)
         self.tape.free(0 if first else self._narrow(name))
 
-    def _norm(self) -> None:
+    def norm(self) -> None:
         """Leaves the output."""
+        self.tape.stage = "norm"
+        self._by_rows(self._norm)
+
+    def _norm(self, tokens: int) -> None:
         case, tape = self.case, self.tape
-        tape.stage = "norm"
-        scale, wide = self._normed()
+        scale, wide = self._normed(tokens)
         if case.compute != 4:
-            tape.new(case.state)
+            tape.new(case.state // case.tokens * tokens)
             tape.free(wide)
         tape.free(scale)
 
-    def _normed(self) -> tuple[int, int]:
+    def _by_rows(self, work: Callable[[int], None]) -> None:
+        """What leaves a state for so many tokens, done for as many at once as are in float32."""
+        tokens, state = self.case.tokens, self.case.state
+        step = max(1, NORM_ELEMENTS // self.case.geometry.hidden_size)
+        if tokens <= step:
+            work(tokens)
+            return
+        self.tape.new(state)
+        work(step)
+        self.tape.free(state // tokens * step)
+
+    def _normed(self, tokens: int) -> tuple[int, int]:
         """Leaves a scale per token and the input over its length, in float32; returns their bytes."""
         case, tape = self.case, self.tape
-        scale, wide = 4 * case.tokens, 4 * case.tokens * case.geometry.hidden_size
+        scale, wide = 4 * tokens, 4 * tokens * case.geometry.hidden_size
         tape.new(wide if case.compute != 4 else 0)
         tape.passing(wide, scale)  # the squares
         tape.new(scale, 0 if case.compute != 4 else wide)
@@ -330,7 +344,7 @@ class NativeLayer:
     def _feed_backward(self, *, recomputes: bool) -> None:
         """Leaves the gradient of the sum, and those of both adapters."""
         case, tape = self.case, self.tape
-        self._norm()
+        self.norm()
         tape.stage = "down_proj's backward"
         if recomputes:
             self._narrowed("gate_up_proj")
@@ -341,7 +355,7 @@ class NativeLayer:
         self._b_backward("down_proj")
         self._a_backward("gate_up_proj")
         self._input_backward("gate_up_proj", case.state)
-        self._norm_backward()
+        self.norm_backward()
         # h, its gradient, both dz; kept, A's outputs go when `second` does
         tape.free(2 * case.state, narrow, narrow if recomputes else 0)
 
@@ -376,7 +390,7 @@ class NativeLayer:
         """Leaves the gradient of the input, and those of both adapters."""
         case, tape, alone = self.case, self.tape, len(groups) == 1
         if not alone:
-            self._norm()
+            self.norm()
         tape.stage = "o_proj's backward"
         self._narrow_backward("o_proj")
         for group in groups:
@@ -384,12 +398,12 @@ class NativeLayer:
         tape.stage = "o_proj's backward"
         self._b_backward("o_proj")
         if alone:
-            self._norm()
+            self.norm()
         tape.stage = "qkv_proj's backward"
         self._a_backward("qkv_proj")
         tape.free(case.state)
         self._input_backward("qkv_proj", case.state)
-        self._norm_backward()
+        self.norm_backward()
 
     def _group_backward(self, group: Tiles, *, first: bool, alone: bool) -> None:
         """Of some heads; the first leaves what the others add to."""
@@ -453,19 +467,22 @@ class NativeLayer:
             copies = self._a_copies(name)
             self.tape.passing(copies, size if self.case.dropout else 0)
 
-    def _norm_backward(self) -> None:
+    def norm_backward(self) -> None:
         """Leaves the gradient of the input."""
+        self.tape.stage = "norm's backward"
+        self._by_rows(self._norm_backward)
+
+    def _norm_backward(self, tokens: int) -> None:
         case, tape = self.case, self.tape
-        tape.stage = "norm's backward"
-        scale, wide = self._normed()
-        half = case.compute != 4
-        tape.new(case.state)
+        scale, wide = self._normed(tokens)
+        half, state = case.compute != 4, case.state // case.tokens * tokens
+        tape.new(state)
         if half:
             tape.new(wide)
-            tape.free(case.state)
+            tape.free(state)
         tape.passing(wide, scale)
         tape.new(scale)
-        tape.new(case.state if half else 0)
+        tape.new(state if half else 0)
         tape.free(wide, scale, scale, wide if half else 0)
 
     def _attention_backward(self, tiles: Tiles) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from memory_lab import build, compare, documents, host_is_apart, loss_of, recipe, rows, trained
 
-from qlora_phi3 import activations, phases, phi3
+from qlora_phi3 import activations, native_replay, phases, phi3
 from qlora_phi3.case import Case
 from qlora_phi3.engine.documents import hidden_states
 from qlora_phi3.evaluate import mean_loss
+from qlora_phi3.kernels import rms_norm
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.replay import saved_beside_input
 from qlora_phi3.tracked import TrackedBytes, model_tensors
@@ -153,6 +154,16 @@ MIXED = [
     ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE, *MIXED]
 )
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
+    found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
+    assert found.ratio == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), NATIVE[::8])
+def test_norms_take_some_rows_at_once(
+    shape: str, lengths: list[int], passes: int, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (rms_norm, native_replay):
+        monkeypatch.setattr(room, "NORM_ELEMENTS", 192 * 37)
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
     assert found.ratio == pytest.approx(1, rel=0.02)
 

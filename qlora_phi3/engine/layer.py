@@ -335,6 +335,24 @@ class Function(torch.autograd.Function):
         return through, None, None, None, *of_parameters
 
 
+class NormFunction(torch.autograd.Function):
+    """The norm behind all layers, which saves its input as it is. Shape: x (tokens, hidden_size)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return norm.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return ctx.norm.backward(grads[0], x), None
+
+
 def why_not(config: Mapping[str, Any], method: str) -> str | None:
     """What of a config.json and a method this layer does not compute; None where it computes all."""
     if method == "dora":

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import RecipeError
 from ..recipe import Recipe
-from .layer import Function, Layer, heads_of, why_not
+from .layer import Function, Layer, Norm, NormFunction, heads_of, why_not
 from .offload import Parking
 from .policy import Policy
 from .tiles import Run
@@ -51,10 +51,12 @@ class Native:
             # transformers would recompute around us. Source: modeling_layers.py, GradientCheckpointingLayer
             module.gradient_checkpointing = False
             module.forward = self._in_place_of(module.forward, module, index)
+        self._norm = causal.model.norm
+        self._norm.forward = _norm_in_place_of(self._norm.forward, self._norm)
 
     def remove(self) -> None:
         """transformers' own layers again."""
-        for module in self._layers:
+        for module in (*self._layers, self._norm):
             del module.forward
 
     def _in_place_of(self, stock: Any, module: Any, index: int) -> Any:
@@ -87,3 +89,15 @@ class Native:
             columns = self.policy.slice_columns
             self._run = cos, Run(documents, window, cos[0], sin[0], self._heads, scale, columns)
         return self._run[1]
+
+
+def _norm_in_place_of(stock: Any, module: Any) -> Any:
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        if not (module.training and torch.is_grad_enabled() and hidden_states.requires_grad):
+            found: torch.Tensor = stock(hidden_states)
+            return found
+        rows = hidden_states.flatten(0, 1)
+        out: torch.Tensor = NormFunction.apply(rows, Norm.of(module))  # type: ignore[no-untyped-call]
+        return out.view_as(hidden_states)
+
+    return forward

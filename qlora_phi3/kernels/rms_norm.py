@@ -5,10 +5,12 @@ Source: transformers 5.23 modeling_phi3.py, Phi3RMSNorm: scaled in float32, weig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..case import NORM_ELEMENTS
 from .backend import block_of, launch, row_stride, takes_triton, warps_of
 from .wide import wide_dtype
 
@@ -26,7 +28,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         sizes = row_stride(x), x.shape[1], eps
         launch(_forward_kernel, (len(x),), x, weight, out, *sizes, BLOCK=block, num_warps=warps_of(block))
         return out
-    return _normed(x, eps)[0].to(x.dtype).mul_(weight)
+    return _by_rows(lambda part: _normed(part, eps)[0].to(x.dtype).mul_(weight), x)
 
 
 def backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -41,10 +43,25 @@ def backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: flo
         tensors, sizes = (grad, x, weight, out), (row_stride(grad), row_stride(x), x.shape[1], eps)
         launch(_backward_kernel, (len(x),), *tensors, *sizes, BLOCK=block, num_warps=warps_of(block))
         return out
+    return _by_rows(lambda grads, part: _backward(grads, part, weight, eps), grad, x)
+
+
+def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     normed, scale = _normed(x, eps)
     g = grad.mul(weight).to(normed.dtype)
     along = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-x.shape[-1])
     return normed.mul_(along).add_(g).mul_(scale).to(x.dtype)
+
+
+def _by_rows(work: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+    """What `work` makes of all rows, of so many at once that its temporaries stay small."""
+    step = max(1, NORM_ELEMENTS // rows[0].shape[1])
+    if len(rows[0]) <= step:
+        return work(*rows)
+    out = torch.empty(rows[0].shape, dtype=rows[0].dtype, device=rows[0].device)
+    for at in range(0, len(out), step):
+        out[at : at + step] = work(*(each[at : at + step] for each in rows))
+    return out
 
 
 def _normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

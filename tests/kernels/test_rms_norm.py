@@ -57,3 +57,17 @@ def test_no_rows(device: str) -> None:
     with triton_on(device):
         assert rms_norm.forward(nothing, weight, EPS).shape == (0, 8)
         assert rms_norm.backward(nothing, nothing, weight, EPS).shape == (0, 8)
+
+
+@precisions
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_some_rows_at_once_change_no_bit(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, grad = (draw(9, 40, dtype=dtype, seed=seed)[:, :20] for seed in (1, 2))
+    weight = draw(20, dtype=dtype, seed=3)
+    wanted = rms_norm.forward(x, weight, EPS), rms_norm.backward(grad, x, weight, EPS)
+    monkeypatch.setattr(rms_norm, "NORM_ELEMENTS", 20 * rows + 5)
+    found = rms_norm.forward(x, weight, EPS), rms_norm.backward(grad, x, weight, EPS)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.is_contiguous() and torch.equal(one, other)
