@@ -10,8 +10,12 @@ from typing import Any, Final
 from qlora_phi3 import memory
 from qlora_phi3.recipe import Recipe
 
-METHODS: Final = {"qlora": "nf4", "lora-bf16": "none"}
-"""Method -> `model.quantization`; all else is the same."""
+METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "qlora": ("nf4", {"engine": "reference", "activations": "recompute"}),
+    "lora-bf16": ("none", {"engine": "reference", "activations": "recompute"}),
+    "qlora-native": ("nf4", {"engine": "native", "activations": "offload", "slice_columns": 2048}),
+}
+"""Method -> `model.quantization`, and keys of `train`; all else is the same."""
 
 GIB: Final = 1024**3
 NUM_STEPS: Final = 2
@@ -20,24 +24,25 @@ Row = dict[str, Any]
 
 
 def recipe_of(base: str, method: str, length: int) -> Recipe:
-    """What is trained: rows of `length` tokens one at a time, every layer recomputed, steps of two passes.
+    """What is trained: rows of `length` tokens one at a time, no layer kept, steps of two passes.
 
     With a pass a step there would be no gradients yet where activations are most; longer runs have them.
     The optimizer is not the paged one: its states are taken past the allocator, whose share is what counts.
     """
+    quantization, train = METHODS[method]
     keys = {
         "version": 1,
         "name": "bench-context",
-        "model": {"base": base, "quantization": METHODS[method]},
+        "model": {"base": base, "quantization": quantization},
         "adapter": {"rank": 16, "alpha": 32},
         "data": {"train": {"path": "made.jsonl"}, "max_length": length, "packing": False},
         "train": {
             "max_steps": NUM_STEPS,
             "effective_batch": 2,
             "micro_batch": 1,
-            "activations": "recompute",
             "optimizer": "adamw_8bit",
             "warmup": 0,
+            **train,
         },
         "memory": {"on_oom": "fail"},
     }

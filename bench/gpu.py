@@ -55,6 +55,7 @@ PLAN: Final = (
     Step(("context", "--device=cuda", "--methods=qlora", "--vram=8,24,6,12,16", "--tolerance=0.05"), 2.5),
     _compare("qlora-native,qlora,lora-bf16,trl-qlora", 512, 4, "recompute", 1.5),
     _compare("qlora-native,qlora,trl-qlora", 4096, 1, "recompute", 1.0),
+    Step(("context", "--device=cuda", "--methods=qlora-native", "--vram=4,8,12", "--tolerance=0.05"), 1.5),
     _compare("qlora-native,qlora,trl-qlora", 2048, 1, "keep", 1.0),
     Step(("context", "--device=cuda", "--methods=lora-bf16", "--vram=24,16,12", "--tolerance=0.05"), 0.5),
     Step(("startup", "--repeats=1"), 0.5, bounded=False, base="--model"),

@@ -48,7 +48,7 @@ def _context_table(machine: str, model: str, rows: Sequence[Row]) -> str:
         ]
     columns = ["method", "how", *(f"{card} GB card" for card in cards)]
     one = rows[-1]
-    settings = f"rank {one['rank']}, {one['optimizer']}, {one['micro_batch']} row a pass, layers recomputed"
+    settings = f"rank {one['rank']}, {one['optimizer']}, {one['micro_batch']} row a pass, no layer kept"
     weights = " (random weights of its sizes)" if any(row["how"] == "measured" for row in rows) else ""
     if one["weights"] != "random":
         weights = ""

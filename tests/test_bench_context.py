@@ -61,7 +61,7 @@ def test_predictions_are_those_of_the_memory_model(tmp_path: Path, monkeypatch: 
     assert main(["context", "--vram=6,24"]) == 0
     found = rows(tmp_path)
     assert [(row["method"], row["vram_gib"]) for row in found] == [
-        (name, gib) for name in ("qlora", "lora-bf16") for gib in (6, 24)
+        (name, gib) for name in ("qlora", "lora-bf16", "qlora-native") for gib in (6, 24)
     ]
     geometry = phi3.VARIANTS[context.MINI]
     for row in found:
@@ -142,8 +142,10 @@ def test_a_measurement_goes_card_by_card_and_keeps_one_checkpoint(
     assert [(row["vram_gib"], row["method"], row["max_length"], row["error"]) for row in found] == [
         (8, "qlora", 128, None),
         (8, "lora-bf16", None, "RuntimeError: broken"),
+        (8, "qlora-native", 128, None),
         (24, "qlora", 384, None),
         (24, "lora-bf16", None, "RuntimeError: broken"),
+        (24, "qlora-native", 384, None),
     ]
     assert all(row["how"] == "measured" and row["model"] == "gqa" for row in found)
     assert len({line[-1] for line in lines}) == 1 and str(checkpoints("gqa")) not in json.dumps(found)
