@@ -253,14 +253,19 @@ class Ways:
 
         Units: `usable` as `usable_bytes` gives them.
         """
-        found = [self._most_kept(way, usable) for way in self._kinds()]
+        found: list[Way] = []
+        for kind in self._kinds():
+            least = 0
+            for host in self._hosts:
+                found.append(self._most_kept(replace(kind, host=host), usable, least))
+                least = found[-1].kept_layers  # with more on the host no fewer fit
         fitting = [way for way in found if way.peak_bytes <= usable]
         if fitting:
             return min(fitting, key=lambda way: (way.cost, -way.micro_batch))
         return min(found, key=lambda way: (way.peak_bytes, way.micro_batch))
 
     def _kinds(self) -> Iterator[Way]:
-        """Every combination but for how many layers are kept."""
+        """Every combination but for how many layers are kept and what is on the host."""
         train, auto = self._recipe.train, self._recipe.train.activations == "auto"
         policies = POLICIES[self._device][1:] if auto else (train.activations,)
         whole = train.effective_batch
@@ -276,20 +281,25 @@ class Ways:
             columns = ["all", SLICE_COLUMNS]
         if policies == ("keep",):  # nothing is computed again
             attention, columns = [False], ["all"]
-        for policy, size, kept, sliced, host in product(policies, sizes, attention, columns, self._hosts):
-            yield Way(policy, size, 0, kept and policy == "recompute", sliced, 0, 0.0, host)
+        for policy, size, kept, sliced in product(policies, sizes, attention, columns):
+            yield Way(policy, size, 0, kept and policy == "recompute", sliced, 0, 0.0)
 
-    def _most_kept(self, way: Way, usable: int) -> Way:
-        """With as many layers kept as fit, where that is free; all of them are `keep`."""
+    def _most_kept(self, way: Way, usable: int, least: int = 0) -> Way:
+        """With as many layers kept as fit, where that is free; all of them are `keep`.
+
+        `least`: so many of them are known to fit, if any way does.
+        """
         train, layers = self._recipe.train, self._geometry.num_layers
         if isinstance(train.kept_layers, int) or train.activations != "auto":
             kept = train.kept_layers if isinstance(train.kept_layers, int) else 0
             return self._measured(way, layers if way.activations == "keep" else min(kept, layers))
-        low, high = 0, layers
+        low, high, step = least, layers, 1
         while low < high:
-            middle = (low + high + 1) // 2
+            # what little the host takes makes room for few more
+            middle = min(low + step, high) if least else (low + high + 1) // 2
             fits = self._measured(way, middle).peak_bytes <= usable
             low, high = (middle, high) if fits else (low, middle - 1)
+            step = 2 * step if fits else 1
         return self._measured(way, low)
 
     def _measured(self, way: Way, kept: int) -> Way:
@@ -298,9 +308,20 @@ class Ways:
             way = replace(way, activations="keep", keep_attention=False, slice_columns="all")
         way = replace(way, kept_layers=kept)
         if way not in self._peaks:
-            case = self._case(self._recipe.settled(**way.keys), way.micro_batch)
-            self._peaks[way] = replace(way, peak_bytes=train_phase(case).peak_bytes, cost=_cost(case))
+            self._peaks[way] = self._with_embedding_off(way) if "embedding" in way.host else self._new(way)
         return self._peaks[way]
+
+    def _new(self, way: Way) -> Way:
+        case = self._case(self._recipe.settled(**way.keys), way.micro_batch)
+        return replace(way, peak_bytes=train_phase(case).peak_bytes, cost=_cost(case))
+
+    def _with_embedding_off(self, way: Way) -> Way:
+        """As without, less a matrix that would be there at every moment; thousands are asked for."""
+        others = tuple(part for part in way.host if part != "embedding")
+        found = self._measured(replace(way, host=others), way.kept_layers)
+        case = self._case(self._recipe.settled(host=("embedding",)), 1)
+        freed = sum(part.num_bytes for part in hosted_parts(case)) if case.host_apart else 0
+        return replace(found, host=way.host, peak_bytes=found.peak_bytes - freed, cost=found.cost + HOSTED)
 
     def _case(self, recipe: Recipe, micro_batch: int) -> Case:
         return training_case(recipe, self._geometry, micro_batch, self._known, self._device)
@@ -345,8 +366,7 @@ def _cost(case: Case) -> float:
     packed = case.recipe.model.quantization == "nf4"
     times = 2 if case.native else 2 + again
     dequantizing = 6 * times * DEQUANTIZING[case.device] / case.tokens if packed else 0
-    hosted = HOSTED if case.hosts("embedding") else 0
-    return 4 + 3.5 * attention + recomputed + dequantizing + hosted
+    return 4 + 3.5 * attention + recomputed + dequantizing
 
 
 def usable_bytes(free_bytes: int) -> int:
