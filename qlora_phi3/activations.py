@@ -61,7 +61,7 @@ def input_bytes(case: Case) -> int:
 
 def held_bytes(case: Case, found: Held) -> int:
     """Of the device; a CPU's host is the same memory."""
-    on_host = found.parked * case.state if case.device == "cpu" else 0
+    on_host = 0 if case.host_apart else found.parked * case.state
     return found.kept_bytes + found.inputs * input_bytes(case) + on_host
 
 

@@ -7,7 +7,7 @@ from math import gcd
 from typing import Final, Literal
 
 from .phi3 import Geometry
-from .recipe import Recipe, Train
+from .recipe import HostPart, Recipe, Train
 from .sizes import compute_dtype_bytes, target_linears
 
 Device = Literal["cuda", "cpu"]
@@ -34,6 +34,11 @@ def kept_layers(recipe: Recipe, num_layers: int) -> int:
     if train.activations == "keep":
         return num_layers
     return min(train.kept_layers, num_layers) if isinstance(train.kept_layers, int) else 0
+
+
+def hosts(recipe: Recipe, part: HostPart) -> bool:
+    """Whether `memory.host` has it in the computer's memory; `auto` is no."""
+    return recipe.memory.host != "auto" and part in recipe.memory.host
 
 
 def keeps_attention(recipe: Recipe) -> bool:
@@ -181,6 +186,15 @@ class Case:
     def offloads(self) -> bool:
         """Whether layers' inputs are in host memory from forward to backward."""
         return self.recipe.train.activations == "offload"
+
+    @property
+    def host_apart(self) -> bool:
+        """Whether the computer's memory is another than the device's."""
+        return self.device != "cpu"
+
+    def hosts(self, part: HostPart) -> bool:
+        """Whether these frozen weights are in the computer's memory."""
+        return hosts(self.recipe, part)
 
     @property
     def one_pass(self) -> bool:

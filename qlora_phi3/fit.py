@@ -64,12 +64,14 @@ class Change:
 
 
 def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
-    """The plan of a recipe on a card; `auto` as the least it can become: one row, offloaded, in slices."""
+    """The plan of a recipe on a card; `auto` as the least it can become: one row, offloaded, in slices, with
+    frozen weights on the host."""
     explicit = recipe.train.micro_batch
     if recipe.train.activations == "auto":
         recipe = recipe.settled(activations="offload")
     if recipe.train.slice_columns == "auto" and memory.can_slice(recipe, geometry, "cuda"):
         recipe = recipe.settled(slice_columns=memory.SLICE_COLUMNS)
+    recipe = recipe.settled(host=memory.host_choices(recipe, geometry, "cuda")[-1])
     return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
 
 
@@ -177,6 +179,9 @@ def _ladder(recipe: Recipe, geometry: Geometry) -> Iterator[_Override]:
         yield _Override("train", "keep_attention", False)
     if recipe.train.activations in ("keep", "recompute"):
         yield _Override("train", "activations", "offload")
+    for host in memory.host_choices(_with(recipe, "memory", host="auto"), geometry, "cuda")[1:]:
+        if recipe.memory.host != "auto" and not set(host) <= set(recipe.memory.host):
+            yield _Override("memory", "host", host)
     if recipe.train.optimizer != "paged_adamw_8bit":
         yield _Override("train", "optimizer", "paged_adamw_8bit")
     if recipe.model.quantization == "none":

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from .activations import held
 from .case import Case, Device
+from .errors import RecipeError
 from .phases import (
     Part,
     Phase,
@@ -22,6 +23,7 @@ from .phases import (
     attach_phase,
     evaluate_phase,
     first_step_phase,
+    hosted_parts,
     load_phase,
     merge_phase,
     parked_part,
@@ -29,7 +31,7 @@ from .phases import (
     train_phase,
 )
 from .phi3 import Geometry
-from .recipe import Recipe
+from .recipe import HostPart, Recipe
 from .units import format_bytes
 
 CONTEXT_BYTES: Final = 600 * 1024**2
@@ -59,6 +61,10 @@ SLICED: Final = 0.1
 
 OFFLOADED: Final = 0.5
 """The same of copies to the host. Not measured: enough to go there for little else than to fit."""
+
+HOSTED: Final = 0.1
+"""Operations a weight and token that are set for looking up the embedding on the host. Not measured: a pass
+waits for its ids and for one hidden state, little beside its products."""
 
 DEQUANTIZING: Final[dict[Device, float]] = {"cuda": 68, "cpu": 5}
 """Tokens whose three products with all weights take as long as dequantizing these once.
@@ -192,27 +198,33 @@ class Way:
     slice_columns: int | Literal["all"]
     peak_bytes: int
     cost: float
+    host: tuple[HostPart, ...] = ()
 
     @property
     def keys(self) -> dict[str, Any]:
-        """Of `train`, as they are written into a run's recipe."""
+        """What `Recipe.settled` writes into a run's recipe: keys of `train`, and `memory.host`."""
         return {
             "activations": self.activations,
             "micro_batch": self.micro_batch,
             "kept_layers": self.kept_layers,
             "keep_attention": self.keep_attention,
             "slice_columns": self.slice_columns,
+            "host": self.host,
         }
 
     @property
     def words(self) -> str:
-        """What happens to activations: "recomputing activations but for 12 layers"."""
+        """What happens to activations, and what is on the host.
+
+        "recomputing activations but for 12 layers, embedding in host memory"
+        """
         verb = {"keep": "keeping", "recompute": "recomputing", "offload": "offloading"}[self.activations]
         kept = self.kept_layers if self.activations != "keep" else 0
         but = [f"{kept} layers"] if kept else []
         but += ["attention outputs"] if self.keep_attention else []
         sliced = f" in slices of {self.slice_columns}" if self.slice_columns != "all" else ""
-        return f"{verb} activations{sliced}" + (f" but for {' and '.join(but)}" if but else "")
+        hosted = f", {' and '.join(self.host)} in host memory" if self.host else ""
+        return f"{verb} activations{sliced}" + (f" but for {' and '.join(but)}" if but else "") + hosted
 
     def of(self, usable: int) -> str:
         """The choice in words."""
@@ -232,6 +244,7 @@ class Ways:
         self._recipe, self._geometry, self._device = recipe, geometry, device
         self._known = known or StepRows((recipe.data.max_length,))
         self._native = self._case(recipe, 1).native
+        self._hosts = host_choices(recipe, geometry, device)
         self._peaks: dict[Way, Way] = {}
         self._stages: dict[tuple[Way, bool, bool], Stages] = {}
 
@@ -243,14 +256,15 @@ class Ways:
 
         Units: `usable` as `usable_bytes` gives them.
         """
-        found = [self._most_kept(way, usable) for way in self._kinds()]
+        kinds = (replace(kind, host=host) for kind in self._kinds() for host in self._hosts)
+        found = [self._most_kept(kind, usable) for kind in kinds]
         fitting = [way for way in found if way.peak_bytes <= usable]
         if fitting:
             return min(fitting, key=lambda way: (way.cost, -way.micro_batch))
         return min(found, key=lambda way: (way.peak_bytes, way.micro_batch))
 
     def _kinds(self) -> Iterator[Way]:
-        """Every combination but for how many layers are kept."""
+        """Every combination but for how many layers are kept and what is on the host."""
         train, auto = self._recipe.train, self._recipe.train.activations == "auto"
         policies = POLICIES[self._device][1:] if auto else (train.activations,)
         whole = train.effective_batch
@@ -291,11 +305,10 @@ class Ways:
         way = replace(way, kept_layers=kept)
         if way not in self._peaks:
             case = self._case(self._recipe.settled(**way.keys), way.micro_batch)
-            alike = replace(way, kept_layers=0), kept > 0, kept < self._geometry.num_layers
+            alike = replace(way, kept_layers=0, host=()), kept > 0, kept < self._geometry.num_layers
             if alike not in self._stages:
                 self._stages[alike] = Stages(case)
-            stages = self._stages[alike]
-            peak = train_phase(case, stages).peak_bytes
+            peak = train_phase(case, self._stages[alike]).peak_bytes
             self._peaks[way] = replace(way, peak_bytes=peak, cost=_cost(case))
         return self._peaks[way]
 
@@ -307,6 +320,22 @@ def can_slice(recipe: Recipe, geometry: Geometry, device: Device) -> bool:
     """Whether `auto` may slice: on the native engine, whole blocks of NF4, more than one slice."""
     columns = geometry.intermediate_size
     return Case(recipe, geometry, 1, 1, device).native and columns > SLICE_COLUMNS and columns % 64 == 0
+
+
+def host_choices(recipe: Recipe, geometry: Geometry, device: Device) -> tuple[tuple[HostPart, ...], ...]:
+    """What `memory.host` can become, the fastest first; a CPU has no other memory to move to.
+
+    Raises:
+        RecipeError: it says what this base cannot do.
+    """
+    asked = recipe.memory.host
+    if asked != "auto":
+        if "embedding" in asked and geometry.tied_embeddings:
+            reason = "'embedding': this base's embedding is its head too, which computes on the device."
+            raise RecipeError("memory.host", reason, "Leave it out, or write auto.")
+        return (asked,)
+    frozen = not geometry.tied_embeddings and "embed_tokens" not in recipe.adapter.embeddings
+    return ((), ("embedding",)) if device == "cuda" and frozen else ((),)
 
 
 def _cost(case: Case) -> float:
@@ -328,7 +357,8 @@ def _cost(case: Case) -> float:
     packed = case.recipe.model.quantization == "nf4"
     times = 2 if case.native else 2 + again
     dequantizing = 6 * times * DEQUANTIZING[case.device] / case.tokens if packed else 0
-    return 4 + 3.5 * attention + recomputed + dequantizing
+    hosted = HOSTED if case.hosts("embedding") else 0
+    return 4 + 3.5 * attention + recomputed + dequantizing + hosted
 
 
 def usable_bytes(free_bytes: int) -> int:
@@ -346,9 +376,14 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
     share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
     context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
     rows = Part("written", adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
+    weights = [replace(part, num_bytes=_pinned(part.num_bytes)) for part in hosted_parts(case)]
     if not case.offloads:
-        return (context, share), (imports, rows)
-    # torch's pinned memory comes in powers of two. Source: ATen/core/CachingHostAllocator.h
-    each, whole = 1 << (case.state - 1).bit_length(), held(case, case.geometry.num_layers - 1, 0)
-    pinned = parked_part(case, whole, each, "estimate")
-    return (context, share), (imports, pinned, rows)
+        return (context, share), (imports, *weights, rows)
+    whole = held(case, case.geometry.num_layers - 1, 0)
+    inputs = parked_part(case, whole, _pinned(case.state), "estimate")
+    return (context, share), (imports, *weights, inputs, rows)
+
+
+def _pinned(num_bytes: int) -> int:
+    """torch's pinned memory comes in powers of two. Source: ATen/core/CachingHostAllocator.h"""
+    return 1 << (num_bytes - 1).bit_length()

@@ -8,7 +8,7 @@ native one's. Each part says how sure it is. No torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from .activations import (
@@ -98,7 +98,8 @@ def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
 # Parts
 
 
-def _weight_parts(case: Case) -> list[Part]:
+def _loaded_parts(case: Case) -> list[Part]:
+    """All weights, before any of them leaves the device."""
     g, bits = case.geometry, 8 * case.compute
     num, matrix = g.num_linear_parameters, g.vocab_size * g.hidden_size
     linears = linear_bytes(case.recipe, g)
@@ -107,6 +108,25 @@ def _weight_parts(case: Case) -> list[Part]:
         parts.append(Part(name, matrix * case.compute, f"{_count(matrix)} weights x {bits} bit"))
     num = g.num_norm_parameters
     return [*parts, Part("norms", num * case.compute, f"{_count(num)} weights x {bits} bit")]
+
+
+def _weight_parts(case: Case) -> list[Part]:
+    """Those on the device; a CPU's host is the same memory."""
+    parts = [part for part in _loaded_parts(case) if not _on_host(case, part.name)]
+    return parts if case.host_apart else [*parts, *hosted_parts(case)]
+
+
+def _on_host(case: Case, part: str) -> bool:
+    return part == "embedding" and case.hosts("embedding")
+
+
+def hosted_parts(case: Case) -> list[Part]:
+    """Weights in the computer's memory."""
+    return [
+        replace(part, name=f"offloaded {part.name}")
+        for part in _loaded_parts(case)
+        if _on_host(case, part.name)
+    ]
 
 
 def adapter_part(case: Case, name: str) -> Part:
@@ -156,11 +176,11 @@ def load_phase(case: Case) -> Phase:
     scratch = max(quantizing_bytes(case.recipe, case.geometry, name, case.device) for name in LINEARS)
     words = "largest linear before, and its scales" + "; 13.5 bytes a weight" * (case.device == "cpu")
     quantizing = [Part("quantizing", scratch, words)] if scratch else []
-    return Phase("load", (*_weight_parts(case), *quantizing))
+    return Phase("load", (*_loaded_parts(case), *quantizing))
 
 
 def attach_phase(case: Case) -> Phase:
-    return Phase("attach", (*_weight_parts(case), adapter_part(case, "adapters")))
+    return Phase("attach", (*_loaded_parts(case), adapter_part(case, "adapters")))
 
 
 def first_step_phase(train: Phase) -> Phase:
@@ -247,7 +267,7 @@ def _held_parts(case: Case, found: Held) -> Iterator[Part]:
         words = f"{found.inputs} layers x {format_bytes(input_bytes(case))}"
         words += f", of {layers}" if case.offloads or found.kept else ""
         yield Part("layer inputs", found.inputs * input_bytes(case), words, "replayed")
-    if found.parked and case.device == "cpu":
+    if found.parked and not case.host_apart:
         yield parked_part(case, found, case.state, "replayed")
 
 

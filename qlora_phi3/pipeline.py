@@ -28,7 +28,7 @@ from . import (
     trainer,
     weights,
 )
-from .engine import attention, native
+from .engine import attention, native, residency
 from .errors import FitError, InputError, Problem, RecipeError, RunError
 from .meter import Meter
 from .progress import Display
@@ -105,6 +105,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         base = model.load(checkpoint, recipe.model, device, attention.register(), display.say)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
+        residency.install(base.model, recipe)
     process.give_back()
     for row in adapters.trained_table(tuned):
         display.say(f"training {row.describe()}")
@@ -176,7 +177,8 @@ def settle(
     usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
     way = memory.Ways(recipe, checkpoint.geometry, known=known, device=kind).fastest(usable)
     notes = []
-    if "auto" in (recipe.train.activations, recipe.train.micro_batch):
+    chosen_host = recipe.memory.host == "auto" and bool(way.host)
+    if chosen_host or "auto" in (recipe.train.activations, recipe.train.micro_batch):
         notes.append(way.of(usable))
         say(notes[0])
     recipe = recipe.settled(**way.keys)
@@ -365,6 +367,9 @@ def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[st
         notes.append("optimizer states stay where they are on a CPU; paging needs CUDA")
     if device.type == "cpu" and recipe.train.activations == "offload":
         notes.append("layer inputs are copied and gain nothing by it on a CPU; offloading them needs CUDA")
+    if device.type == "cpu" and recipe.memory.host:
+        parts = " and ".join(recipe.memory.host)
+        notes.append(f"{parts} in host memory: a CPU has no other, nothing is gained; it needs CUDA")
     rows, batch = len(splits.train.rows), recipe.train.effective_batch
     notes += _overlong_notes(splits.train, "training", recipe)
     if splits.eval is not None:

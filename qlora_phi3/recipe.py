@@ -30,6 +30,7 @@ from .recipe_values import (
     auto_or_size,
     auto_or_switch,
     check_export,
+    check_host,
     check_method,
     check_sources,
     check_target,
@@ -45,6 +46,10 @@ def _kind_of_targets(value: Any) -> str:
     return "<name>" if value == "all-linear" else "<list>"
 
 
+def _kind_of_host(value: Any) -> str:
+    return "<name>" if value == "auto" else "<list>"
+
+
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
 """Metrics that need answers; the others need one forward pass."""
@@ -56,6 +61,13 @@ Targets = Annotated[
     Annotated[Literal["all-linear"], Tag("<name>")]
     | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(check_targets), Tag("<list>")],
     Discriminator(_kind_of_targets),
+]
+HostPart = Literal["embedding"]
+Host = Annotated[
+    Annotated[Literal["auto"], Tag("<name>")]
+    | Annotated[tuple[HostPart, ...], Field(strict=False), Tag("<list>")],
+    Discriminator(_kind_of_host),
+    BeforeValidator(check_host),
 ]
 AutoOrCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], BeforeValidator(auto_or_count)]
 Export = Annotated[str, BeforeValidator(check_export), Field(json_schema_extra={"enum": list(EXPORTS)})]
@@ -365,7 +377,7 @@ class Train(_Part):
 
 
 class Memory(_Part):
-    """The memory budget."""
+    """The memory budget, and what may leave the device for it."""
 
     budget: Annotated[str, BeforeValidator(auto_or_size)] = Field(
         default="auto",
@@ -377,6 +389,11 @@ class Memory(_Part):
         description="out of memory: adapt takes the same rows again with a smaller micro_batch, then with "
         "activations recomputed, on CUDA then offloaded, then with fewer logit_tokens; fail stops with exit "
         "code 4",
+    )
+    host: Host = Field(
+        default="auto",
+        description="frozen weights in the computer's memory (CUDA): embedding, looked up there; auto: where "
+        "it does not fit otherwise, or pays; []: none",
     )
 
 
@@ -403,7 +420,7 @@ class Recipe(_Part):
     adapter: Adapter = Field(default=Adapter(), description="what is trained")
     data: Data = Field(description="what it is trained on")
     train: Train = Field(default=Train(), description="how it is trained")
-    memory: Memory = Field(default=Memory(), description="the memory budget")
+    memory: Memory = Field(default=Memory(), description="the memory budget, and what leaves the device")
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics on the held-out rows")
     export: Annotated[tuple[Export, ...], Field(strict=False)] = Field(
         default=("adapter",),
@@ -417,6 +434,10 @@ class Recipe(_Part):
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
     ] = Field(default=(), description="experiment trackers")
 
-    def settled(self, **chosen: Any) -> Recipe:
-        """The same recipe with keys of `train` replaced by what was chosen, so that it repeats anywhere."""
-        return self.model_copy(update={"train": self.train.model_copy(update=chosen)})
+    def settled(self, *, host: tuple[HostPart, ...] | None = None, **chosen: Any) -> Recipe:
+        """The same recipe with keys of `train`, and `memory.host`, replaced by what was chosen, so that it
+        repeats anywhere."""
+        found = self.model_copy(update={"train": self.train.model_copy(update=chosen)})
+        if host is None:
+            return found
+        return found.model_copy(update={"memory": self.memory.model_copy(update={"host": host})})

@@ -95,6 +95,18 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Keep one.",
         ),
         (
+            "embedding" in recipe.memory.host and "embed_tokens" in adapter.embeddings,
+            ("memory", "host"),
+            "embedding has an adapter, which is trained on the device.",
+            "Leave embedding out, or embed_tokens out of adapter.targets.",
+        ),
+        (
+            recipe.memory.host != "auto" and len(set(recipe.memory.host)) < len(recipe.memory.host),
+            ("memory", "host"),
+            f"names a part twice: {', '.join(recipe.memory.host)}.",
+            "Keep one.",
+        ),
+        (
             train.warmup >= 1 and train.warmup != int(train.warmup),
             ("train", "warmup"),
             f"{train.warmup} is neither a fraction below 1 nor a whole number of steps.",

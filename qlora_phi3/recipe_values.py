@@ -157,6 +157,12 @@ def check_export(name: Any) -> Any:
     return name
 
 
+def check_host(value: Any) -> Any:
+    if value == "auto" or isinstance(value, (list, tuple)):
+        return value
+    raise PydanticCustomError("expected", "needs `auto`, or a list such as [embedding]")
+
+
 def check_sources(value: Any) -> Any:
     """Not `min_length`: pydantic counts what is valid, and would blame the list for its only item too."""
     if not value:

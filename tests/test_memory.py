@@ -11,6 +11,7 @@ import pytest
 from memory_lab import recipe
 
 from qlora_phi3 import memory, phases, phi3
+from qlora_phi3.errors import RecipeError
 from qlora_phi3.memory import StepRows
 from qlora_phi3.phi3 import Geometry
 from qlora_phi3.recipe import Recipe
@@ -233,7 +234,7 @@ def chosen(settings: Recipe, geometry: Geometry, usable: int, **keys: Any) -> in
 
 
 def test_micro_batch_is_the_largest_divisor_that_fits() -> None:
-    settings = recipe(train__effective_batch=12, train__activations="recompute")
+    settings = recipe(train__effective_batch=12, train__activations="recompute", memory__host=[])
     peaks = {n: training(settings, micro_batch=n, row_tokens=512).peak_bytes for n in (1, 2, 3, 4, 6, 12)}
     for size, free in peaks.items():
         assert chosen(settings, MINI, free, known=StepRows((512,))) == size
@@ -274,18 +275,20 @@ def test_the_choice_is_the_fastest_way_that_fits(
 ) -> None:
     """Against every way there is, at budgets between the least and the most."""
     asked = recipe(train__effective_batch=effective_batch, train__engine=engine)
-    every = []
+    every, hosts = [], memory.host_choices(asked, MINI, device)
+    assert len(hosts) == (1 if device == "cpu" else 2)
     native = engine == "native"
-    for policy, size, kept, attention, columns in product(
+    for policy, size, kept, attention, columns, host in product(
         ("recompute", "offload") if device == "cuda" else ("recompute",),
         [n for n in range(1, effective_batch + 1) if effective_batch % n == 0],
         range(0, 33, 4),
         [False, True] if native else [False],
         ["all", 2048] if native else ["all"],
+        hosts,
     ):
         if attention and policy == "offload":
             continue
-        way = memory.Way(policy, size, kept, attention, columns, 0, 0.0)
+        way = memory.Way(policy, size, kept, attention, columns, 0, 0.0, host)
         every.append((*peak_and_cost(asked, way, device), way))
     ways = memory.Ways(asked, MINI, known=StepRows((300,)), device=device)
     most, least = (pick(peak for peak, _, _ in every) for pick in (max, min))
@@ -295,6 +298,47 @@ def test_the_choice_is_the_fastest_way_that_fits(
         assert found.peak_bytes <= usable
         assert found.cost <= min(cost for peak, cost, _ in every if peak <= usable) + 1e-9
     assert ways.fastest(0).peak_bytes == least
+
+
+def test_the_embedding_is_on_the_host_where_nothing_fits_otherwise() -> None:
+    settings, known = recipe(train__micro_batch=1), StepRows((2048,))
+    least = memory.Ways(settings.settled(host=()), MINI, known=known).fastest(0).peak_bytes
+    assert way(settings, MINI, least, known=known).host == ()
+    found = way(settings, MINI, least - 1, known=known)
+    assert found.host == ("embedding",) and found.peak_bytes < least
+    assert found.words == "offloading activations, embedding in host memory"
+    assert way(settings, MINI, least - 1, known=known, device="cpu").host == ()
+    assert way(settings.settled(host=("embedding",)), MINI, 10**15, known=known).host == ("embedding",)
+
+
+@pytest.mark.parametrize("keys", [{}, {"model__quantization": "none"}, {"model__compute_dtype": "float32"}])
+def test_an_embedding_on_the_host_is_counted_there(keys: dict[str, Any]) -> None:
+    without = memory.predict(recipe(memory__host=[], **keys), MINI, micro_batch=1)
+    with_it = memory.predict(recipe(memory__host=["embedding"], **keys), MINI, micro_batch=1)
+    size = part(phase(without, "train"), "embedding")
+    for name in ("first step", "train", "save"):
+        assert phase(without, name).peak_bytes - phase(with_it, name).peak_bytes == size
+    for name in ("load", "attach"):  # it is read onto the device, and leaves then
+        assert phase(without, name) == phase(with_it, name)
+    [there] = [part for part in with_it.host if part.name == "offloaded embedding"]
+    assert size <= there.num_bytes < 2 * size
+    assert there not in without.host
+
+
+def test_on_a_cpu_an_embedding_on_the_host_is_counted_all_the_same() -> None:
+    without, with_it = (training(recipe(memory__host=host), device="cpu") for host in ([], ["embedding"]))
+    assert part(with_it, "offloaded embedding") == part(without, "embedding")
+    assert with_it.peak_bytes == without.peak_bytes
+
+
+def test_an_embedding_that_is_the_head_stays() -> None:
+    tied = phi3.VARIANTS["microsoft/Phi-4-mini-instruct"]
+    assert memory.host_choices(recipe(), tied, "cuda") == ((),)
+    assert memory.host_choices(recipe(adapter__targets=["q", "embed_tokens"]), MINI, "cuda") == ((),)
+    with pytest.raises(
+        RecipeError, match=r"memory\.host: 'embedding': this base's embedding is its head too"
+    ):
+        memory.host_choices(recipe(memory__host=["embedding"]), tied, "cpu")
 
 
 def test_layers_are_kept_as_far_as_memory_goes() -> None:

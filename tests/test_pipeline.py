@@ -30,7 +30,7 @@ RUN_FOLDER = {
 }
 
 
-KEPT = {"activations": "keep", "kept_layers": 2, "keep_attention": False, "slice_columns": "all"}
+KEPT = {"activations": "keep", "kept_layers": 2, "keep_attention": False, "slice_columns": "all", "host": ()}
 """What `auto` becomes on a tiny model of two layers."""
 
 
@@ -162,6 +162,28 @@ def test_the_adapter_loads_in_a_stock_4_bit_model(finished: tuple[Path, Path]) -
     live, untrained = (metrics[which]["metrics"]["loss"] for which in ("tuned", "base"))
     found = evaluate.mean_loss(tuned, splits.eval.rows[:6], 4)
     assert abs(found - live) < 0.02 * abs(untrained - live)
+
+
+def test_host_memory_changes_nothing_of_a_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, recipe = finished
+    done = command("recipe", recipe, "memory.host=[embedding]", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert step_losses(tmp_path / "out") == step_losses(folder)
+    for same in ("adapter/adapter_model.safetensors", "eval.json"):
+        assert (tmp_path / "out" / same).read_bytes() == (folder / same).read_bytes()
+    ours, theirs = (json.loads((one / "report.json").read_text()) for one in (tmp_path / "out", folder))
+    assert ours["parameters"] == theirs["parameters"]
+    assert any("embedding in host memory: a CPU has no other" in note for note in ours["notes"])
+    measured = [one["memory"]["calibration"]["measured_bytes"] for one in (ours, theirs)]
+    assert measured[0] == pytest.approx(measured[1], rel=0.01)
+
+
+def test_a_tied_embedding_on_the_host_is_refused(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(geometry="tied", extra="memory: {host: [embedding]}\n")
+    done = command("recipe", recipe, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "memory.host: 'embedding': this base's embedding is its head too" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("geometry", ["untied", "tied"])

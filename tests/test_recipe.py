@@ -122,6 +122,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "train.keep_checkpoints": {"2": 2},
     "memory.budget": {"auto": "auto", "8GiB": "8GiB", "8": "8", "7.5GB": "7.5GB"},
     "memory.on_oom": {"adapt": "adapt", "fail": "fail"},
+    "memory.host": {"auto": "auto", "[]": (), "[embedding]": ("embedding",)},
     "evaluate.metrics": {
         "[loss]": ("loss",),
         "[]": (),
@@ -321,6 +322,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "memory": {"8GiB": KEYS, "null": KEYS},
     "memory.budget": {"nonsense": SIZE, "0": SIZE, "true": TEXT, "null": TEXT, "[8GiB]": TEXT, "-1GiB": SIZE},
     "memory.on_oom": NO_CHOICE,
+    "memory.host": {name: "needs `auto`, or a list" for name in ("embedding", "null", "3", "{embedding: 1}")},
     "evaluate": {"[loss]": KEYS, "null": KEYS},
     "evaluate.metrics": {"loss": "needs a list. Write [loss].", "null": LIST, "3": LIST, "{loss: 1}": LIST},
     "evaluate.samples": COUNT,
@@ -352,6 +354,7 @@ REFUSED_ITEMS = {
         "gguf:q8": "Did you mean 'gguf:q8_0'?",
         "hub": "'hub' is no export.",
     },
+    "memory.host": {"embeding": "Did you mean 'embedding'?", "auto": "'auto' is not", "3": "3 is"},
     "track": {"wandbb": "Did you mean 'wandb'?", "no": "'no' is not allowed"},
 }
 
@@ -663,6 +666,12 @@ def recipe(**changes: Any) -> Recipe:
             "compare answers, and plain text has none",
         ),
         (
+            {"memory__host": ["embedding"], "adapter__targets": ["q", "embed_tokens"]},
+            "memory.host",
+            "embedding has an adapter",
+        ),
+        ({"memory__host": ["embedding", "embedding"]}, "memory.host", "a part twice: embedding, embedding."),
+        (
             {"data__eval": {"path": "x", "format": "text"}, "evaluate__metrics": ["exact_match"]},
             "evaluate.metrics",
             "compare answers, and plain text has none",
@@ -756,6 +765,9 @@ def test_settled_replaces_auto_and_nothing_else() -> None:
     settled = made.settled(micro_batch=4, activations="keep")
     assert settled == recipe(train__effective_batch=12, train__micro_batch=4, train__activations="keep")
     assert (made.train.micro_batch, made.train.activations) == ("auto", "auto")
+    hosted = made.settled(micro_batch=4, host=("embedding",))
+    assert hosted == recipe(train__effective_batch=12, train__micro_batch=4, memory__host=["embedding"])
+    assert made.settled(micro_batch=4).memory.host == "auto"
 
 
 # The JSON schema, which editors check and complete with
