@@ -139,7 +139,7 @@ def _elements(case: Case, *parts: str) -> int:
     return case.geometry.lora_parameters(parts, case.rank)
 
 
-def _gradients(case: Case, layer: int) -> int:
+def _gradients(case: Case, layer: int, stages: Stages) -> int:
     """Bytes of gradients as this layer's backward begins, counted from 0.
 
     A step in one pass has none before it: its layers' come one by one, the embedding's when all else is gone,
@@ -147,11 +147,11 @@ def _gradients(case: Case, layer: int) -> int:
     on.
     """
     if not case.one_pass:
-        return adapter_part(case, "gradients").num_bytes
-    embeddings, num_layers = case.recipe.adapter.embeddings, case.geometry.num_layers
-    layers = ADAPTER_BYTES * (adapter_elements(case.recipe, case.geometry) - _elements(case, *embeddings))
-    head = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head and layer < num_layers else 0
-    return layers * (num_layers - 1 - min(layer, num_layers - 1)) // num_layers + head
+        return stages.adapters.num_bytes
+    num_layers = case.geometry.num_layers
+    through = num_layers - 1 - min(layer, num_layers - 1)
+    head = stages.head_gradients if layer < num_layers else 0
+    return stages.layers_gradients * through // num_layers + head
 
 
 def _optimizer_part(case: Case) -> Part:
@@ -191,7 +191,8 @@ def first_step_phase(train: Phase) -> Phase:
 
 def train_phase(case: Case, stages: Stages | None = None) -> Phase:
     """Everything; `activations: auto` is the least that it can become, recompute."""
-    return pass_phase(case, _optimizer_part(case), stages=stages)
+    stages = stages or Stages(case)
+    return pass_phase(case, stages.optimizer, stages=stages)
 
 
 class Stages:
@@ -205,6 +206,10 @@ class Stages:
         self.saved = saved_bytes(case) if case.kept_layers else 0
         self.autocast = autocast_bytes(case)
         self.rows, self.embedding = row_bytes(case), embedding_bytes(case)
+        self.adapters, self.optimizer = adapter_part(case, "adapters"), _optimizer_part(case)
+        embeddings = case.recipe.adapter.embeddings
+        self.layers_gradients = self.adapters.num_bytes - ADAPTER_BYTES * _elements(case, *embeddings)
+        self.head_gradients = ADAPTER_BYTES * _elements(case, "lm_head") if case.trains_head else 0
 
     def forward(self, *, saving: bool) -> Peak:
         return self._once("forward", saving, lambda: forward_peak(self._case, saving=saving))
@@ -240,10 +245,10 @@ def pass_phase(case: Case, *beside: Part, stages: Stages | None = None) -> Phase
     """A forward and backward pass with what is `beside` it."""
     stages = stages or Stages(case)
     fullest = max(_moments(case, stages), key=lambda moment: moment.num_bytes)
-    whole = adapter_part(case, "gradients")
+    whole = stages.adapters
     there = "" if whole.num_bytes == fullest.gradients else ", of the layers that are through"
     states = (
-        adapter_part(case, "adapters"),
+        stages.adapters,
         Part("gradients", fullest.gradients, whole.formula + there),
         *beside,
     )
@@ -290,7 +295,7 @@ def _moments(case: Case, stages: Stages) -> Iterator[_Moment]:
     cached = stages.autocast * others // case.geometry.num_layers
 
     def moment(peak: Peak, layer: int, there: Held) -> _Moment:
-        return _Moment(peak, there, held_bytes(case, there), _gradients(case, layer))
+        return _Moment(peak, there, held_bytes(case, there), _gradients(case, layer, stages))
 
     keep = bool(kept)
     forward = stages.forward(saving=keep and case.through_layers)
