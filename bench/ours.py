@@ -76,7 +76,8 @@ def activations(job: dict[str, Any]) -> dict[str, Any]:
     geometry, kind = weights.locate(settings.model).geometry, pipeline.device_kind(device)
     known = tokens.rows(Path(job["stream"])).fullest_step(settings.train.effective_batch)
     usable = memory.usable_bytes(pipeline.allowed_bytes(settings, device))
-    way = memory.Ways(settings, geometry, known=known, device=kind).fastest(usable)
+    # measure() leaves all weights on the device
+    way = memory.Ways(settings.settled(host=()), geometry, known=known, device=kind).fastest(usable)
     return {"activations": way.activations}
 
 

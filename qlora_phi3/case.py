@@ -121,7 +121,7 @@ class Case:
     def native(self) -> bool:
         """Whether engine/layer.py computes the layers. What `auto` means: engine/native.py, choose."""
         engine = self.recipe.train.engine
-        means_native = engine == "auto" and self.device == "cpu" and not self.dora
+        means_native = engine == "auto" and not self.dora and (self.device == "cpu" or self.hosts("layers"))
         return self.training and (engine == "native" or means_native)
 
     @property

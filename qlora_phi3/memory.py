@@ -32,6 +32,7 @@ from .phases import (
 )
 from .phi3 import Geometry
 from .recipe import HostPart, Recipe
+from .sizes import linear_bytes
 from .units import format_bytes
 
 CONTEXT_BYTES: Final = 600 * 1024**2
@@ -65,6 +66,17 @@ OFFLOADED: Final = 0.5
 HOSTED: Final = 0.1
 """Operations a weight and token that are set for looking up the embedding on the host. Not measured: a pass
 waits for its ids and for one hidden state, little beside its products."""
+
+STREAMED: Final = 1.0
+"""The same for layers that come from the host, beside what their copies take. Not measured: enough to go
+there for little else than to fit, since answers take all copies for every token."""
+
+COPYING: Final = 4400
+"""Tokens whose three products with all weights take as long as copying these once, at a byte a weight.
+
+Of a card computed: 25 GB/s of the bus, beside 26 GFLOP a token at 790 TFLOP/s; as if nothing were computed
+meanwhile.
+"""
 
 DEQUANTIZING: Final[dict[Device, float]] = {"cuda": 68, "cpu": 5}
 """Tokens whose three products with all weights take as long as dequantizing these once.
@@ -334,8 +346,13 @@ def host_choices(recipe: Recipe, geometry: Geometry, device: Device) -> tuple[tu
             reason = "'embedding': this base's embedding is its head too, which computes on the device."
             raise RecipeError("memory.host", reason, "Leave it out, or write auto.")
         return (asked,)
+    if device == "cpu":
+        return ((),)
     frozen = not geometry.tied_embeddings and "embed_tokens" not in recipe.adapter.embeddings
-    return ((), ("embedding",)) if device == "cuda" and frozen else ((),)
+    native = Case(recipe, geometry, 1, 1, device).native
+    embedding: tuple[HostPart, ...] = ("embedding",) if frozen else ()
+    layers: tuple[HostPart, ...] = ("layers",) if native else ()
+    return tuple(dict.fromkeys(((), embedding, embedding + layers)))
 
 
 def _cost(case: Case) -> float:
@@ -358,6 +375,8 @@ def _cost(case: Case) -> float:
     times = 2 if case.native else 2 + again
     dequantizing = 6 * times * DEQUANTIZING[case.device] / case.tokens if packed else 0
     hosted = HOSTED if case.hosts("embedding") else 0
+    each = linear_bytes(case.recipe, g) / g.num_linear_parameters
+    hosted += STREAMED + 6 * 2 * COPYING * each / case.tokens if case.hosts("layers") else 0
     return 4 + 3.5 * attention + recomputed + dequantizing + hosted
 
 
@@ -376,7 +395,7 @@ def _outside(case: Case, peak: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]
     share = Part("allocator slack", slack, f"{ALLOCATOR_SLACK:.0%} of what is left", "estimate")
     context = Part("CUDA context", CONTEXT_BYTES, "kernels, workspaces, a desktop", "estimate")
     rows = Part("written", adapter_part(case, "written").num_bytes, "the adapter, while it is saved")
-    weights = [replace(part, num_bytes=_pinned(part.num_bytes)) for part in hosted_parts(case)]
+    weights = [replace(part, kind="estimate") for part in hosted_parts(case, _pinned)]
     if not case.offloads:
         return (context, share), (imports, *weights, rows)
     whole = held(case, case.geometry.num_layers - 1, 0)

@@ -110,23 +110,36 @@ def _loaded_parts(case: Case) -> list[Part]:
     return [*parts, Part("norms", num * case.compute, f"{_count(num)} weights x {bits} bit")]
 
 
-def _weight_parts(case: Case) -> list[Part]:
-    """Those on the device; a CPU's host is the same memory."""
+def _weight_parts(case: Case, visiting: int = 0) -> list[Part]:
+    """Those on the device; a CPU's host is the same memory.
+
+    `visiting`: how many layers' linears are there of those that come from the host.
+    """
     parts = [part for part in _loaded_parts(case) if not _on_host(case, part.name)]
+    if visiting and case.hosts("layers"):
+        words = f"{visiting} layers x {format_bytes(_visitor_bytes(case))}, of {case.geometry.num_layers}"
+        parts.insert(0, Part("linears", visiting * _visitor_bytes(case), words))
     return parts if case.host_apart else [*parts, *hosted_parts(case)]
 
 
 def _on_host(case: Case, part: str) -> bool:
-    return part == "embedding" and case.hosts("embedding")
+    return case.hosts("layers") if part == "linears" else part == "embedding" and case.hosts("embedding")
 
 
-def hosted_parts(case: Case) -> list[Part]:
-    """Weights in the computer's memory."""
-    return [
-        replace(part, name=f"offloaded {part.name}")
-        for part in _loaded_parts(case)
-        if _on_host(case, part.name)
-    ]
+def _visitor_bytes(case: Case) -> int:
+    """Of one layer's linears, where they come from the host."""
+    return linear_bytes(case.recipe, case.geometry) // case.geometry.num_layers if case.hosts("layers") else 0
+
+
+def hosted_parts(case: Case, allocated: Callable[[int], int] = lambda size: size) -> list[Part]:
+    """Weights in the computer's memory, in pieces that take as much as is `allocated` for their size."""
+    found = []
+    for part in _loaded_parts(case):
+        if _on_host(case, part.name):
+            pieces = case.geometry.num_layers if part.name == "linears" else 1
+            taken = pieces * allocated(part.num_bytes // pieces)
+            found.append(replace(part, name=f"offloaded {part.name}", num_bytes=taken))
+    return found
 
 
 def adapter_part(case: Case, name: str) -> Part:
@@ -229,16 +242,21 @@ class Stages:
 
 @dataclass(frozen=True)
 class _Moment:
-    """One that may be a pass's fullest. Units: bytes."""
+    """One that may be a pass's fullest.
+
+    Units: bytes; `visiting` in layers whose linears are there from the host.
+    """
 
     peak: Peak
     held: Held
     held_bytes: int
     gradients: int
+    visiting: int
+    visitor_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        return self.peak.num_bytes + self.held_bytes + self.gradients
+        return self.peak.num_bytes + self.held_bytes + self.gradients + self.visiting * self.visitor_bytes
 
 
 def pass_phase(case: Case, *beside: Part, stages: Stages | None = None) -> Phase:
@@ -259,7 +277,7 @@ def pass_phase(case: Case, *beside: Part, stages: Stages | None = None) -> Phase
         *_held_parts(case, fullest.held),
         Part("working set", working, f"fullest in: {fullest.peak.stage}", "replayed"),
     )
-    return Phase("train", (*_weight_parts(case), *states, *activations))
+    return Phase("train", (*_weight_parts(case, fullest.visiting), *states, *activations))
 
 
 def _held_parts(case: Case, found: Held) -> Iterator[Part]:
@@ -286,36 +304,41 @@ def _moments(case: Case, stages: Stages) -> Iterator[_Moment]:
     """Where a pass can be fullest: the last layer's forward, the loss, and backwards of layers.
 
     Between layers that do the same, what is held and the gradients change evenly: the first and last of them
-    decide, and offloaded, where less is on its way to the device, those before the last.
+    decide, and offloaded, where less is on its way to the device, those before the last. Where linears come
+    from the host, the last layer's forward has its own alone there, the one before two.
     """
     last, kept = case.geometry.num_layers - 1, case.kept_layers
     others = case.geometry.num_layers - kept
     saved = stages.saved
     whole = held(case, last, saved, back=False)
-    cached = stages.autocast * others // case.geometry.num_layers
+    cached, visitor = stages.autocast * others // case.geometry.num_layers, _visitor_bytes(case)
 
-    def moment(peak: Peak, layer: int, there: Held) -> _Moment:
-        return _Moment(peak, there, held_bytes(case, there), _gradients(case, layer, stages))
+    def moment(peak: Peak, layer: int, there: Held, visiting: int) -> _Moment:
+        gradients = _gradients(case, layer, stages)
+        return _Moment(peak, there, held_bytes(case, there), gradients, visiting, visitor)
 
-    keep = bool(kept)
-    forward = stages.forward(saving=keep and case.through_layers)
-    # the last layer has not saved yet what it will; its input is there, and the embedding's output
-    own = 2 * case.state - saved if keep or not case.through_layers else 0
-    own -= case.state if case.native and case.through_layers and keep else 0  # its input is in what it saves
-    # offloaded, the embedding's output is there until all layers are through
-    own += case.state if case.offloads and case.trains_inputs else 0
-    yield moment(Peak(forward.num_bytes + own + cached, forward.stage), last + 1, whole)
-    yield moment(stages.loss(cached), last + 1, whole)
+    for layer in {last, max(0, last - 1)} if case.hosts("layers") else {last}:
+        keep = layer >= others
+        forward = stages.forward(saving=keep and case.through_layers)
+        # the layer has not saved yet what it will; its input is there, and the embedding's output
+        own = 2 * case.state - saved if keep or not case.through_layers else 0
+        # its input is in what it saves
+        own -= case.state if case.native and case.through_layers and keep else 0
+        # offloaded, the embedding's output is there until all layers are through
+        own += case.state if case.offloads and case.trains_inputs else 0
+        peak = Peak(forward.num_bytes + own + cached, forward.stage)
+        yield moment(peak, last + 1, held(case, layer, saved, back=False), min(2, last - layer + 1))
+    yield moment(stages.loss(cached), last + 1, whole, 0)
     if not case.through_layers:
         return
     if kept:
         backward = stages.backward(recomputes=False)
         for layer in {last, others}:
-            yield moment(backward, layer, held(case, layer, saved, back=False))
+            yield moment(backward, layer, held(case, layer, saved, back=False), min(2, layer + 1))
     if others:
         backward = stages.backward(recomputes=True)
         for layer in {others - 1, *range(min(3, others))}:
-            yield moment(backward, layer, held(case, layer, saved))
+            yield moment(backward, layer, held(case, layer, saved), min(2, layer + 1))
 
 
 def evaluate_phase(case: Case, micro_batch: int) -> Phase:
@@ -334,7 +357,8 @@ def evaluate_phase(case: Case, micro_batch: int) -> Phase:
         ways.append(_answering_parts(case))
     fullest = max(ways, key=lambda parts: sum(part.num_bytes for part in parts))
     states = (adapter_part(case, "adapters"), _optimizer_part(case))
-    return Phase("evaluate", (*_weight_parts(case), *states, *fullest))
+    visiting = min(2, case.geometry.num_layers)
+    return Phase("evaluate", (*_weight_parts(case, visiting), *states, *fullest))
 
 
 def _answering_parts(case: Case) -> list[Part]:

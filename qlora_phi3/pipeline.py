@@ -105,7 +105,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         base = model.load(checkpoint, recipe.model, device, attention.register(), display.say)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
-        residency.install(base.model, recipe)
+        resident = residency.install(base.model, recipe)
     process.give_back()
     for row in adapters.trained_table(tuned):
         display.say(f"training {row.describe()}")
@@ -124,6 +124,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
             folder,
             meter=meter,
             display=display,
+            resident=resident,
             held_out_loss=_held_out_loss(tuned, splits, recipe, evaluation.rows),
             adapted=adapting.settle,
         )

@@ -62,7 +62,7 @@ Targets = Annotated[
     | Annotated[tuple[Target, ...], Field(strict=False), BeforeValidator(check_targets), Tag("<list>")],
     Discriminator(_kind_of_targets),
 ]
-HostPart = Literal["embedding"]
+HostPart = Literal["embedding", "layers"]
 Host = Annotated[
     Annotated[Literal["auto"], Tag("<name>")]
     | Annotated[tuple[HostPart, ...], Field(strict=False), Tag("<list>")],
@@ -392,8 +392,9 @@ class Memory(_Part):
     )
     host: Host = Field(
         default="auto",
-        description="frozen weights in the computer's memory (CUDA): embedding, looked up there; auto: where "
-        "it does not fit otherwise, or pays; []: none",
+        description="frozen weights in the computer's memory (CUDA): embedding, looked up there; layers, "
+        "whose linears come to the device one layer ahead (native engine); auto: where it does not fit "
+        "otherwise, or pays; []: none",
     )
 
 

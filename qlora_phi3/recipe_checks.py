@@ -101,6 +101,14 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Leave embedding out, or embed_tokens out of adapter.targets.",
         ),
         (
+            "layers" in recipe.memory.host and (train.engine == "reference" or adapter.method == "dora"),
+            ("memory", "host"),
+            "layers come and go on the native engine only, which "
+            + ("has no DoRA." if adapter.method == "dora" else "train.engine says not to take."),
+            "Leave layers out, or set "
+            + ("adapter.method to lora." if adapter.method == "dora" else "train.engine to native."),
+        ),
+        (
             recipe.memory.host != "auto" and len(set(recipe.memory.host)) < len(recipe.memory.host),
             ("memory", "host"),
             f"names a part twice: {', '.join(recipe.memory.host)}.",

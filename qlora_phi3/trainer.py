@@ -32,6 +32,7 @@ from .engine.documents import Documents, Layout, hidden_states
 from .engine.loss import IGNORE, HeadLora, supervised_nll
 from .engine.native import Native
 from .engine.policy import Policy
+from .engine.residency import Residency
 from .errors import FitError, RunError
 from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
@@ -124,13 +125,15 @@ def train(
     *,
     meter: Meter,
     display: Display,
+    resident: Residency | None = None,
     held_out_loss: Callable[[], float] | None = None,
     adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
     built: Callable[[PhiTrainer], None] = lambda trainer: None,
 ) -> tuple[Trained, Calibration]:
     """Train the adapters of `model` in place and write `metrics.jsonl` into `out`.
 
-    `adapted` hears where memory ran out, and the recipe as it went on from there. `built` gets the trainer
+    `resident` is what of the model is on the host. `adapted` hears where memory ran out, and the recipe as it
+    went on from there. `built` gets the trainer
     before it starts, for who wants to watch it.
 
     Raises:
@@ -140,7 +143,7 @@ def train(
     total = num_steps(recipe, len(split.rows))
     with display.steps("train", total) as steps, (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         watch = _Watch(recipe, meter, steps, lines, held_out_loss)
-        trainer = build(model, base, split, recipe, out, watch, adapted)
+        trainer = build(model, base, split, recipe, out, watch, adapted, resident)
         built(trainer)
         found = tried(trainer.train)
     if isinstance(found, RanOut):
@@ -163,8 +166,11 @@ def build(
     out: Path,
     watch: _Watch,
     adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
+    resident: Residency | None = None,
 ) -> PhiTrainer:
     """The trainer, with the dtypes as our policy has them."""
+    missing = resident is None and isinstance(recipe.memory.host, tuple) and recipe.memory.host
+    assert not missing, f"{recipe.memory.host} of a settled recipe is not on the host"
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     with _plain_head(model.get_base_model()):
         trainer = PhiTrainer(
@@ -181,7 +187,8 @@ def build(
     on_card = base.model.device.type == "cuda"
     causal = model.get_base_model()
     native = recipe.train.engine == "native"
-    trainer.native = Native(causal, policy_of(recipe, causal)) if native else None
+    trainer.resident = resident
+    trainer.native = Native(causal, policy_of(recipe, causal), resident) if native else None
     trainer.ladder, trainer.adapted = Ladder(recipe, trainer.go_lower, host_apart=on_card), adapted
     trainer.settle(recipe)
     for name, parameter in model.named_parameters():
@@ -229,6 +236,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     layout: Layout
     logit_tokens: int
     native: Native | None
+    resident: Residency | None
     ladder: Ladder
     adapted: Callable[[Adapted, Recipe], None]
     calibration: Calibration
@@ -252,6 +260,12 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         else:
             stock.follow(self.model, policy)
 
+    def forget(self) -> None:
+        """Drop what a pass that failed has left on the device."""
+        self.model.zero_grad()
+        if self.resident is not None:
+            self.resident.forget()
+
     def calibrate(self) -> None:
         """One pass as full as this data makes it, before the first step, of which nothing stays.
 
@@ -260,7 +274,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         self.recompute(self.ladder.recipe)
         before = RandomState.now()
         self.model.train()
-        self.calibration = self.ladder.take("before step 1", self._full_pass, self.model.zero_grad)
+        self.calibration = self.ladder.take("before step 1", self._full_pass, self.forget)
         self.model.zero_grad()
         before.restore()
 
@@ -301,7 +315,7 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         model.train()
         place = f"step {self.state.global_step + 1}"
         work = partial(self._passes, model, inputs["rows"], num_items_in_batch)
-        total, counts = self.ladder.take(place, work, model.zero_grad)
+        total, counts = self.ladder.take(place, work, self.forget)
         for count in counts:
             self.watch.count(*count)
         return total

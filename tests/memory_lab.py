@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_phi3 import adapters, memory, phi3
 from qlora_phi3.data import TokenRow
-from qlora_phi3.engine import attention, offload, stock
+from qlora_phi3.engine import attention, offload, residency, stock
 from qlora_phi3.engine.documents import Documents
 from qlora_phi3.engine.native import Native
 from qlora_phi3.engine.policy import Policy
@@ -91,8 +91,9 @@ def build(settings: Recipe, num_layers: int, **sizes: Any) -> tuple[Any, Geometr
     if settings.model.quantization == "nf4":
         quantize(base, settings.model.double_quant)
     model = adapt(base, settings).train()
+    model.resident = residency.install(base, settings)
     if settings.train.engine == "native":
-        Native(base, Policy.of(settings, num_layers))
+        Native(base, Policy.of(settings, num_layers), model.resident)
         return model, geometry
     policy = Policy.of(settings, num_layers)
     if policy.keeps[0] != "all":

@@ -276,7 +276,7 @@ def test_the_choice_is_the_fastest_way_that_fits(
     """Against every way there is, at budgets between the least and the most."""
     asked = recipe(train__effective_batch=effective_batch, train__engine=engine)
     every, hosts = [], memory.host_choices(asked, MINI, device)
-    assert len(hosts) == (1 if device == "cpu" else 2)
+    assert len(hosts) == (1 if device == "cpu" else 3 if engine == "native" else 2)
     native = engine == "native"
     for policy, size, kept, attention, columns, host in product(
         ("recompute", "offload") if device == "cuda" else ("recompute",),
@@ -323,6 +323,36 @@ def test_an_embedding_on_the_host_is_counted_there(keys: dict[str, Any]) -> None
     [there] = [part for part in with_it.host if part.name == "offloaded embedding"]
     assert size <= there.num_bytes < 2 * size
     assert there not in without.host
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_layers_on_the_host_are_counted_there_and_two_on_the_device(quantization: str) -> None:
+    keys = {"model__quantization": quantization, "train__engine": "native", "train__activations": "recompute"}
+    without = memory.predict(recipe(memory__host=[], **keys), MINI, micro_batch=1)
+    with_it = memory.predict(recipe(memory__host=["layers"], **keys), MINI, micro_batch=1)
+    size = part(phase(without, "train"), "linears")
+    saved = phase(without, "train").peak_bytes - phase(with_it, "train").peak_bytes
+    assert size * 30 // 32 <= saved <= size
+    assert part(phase(with_it, "train"), "linears") == size * 2 // 32
+    assert phase(without, "save").peak_bytes - phase(with_it, "save").peak_bytes == size
+    assert phase(without, "load") == phase(with_it, "load")
+    [there] = [part for part in with_it.host if part.name == "offloaded linears"]
+    assert size <= there.num_bytes < 2 * size
+    on_cpu = memory.predict(recipe(memory__host=["layers"], **keys), MINI, micro_batch=1, device="cpu")
+    assert part(phase(on_cpu, "train"), "offloaded linears") == size
+    assert part(phase(on_cpu, "train"), "linears") == size * 2 // 32
+
+
+def test_layers_are_on_the_host_where_nothing_fits_otherwise() -> None:
+    settings, known = recipe(train__micro_batch=1, train__engine="native"), StepRows((2048,))
+    ways = memory.Ways(settings.settled(host=("embedding",)), MINI, known=known)
+    least = ways.fastest(0).peak_bytes
+    assert "layers" not in way(settings, MINI, least, known=known).host
+    assert way(settings, MINI, least - 1, known=known).host == ("embedding", "layers")
+    reference = settings.settled(engine="reference")
+    assert way(reference, MINI, least - 1, known=known).host == ("embedding",)
+    tied = phi3.VARIANTS["microsoft/Phi-4-mini-instruct"]
+    assert memory.host_choices(settings, tied, "cuda") == ((), ("layers",))
 
 
 def test_on_a_cpu_an_embedding_on_the_host_is_counted_all_the_same() -> None:

@@ -122,7 +122,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "train.keep_checkpoints": {"2": 2},
     "memory.budget": {"auto": "auto", "8GiB": "8GiB", "8": "8", "7.5GB": "7.5GB"},
     "memory.on_oom": {"adapt": "adapt", "fail": "fail"},
-    "memory.host": {"auto": "auto", "[]": (), "[embedding]": ("embedding",)},
+    "memory.host": {
+        "auto": "auto",
+        "[]": (),
+        "[embedding]": ("embedding",),
+        "[embedding, layers]": ("embedding", "layers"),
+    },
     "evaluate.metrics": {
         "[loss]": ("loss",),
         "[]": (),
@@ -670,6 +675,8 @@ def recipe(**changes: Any) -> Recipe:
             "memory.host",
             "embedding has an adapter",
         ),
+        ({"memory__host": ["layers"], "train__engine": "reference"}, "memory.host", "says not to take"),
+        ({"memory__host": ["layers"], "adapter__method": "dora"}, "memory.host", "has no DoRA"),
         ({"memory__host": ["embedding", "embedding"]}, "memory.host", "a part twice: embedding, embedding."),
         (
             {"data__eval": {"path": "x", "format": "text"}, "evaluate__metrics": ["exact_match"]},

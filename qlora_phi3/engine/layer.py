@@ -10,7 +10,8 @@ Refused, by `why_not`: what the arithmetic here does not have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from . import tiles
 from .linear import Gradients, Linear, Span, draw
 from .policy import Keep
 from .tiles import Group, Heads, Run
+
+Here = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ class Layer:
     intermediate: int
     slice_columns: int
     sliced: bool
+    here: Here = nullcontext
+    """Has the frozen weights on the device, in a backward."""
 
     @classmethod
-    def of(cls, module: Any, slice_columns: int | None = None) -> Layer:
+    def of(cls, module: Any, slice_columns: int | None = None, here: Here = nullcontext) -> Layer:
         """Of transformers' layer with PEFT's linears in it, as they are now."""
         attention, mlp = module.self_attn, module.mlp
         intermediate = module.config.intermediate_size
@@ -71,6 +76,7 @@ class Layer:
             intermediate,
             slice_columns or intermediate,
             slice_columns is not None,
+            here,
         )
 
     @property
@@ -318,7 +324,7 @@ class Function(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         grad = grads[0]
         gradients = [None if linear.lora is None else Gradients(linear.lora) for linear in layer.linears]
-        with torch.autocast(x.device.type, enabled=False):
+        with layer.here(), torch.autocast(x.device.type, enabled=False):
             masks = _draw_again(layer, x, ctx.random)
             if ctx.keep == "all":
                 qkv, state, z_qkv, z_o, *second = kept[:7]

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..case import hosts
 from ..errors import RecipeError
 from ..recipe import Recipe
 from .layer import Function, Layer, Norm, NormFunction, heads_of, why_not
 from .offload import Parking
 from .policy import Policy
+from .residency import Residency
 from .tiles import Run
 
 
@@ -27,22 +30,31 @@ def choose(recipe: Recipe, config: Mapping[str, Any], device: torch.device) -> t
         RecipeError: it says native, and native does not compute this.
     """
     asked, lacks = recipe.train.engine, why_not(config, recipe.adapter.method)
+    streams = hosts(recipe, "layers")
+    if streams and lacks is not None:
+        reason = f"'layers' is for the native engine, which does not do this: {lacks}."
+        raise RecipeError("memory.host", reason, "Leave layers out.")
     if asked == "native" and lacks is not None:
         raise RecipeError("train.engine", f"'native': {lacks}.", "Set train.engine=auto, or reference.")
     if asked != "auto":
         return asked, "the recipe says so"
     if lacks is not None:
         return "reference", f"native does not do this: {lacks}"
+    if streams:
+        return "native", "memory.host has layers, whose weights no other engine lets go"
     if device.type != "cpu":
         return "reference", "native was proven on CPUs only; train.engine=native chooses it"
     return "native", "it is proven on CPUs"
 
 
 class Native:
-    """Our layers on a Phi3ForCausalLM; whoever gives them another `policy` does so between passes."""
+    """Our layers on a Phi3ForCausalLM; whoever gives them another `policy` does so between passes.
 
-    def __init__(self, causal: Any, policy: Policy) -> None:
-        self.policy = policy
+    `resident`: what of its weights is on the host.
+    """
+
+    def __init__(self, causal: Any, policy: Policy, resident: Residency | None = None) -> None:
+        self.policy, self._resident = policy, resident
         self._config, self._layers = causal.config, causal.model.layers
         self._heads = heads_of(self._config)
         self._parking = Parking()
@@ -72,7 +84,8 @@ class Native:
 
     def _through(self, index: int, module: Any, state: torch.Tensor, run: Run) -> torch.Tensor:
         policy, keep = self.policy, self.policy.keeps[index]
-        layer = Layer.of(module, None if keep == "all" else policy.slice_columns)
+        here = nullcontext if self._resident is None else partial(self._resident.backward_of, index)
+        layer = Layer.of(module, None if keep == "all" else policy.slice_columns, here)
         # the embedding's output is a leaf, which autograd holds anyway
         parked = policy.parks and keep == "input" and not state.is_leaf
         with self._parking.hooks() if parked else nullcontext():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import memory_lab
 import pytest
 import torch
 from memory_lab import build, documents, host_is_apart, loss_of, recipe, rows, trained
 
 from qlora_phi3 import evaluate, phases
 from qlora_phi3.case import Case
-from qlora_phi3.engine import attention, residency
+from qlora_phi3.engine import attention, layer, residency
+from qlora_phi3.engine.documents import hidden_states
+from qlora_phi3.engine.native import choose
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.ladder import RanOut, tried
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.tracked import TrackedBytes, model_tensors
 
@@ -33,6 +39,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "offload": {"train__activations": "offload"},
     "one-kept": {"train__activations": "recompute", "train__kept_layers": 1},
 }
+KEEPING = {**POLICIES, "attention": {"train__activations": "recompute", "train__keep_attention": True}}
+TALL: dict[str, Any] = {"vocab_size": 4096}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024}
+"""Where a layer's linears are much of what is there."""
 PASSES = {"one": [[40]], "packed": [[9, 30, 1]], "several": [[40], [7, 20], [3]]}
 
 
@@ -42,7 +52,7 @@ def model_of(settings: Recipe, num_layers: int = 4, **sizes: Any) -> tuple[Any, 
     torch.manual_seed(1)
     for parameter in trained(model):
         parameter.data.normal_(0, 0.05)
-    return model, residency.install(model.get_base_model(), settings)
+    return model, model.resident
 
 
 def step(settings: Recipe, passes: list[list[int]]) -> list[torch.Tensor]:
@@ -57,7 +67,7 @@ def step(settings: Recipe, passes: list[list[int]]) -> list[torch.Tensor]:
     return [*losses, *(p.grad for p in trained(model) if p.grad is not None)]
 
 
-ENGINES = [("reference", ["embedding"]), ("native", ["embedding"])]
+ENGINES = [("reference", ["embedding"]), ("native", ["embedding"]), ("native", ["embedding", "layers"])]
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
@@ -73,16 +83,30 @@ def test_losses_and_gradients_are_those_without(
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("engine", ["reference", "native"])
-def test_the_embedding_does_not_count_on_the_device(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sizes", "lengths"), [(TALL, [300]), (WIDE, [70])], ids=["tall", "wide"])
+@pytest.mark.parametrize("policy", KEEPING.values(), ids=KEEPING)
+@pytest.mark.parametrize("base", ["nf4", "float32"])
+@pytest.mark.parametrize(("engine", "host"), ENGINES, ids=["-".join([e, *h]) for e, h in ENGINES])
+def test_the_device_has_what_the_plan_says(
+    engine: str,
+    host: list[str],
+    base: str,
+    policy: dict[str, Any],
+    sizes: dict[str, Any],
+    lengths: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if engine == "reference" and "train__keep_attention" in policy:
+        pytest.skip("native's")
     host_is_apart(monkeypatch)
-    settings = recipe(train__engine=engine, memory__host=["embedding"], train__effective_batch=1)
-    assert on_device(settings, [300]) == pytest.approx(planned(settings, [300]), rel=0.02)
+    keys = {**BASES[base], **policy, "train__engine": engine, "adapter__rank": 4}
+    settings = recipe(memory__host=host, train__effective_batch=1, **keys)
+    assert on_device(settings, lengths, sizes) == pytest.approx(planned(settings, lengths, sizes), rel=0.02)
 
 
-def on_device(settings: Recipe, lengths: list[int], num_layers: int = 4) -> int:
+def on_device(settings: Recipe, lengths: list[int], sizes: dict[str, Any], num_layers: int = 4) -> int:
     """Bytes at the fullest moment of a step's only pass, as a card would have them."""
-    model, resident = model_of(settings, num_layers, vocab_size=4096)
+    model, resident = model_of(settings, num_layers, **sizes)
     attention._seen.cache_clear()
     tracked = TrackedBytes()
     apart = {tensor.untyped_storage().data_ptr() for tensor in resident.on_host()}
@@ -102,8 +126,8 @@ class OnCard(Case):
         return True
 
 
-def planned(settings: Recipe, lengths: list[int], num_layers: int = 4) -> int:
-    _, geometry = build(settings, num_layers, **{**SIZES, "vocab_size": 4096})
+def planned(settings: Recipe, lengths: list[int], sizes: dict[str, Any], num_layers: int = 4) -> int:
+    _, geometry = build(settings, num_layers, **{**SIZES, **sizes})
     return phases.pass_phase(OnCard(settings, geometry, sum(lengths), max(lengths), "cpu")).peak_bytes
 
 
@@ -144,3 +168,149 @@ def test_the_device_of_the_model_stays_its_own() -> None:
     assert {id(one) for one in causal.parameters()} == {id(one) for _, one in causal.named_parameters()}
     found = causal.model.embed_tokens(torch.tensor([[3, 4, 5]]))
     assert found.device == meta and found.shape == (1, 3, 128)
+
+
+# Layers that come and go
+
+LAYERS: dict[str, Any] = {"train__engine": "native", "memory__host": ["layers"]}
+
+
+class Watched:
+    """Which layers' linears were on the device at each moment that any came or left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, resident: residency.Residency) -> None:
+        self.seen: list[list[int]] = []
+        self._alive: list[tuple[int, weakref.ref[torch.Tensor]]] = []
+        ordered = resident._ordered
+
+        def watched(index: int) -> Any:
+            coming = ordered(index)
+            self._alive.append((index, weakref.ref(coming.packed)))
+            self.seen.append(self.now)
+            return coming
+
+        monkeypatch.setattr(resident, "_ordered", watched)
+
+    @property
+    def now(self) -> list[int]:
+        return sorted(index for index, packed in self._alive if packed() is not None)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_layers_come_one_ahead_and_leave(policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(**LAYERS, **policy)
+    model, resident = model_of(settings)
+    watched = Watched(monkeypatch, resident)
+    for _ in range(2):
+        watched.seen.clear()
+        loss = loss_of(model, settings, documents([20, 10]))
+        assert watched.seen == [[0], [0, 1], [1, 2], [2, 3]]
+        assert watched.now == []
+        watched.seen.clear()
+        loss.backward()
+        assert watched.seen == [[3], [2, 3], [1, 2], [0, 1]]
+        assert watched.now == []
+
+
+def test_layers_come_for_a_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, resident = model_of(recipe(**LAYERS))
+    watched = Watched(monkeypatch, resident)
+    evaluate.mean_loss(model, rows([20, 7]), 2)
+    assert watched.seen == [[0], [0, 1], [1, 2], [2, 3]] and watched.now == []
+    watched.seen.clear()
+    with torch.inference_mode():
+        model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert max(map(len, watched.seen)) == 2 and watched.now == []
+    settings = recipe(**LAYERS)
+    loss_of(model.train(), settings, documents([9])).backward()
+    assert watched.now == []
+
+
+def fails(*_: Any) -> None:
+    raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("where", ["forward", "loss", "backward", "copy"])
+def test_a_pass_that_failed_leaves_nothing_and_the_next_is_right(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(**LAYERS, **BASES["float32"])
+    model, whole = model_of(settings)[0], model_of(recipe(train__engine="native", **BASES["float32"]))[0]
+    watched, causal = Watched(monkeypatch, model.resident), model.get_base_model()
+    with monkeypatch.context() as broken:
+        if where == "forward":
+            broken.setattr(layer, "feed_forward", fails)
+        if where == "loss":
+            broken.setattr(memory_lab.PhiTrainer, "nll", lambda *a: fails(hidden_states(causal, a[2])))
+        if where == "backward":
+            broken.setattr(layer, "feed_backward", fails)
+        if where == "copy":
+            broken.setattr(residency.offload, "copied", fails)
+        assert isinstance(tried(lambda: loss_of(model, settings, documents([30])).backward()), RanOut)
+    assert watched.now == []
+    model.zero_grad()
+    for which in (model, whole):
+        loss_of(which, settings, documents([30])).backward()
+    for ours, theirs in zip(trained(model), trained(whole), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    assert watched.now == []
+
+
+def test_what_is_on_its_way_when_a_pass_is_given_up_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(**LAYERS)
+    model, resident = model_of(settings)
+    watched = Watched(monkeypatch, resident)
+    hook = model.get_base_model().model.layers[2].register_forward_pre_hook(fails, prepend=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_of(model, settings, documents([9]))
+    hook.remove()
+    resident.forget()
+    assert watched.now == []
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-single", "float32"])
+def test_streamed_layers_evaluate_the_same_and_are_taken_back(base: str) -> None:
+    hosted, resident = model_of(recipe(**BASES[base], **LAYERS))
+    plain, _ = model_of(recipe(**BASES[base], train__engine="native"))
+
+    def check() -> None:
+        asked, ids = rows([20, 7, 33]), torch.tensor([[5, 6, 7, 8]])
+        assert evaluate.mean_loss(hosted, asked, 2) == evaluate.mean_loss(plain, asked, 2)
+        answers = [one.generate(input_ids=ids, max_new_tokens=6, do_sample=False) for one in (hosted, plain)]
+        assert torch.equal(*answers)
+        first, second = hosted.state_dict(), plain.state_dict()
+        assert list(first) == list(second)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+    check()
+    resident.remove()
+    assert list(resident.on_host()) == []
+    for module in hosted.modules():
+        assert not {"parameters", "_apply"} & set(vars(module))
+    check()
+
+
+@pytest.mark.parametrize("base", ["nf4", "float32"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 9])
+def test_two_layers_linears_are_there_of_however_many(
+    num_layers: int, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_is_apart(monkeypatch)
+    settings = recipe(**LAYERS, **BASES[base], train__effective_batch=1, adapter__rank=1)
+    found = on_device(settings, [20], WIDE, num_layers)
+    assert found == pytest.approx(planned(settings, [20], WIDE, num_layers), rel=0.02)
+    if num_layers > 2:
+        without = planned(settings.settled(host=()), [20], WIDE, num_layers)
+        one = (planned(settings, [20], WIDE, 2) - planned(settings, [20], WIDE, 1)) // 2
+        assert without - found > (num_layers - 2) * one
+
+
+def test_layers_choose_the_native_engine() -> None:
+    model, _ = build(recipe(), 1, **SIZES)
+    config, card = model.get_base_model().config.to_dict(), torch.device("cuda")
+    asked = recipe(train__engine="auto", memory__host=["layers"])
+    assert choose(asked, config, card)[0] == "native"
+    assert choose(recipe(train__engine="auto"), config, card)[0] == "reference"
+    with pytest.raises(RecipeError, match=r"memory\.host: 'layers' is for the native engine"):
+        choose(asked, {**config, "hidden_act": "gelu"}, card)
