@@ -118,8 +118,8 @@ def mixed(grid: list[Any], seed: int) -> list[Any]:
 
 ADAPTERS = [(targets, False) for targets in TARGETS], [(targets, True) for targets in SPLIT]
 LINEARS = grid(7, [*ADAPTERS[0], *ADAPTERS[1]])[::2]
-LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")  # its steps take long
-BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])[::2]
+LENGTHED = grid(7, [*ADAPTERS[0][:1], *ADAPTERS[1][:1]], "dora")[::2]  # its steps take long
+BESIDE_LAYERS = grid(3, [(targets, True) for targets in EMBEDDINGS])[::4]
 OFFLOADED = [
     *grid(9, [("all-linear", True)], policies=["offload"]),
     *grid(2, [(["q", "v", "embed_tokens", "lm_head"], True)], policies=["offload"])[::2],

@@ -20,6 +20,7 @@ from qlora_phi3.kernels import backend, cross_entropy, nf4, rms_norm, rope, swig
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_all_comparisons_in_the_interpreter() -> None:
     """In a process of its own: TRITON_INTERPRET counts when triton is imported, which bitsandbytes does."""
     needs_triton()
