@@ -314,7 +314,7 @@ class Train(_Part):
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         default="auto",
         description="keep: faster, more memory; recompute: gradient checkpointing; offload: recompute, the "
-        "layers' inputs in host memory meanwhile (CUDA); auto: the first of these that fits",
+        "layers' inputs in host memory meanwhile (CUDA); auto: the fastest mix of these that fits",
     )
     kept_layers: AutoOrCount = Field(
         default="auto",
@@ -387,8 +387,8 @@ class Memory(_Part):
     on_oom: Literal["adapt", "fail"] = Field(
         default="adapt",
         description="out of memory: adapt takes the same rows again with a smaller micro_batch, then with "
-        "activations recomputed, on CUDA then offloaded, then with fewer logit_tokens; fail stops with exit "
-        "code 4",
+        "fewer layers that keep activations, on CUDA then offloading, then with fewer logit_tokens; fail stops "
+        "with exit code 4",
     )
     host: Host = Field(
         default="auto",
