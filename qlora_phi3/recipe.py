@@ -387,8 +387,8 @@ class Memory(_Part):
     on_oom: Literal["adapt", "fail"] = Field(
         default="adapt",
         description="out of memory: adapt takes the same rows again with a smaller micro_batch, then with "
-        "fewer layers that keep activations, on CUDA then offloading, then with fewer logit_tokens; fail stops "
-        "with exit code 4",
+        "fewer layers that keep activations, on CUDA then offloading, then with fewer logit_tokens; fail "
+        "stops with exit code 4",
     )
     host: Host = Field(
         default="auto",
