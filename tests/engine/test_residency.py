@@ -43,7 +43,7 @@ KEEPING = {**POLICIES, "attention": {"train__activations": "recompute", "train__
 TALL: dict[str, Any] = {"vocab_size": 4096}
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024}
 """Where a layer's linears are much of what is there."""
-PASSES = {"one": [[40]], "packed": [[9, 30, 1]], "several": [[40], [7, 20], [3]]}
+PASSES = {"packed": [[9, 30, 1]], "several": [[40], [7, 20], [3]]}
 
 
 def model_of(settings: Recipe, num_layers: int = 4, **sizes: Any) -> tuple[Any, residency.Residency]:
@@ -72,12 +72,12 @@ ENGINES = [("reference", ["embedding"]), ("native", ["embedding"]), ("native", [
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("base", ["nf4", "bfloat16", "float32"])
 @pytest.mark.parametrize(("engine", "host"), ENGINES, ids=["-".join([e, *h]) for e, h in ENGINES])
 def test_losses_and_gradients_are_those_without(
-    engine: str, host: list[str], base: dict[str, Any], policy: dict[str, Any], passes: list[list[int]]
+    engine: str, host: list[str], base: str, policy: dict[str, Any], passes: list[list[int]]
 ) -> None:
-    shared = {"adapter__rank": 4, "adapter__dropout": 0.3, "train__engine": engine, **base, **policy}
+    shared = {"adapter__rank": 4, "adapter__dropout": 0.3, "train__engine": engine, **BASES[base], **policy}
     found, expected = (step(recipe(memory__host=where, **shared), passes) for where in (host, []))
     assert len(found) == len(expected) > len(passes)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
