@@ -57,8 +57,9 @@ So in three runs of the quickstart, whose tensors took 0.3 to 1.3 GiB: it does n
 SLICE_COLUMNS: Final = 2048
 """Intermediate columns of a slice where `auto` slices."""
 
-SLICED: Final = 0.1
-"""Share of time that slices add to what is computed again, as on a CPU."""
+SLICED: Final = 0.5
+"""Share of time that slices add to what is computed again. On a CPU narrow ones of a small model add more
+(docs/engine.md); wide ones on a card are not measured: enough to go there for little else than to fit."""
 
 OFFLOADED: Final = 0.5
 """The same of copies to the host. Not measured: enough to go there for little else than to fit."""
