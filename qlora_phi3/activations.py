@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import LOGIT_TOKENS, Case, eager_sizes, norm_backward_bytes, window_blocks
-from .native_replay import NativeLayer, kept_beside_input, shared_bytes
+from .native_replay import NativeLayer, kept_beside_input
 from .replay import Backward, Layer, saved_beside_input
 from .sizes import target_linears
 from .tape import Tape
+from .tiles_replay import shared_bytes
 
 
 def saved_bytes(case: Case) -> int:

@@ -1,7 +1,8 @@
 """A native decoder layer's operations replayed on a tape that only adds and subtracts bytes.
 
-Owns what engine/layer.py and what it calls allocate while they run, in their order; a replay follows that
-source line by line. Nothing of it is autograd's, so what is saved is what the policy names. No torch.
+Owns what engine/layer.py and what it calls allocate while they run, in their order, but for the attention; a
+replay follows that source line by line. Nothing of it is autograd's, so what is saved is what the policy
+names. No torch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .case import NORM_ELEMENTS, SCORES, Case
+from .case import NORM_ELEMENTS, Case
 from .sizes import dequantized_bytes, target_linears
 from .tape import Tape
+from .tiles_replay import Tiles, sums_bytes
 
 INTERMEDIATE: Final = ("gate_up_proj", "down_proj")
 
@@ -27,71 +29,6 @@ def kept_beside_input(case: Case, *, all_of_it: bool = True) -> int:
 def narrow_bytes(case: Case, name: str) -> int:
     """The output of all A of a linear."""
     return case.tokens * case.hidden_width(name) * case.compute
-
-
-def sums_bytes(case: Case) -> int:
-    """Flash attention's logsumexp."""
-    return 4 * case.geometry.num_heads * case.tokens if case.attention == "flash" else 0
-
-
-class Tiles:
-    """How engine/tiles.py cuts documents of one length, off flash attention, with so many key heads at once.
-
-    `whole`: documents of a group that is computed together, 0 where one is too long for that. `query` and
-    `key` are bytes of what these heads have.
-    """
-
-    def __init__(self, case: Case, num_kv_heads: int) -> None:
-        g, self.case = case.geometry, case
-        self.shares = g.num_heads // g.num_kv_heads
-        self.heads = num_kv_heads
-        self.query = case.query // g.num_kv_heads * num_kv_heads
-        self.key = case.key // g.num_kv_heads * num_kv_heads
-        self.length = min(case.length, case.tokens)
-        self.documents = max(1, case.tokens // self.length)
-        heads = self.shares * num_kv_heads
-        self.whole = min(self.documents, SCORES // (heads * self.length**2))
-        self.queries, self.keys = self.length, self.length
-        if not self.whole:
-            window = min(self.length, g.sliding_window or self.length)
-            reach = min(self.length, 2 * window)
-            step = max(1, min(window, SCORES // (heads * reach)))
-            stops = [(at, min(self.length, at + step)) for at in range(0, self.length, step)]
-            blocks = [(stop - at, stop - max(0, at - window + 1)) for at, stop in stops]
-            self.queries, self.keys = max(blocks, key=lambda block: block[0] * block[1])
-
-    @property
-    def count(self) -> int:
-        return max(1, self.whole)
-
-    @property
-    def scores(self) -> int:
-        """Bytes of one tile's scores."""
-        return self.count * self.shares * self.heads * self.queries * self.keys * self.case.compute
-
-    def rows(self, size: int, tokens: int) -> int:
-        """Of `size`, bytes that all tokens have, those of so many in each document of a tile."""
-        return size // self.case.tokens * self.count * tokens
-
-    @property
-    def kept(self) -> int:
-        """What the layers of a pass share: each group's places and bias."""
-        if self.case.attention == "flash" or not self.whole:
-            return 0
-        groups = -(-self.documents // self.whole)
-        return 8 * self.case.tokens + groups * self.shares * self.length**2 * self.case.compute
-
-    @property
-    def bias(self) -> int:
-        """Of one block, made for it: int64 distances and what is seen come and go before it."""
-        return 0 if self.whole else self.shares * self.queries * self.keys * self.case.compute
-
-
-def shared_bytes(case: Case) -> int:
-    """What the layers of a pass share of documents' places and biases, for every number of heads at once."""
-    sizes = set(case.head_groups) if case.kept_layers < case.geometry.num_layers else set()
-    sizes |= {case.geometry.num_kv_heads} if case.kept_layers else set()
-    return sum(Tiles(case, size).kept for size in sizes)
 
 
 class NativeLayer:
@@ -145,7 +82,7 @@ class NativeLayer:
             tape.free(case.state if group is last else 0)
             made = group.query + sums_bytes(case) * group.query // case.query
             if attends:
-                self._attention(group)
+                group.forward(tape)
             elif not alone:
                 tape.new(made)  # a copy of what is there
             tape.stage = "o_proj"
@@ -297,33 +234,6 @@ class NativeLayer:
         tape.free(packed, some)
         return weight
 
-    def _attention(self, tiles: Tiles) -> None:
-        """Leaves the output. Source: engine/tiles.py."""
-        case, tape = self.case, self.tape
-        tape.stage = "attention"
-        tape.new(tiles.query, sums_bytes(case) * tiles.query // case.query)
-        if case.attention == "flash":
-            return
-        held = tape.new(tiles.bias) + self._taken(tiles)
-        tape.new(tiles.scores)
-        tape.passing(tiles.scores)  # the softmax is another
-        found = tape.new(tiles.rows(tiles.query, tiles.queries))
-        tape.free(tiles.scores)
-        tape.passing(found)  # in the order of tokens
-        tape.free(found, held)
-
-    def _taken(self, tiles: Tiles) -> int:
-        """Leaves a tile's queries, keys and values by heads; returns their bytes.
-
-        Copied are several heads of several documents, and queries that share keys.
-        """
-        case, tape = self.case, self.tape
-        size = tiles.rows(tiles.query + 2 * tiles.key, tiles.length) if tiles.whole else 0
-        if tiles.count > 1 and tiles.heads > 1:
-            tape.passing(size, size)
-            return tape.new(size)
-        return tape.new(size, tiles.rows(tiles.query, tiles.queries) if case.grouped else 0)
-
     # Backward
 
     def backward(self, *, recomputes: bool) -> None:
@@ -423,7 +333,7 @@ class NativeLayer:
             qkv = tape.new(group.query + 2 * group.key)
             self._widen("qkv_proj", share)
             self._rotate(share)
-        self._attention_backward(group)
+        group.backward(tape)
         tape.free(group.query, qkv, part)
         self._rotate(share)
         tape.stage = "qkv_proj's backward"
@@ -484,35 +394,6 @@ class NativeLayer:
         tape.new(scale)
         tape.new(state if half else 0)
         tape.free(wide, scale, scale, wide if half else 0)
-
-    def _attention_backward(self, tiles: Tiles) -> None:
-        """Leaves the gradient of qkv."""
-        case, tape = self.case, self.tape
-        tape.stage = "attention's backward"
-        size = tiles.query + 2 * tiles.key
-        if case.attention == "flash":
-            tape.new(size)
-            tape.passing(size)
-            return
-        tape.new(size)
-        summed = (
-            0 if tiles.whole else tape.new(2 * 4 * tiles.length * (tiles.key // case.tokens) // case.compute)
-        )
-        held = tape.new(tiles.bias) + self._taken(tiles)
-        queries, keys = tiles.rows(tiles.query, tiles.queries), tiles.rows(tiles.key, tiles.keys)
-        copies = tiles.count > 1 or case.grouped
-        tape.passing(queries if tiles.whole else 0, queries if copies else 0)
-        held += tape.new(queries if copies or tiles.whole else 0)
-        tape.new(tiles.scores)
-        tape.passing(tiles.scores)
-        tape.new(keys, tiles.scores)
-        tape.new(tiles.scores)
-        tape.free(tiles.scores)
-        tape.new(queries, keys)
-        tape.free(2 * tiles.scores)
-        tape.free(0 if tiles.whole else held)
-        tape.passing(queries + 2 * keys if tiles.whole else 0)
-        tape.free(held if tiles.whole else 0, queries, 2 * keys, summed)
 
     # Both
 
