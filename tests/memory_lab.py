@@ -148,6 +148,17 @@ def loss_of(model: Any, settings: Recipe, found: Documents) -> torch.Tensor:
     return PhiTrainer.nll(trainer, model, found)
 
 
+def losses_and_gradients(model: Any, settings: Recipe, passes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Losses of the passes, by the lengths of their documents, then all gradients of them together."""
+    torch.manual_seed(2)
+    losses = []
+    for lengths in passes:
+        loss = loss_of(model, settings, documents(lengths))
+        loss.backward()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad for p in trained(model) if p.grad is not None)]
+
+
 def optimizer_of(name: str, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
     import bitsandbytes as bnb
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from memory_lab import build, documents, host_is_apart, loss_of, recipe, recomputing, trained
+from memory_lab import (
+    build,
+    documents,
+    host_is_apart,
+    loss_of,
+    losses_and_gradients,
+    recipe,
+    recomputing,
+    trained,
+)
 
 from qlora_phi3.engine import attention, offload
 from qlora_phi3.engine.documents import Documents
@@ -37,15 +46,7 @@ def model_of(settings: Recipe, num_layers: int = 5, **sizes: Any) -> Any:
 
 
 def step(settings: Recipe, passes: list[list[int]]) -> list[torch.Tensor]:
-    """Losses of the passes, then all gradients of them together."""
-    model = model_of(settings)
-    torch.manual_seed(2)
-    losses = []
-    for lengths in passes:
-        loss = loss_of(model, settings, documents(lengths))
-        loss.backward()
-        losses.append(loss.detach())
-    return [*losses, *(p.grad for p in trained(model) if p.grad is not None)]
+    return losses_and_gradients(model_of(settings), settings, passes)
 
 
 @pytest.mark.parametrize("passes", [[[40]], [[9, 30, 1]], [[40], [7, 20], [3]]], ids=["one", "packed", "3"])

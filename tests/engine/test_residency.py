@@ -8,7 +8,7 @@ from typing import Any
 import memory_lab
 import pytest
 import torch
-from memory_lab import build, documents, host_is_apart, loss_of, recipe, rows, trained
+from memory_lab import build, documents, host_is_apart, loss_of, losses_and_gradients, recipe, rows, trained
 
 from qlora_phi3 import evaluate, phases
 from qlora_phi3.case import Case
@@ -56,15 +56,7 @@ def model_of(settings: Recipe, num_layers: int = 4, **sizes: Any) -> tuple[Any, 
 
 
 def step(settings: Recipe, passes: list[list[int]]) -> list[torch.Tensor]:
-    """Losses of the passes, then all gradients of them together."""
-    model, _ = model_of(settings)
-    torch.manual_seed(2)
-    losses = []
-    for lengths in passes:
-        loss = loss_of(model, settings, documents(lengths))
-        loss.backward()
-        losses.append(loss.detach())
-    return [*losses, *(p.grad for p in trained(model) if p.grad is not None)]
+    return losses_and_gradients(model_of(settings)[0], settings, passes)
 
 
 ENGINES = [("reference", ["embedding"]), ("native", ["embedding"]), ("native", ["embedding", "layers"])]
