@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Final, Literal
 
@@ -75,39 +76,39 @@ class Case:
     counted: int | None = None
     """Supervised tokens of a real pass; None: as many as there can be."""
 
-    @property
+    @cached_property
     def supervised(self) -> int:
         """Tokens that are predicted: all but the first of each document, unless they were counted."""
         return self.tokens - self.tokens // self.length if self.counted is None else self.counted
 
-    @property
+    @cached_property
     def compute(self) -> int:
         return compute_dtype_bytes(self.recipe)
 
-    @property
+    @cached_property
     def state(self) -> int:
         """Bytes of one hidden state per token."""
         return self.tokens * self.geometry.hidden_size * self.compute
 
-    @property
+    @cached_property
     def query(self) -> int:
         """Bytes of all heads' queries."""
         return self.tokens * self.geometry.num_heads * self.geometry.head_dim * self.compute
 
-    @property
+    @cached_property
     def key(self) -> int:
         return self.tokens * self.geometry.num_kv_heads * self.geometry.head_dim * self.compute
 
-    @property
+    @cached_property
     def wide(self) -> int:
         """Bytes of one intermediate state, half of gate_up_proj's output."""
         return self.tokens * self.geometry.intermediate_size * self.compute
 
-    @property
+    @cached_property
     def autocast(self) -> bool:
         return self.training and self.compute != 4
 
-    @property
+    @cached_property
     def casts_inputs(self) -> bool:
         """Whether PEFT casts an adapter's input to float32 first.
 
@@ -117,26 +118,26 @@ class Case:
         under_cuda = self.autocast and self.device == "cuda" and self.recipe.model.quantization == "nf4"
         return self.compute != 4 and not under_cuda
 
-    @property
+    @cached_property
     def native(self) -> bool:
         """Whether engine/layer.py computes the layers. What `auto` means: engine/native.py, choose."""
         engine = self.recipe.train.engine
         means_native = engine == "auto" and not self.dora and (self.device == "cpu" or self.hosts("layers"))
         return self.training and (engine == "native" or means_native)
 
-    @property
+    @cached_property
     def dropout(self) -> bool:
         return self.training and self.recipe.adapter.dropout > 0
 
-    @property
+    @cached_property
     def dora(self) -> bool:
         return self.recipe.adapter.method == "dora"
 
-    @property
+    @cached_property
     def grouped(self) -> bool:
         return self.geometry.num_heads != self.geometry.num_kv_heads
 
-    @property
+    @cached_property
     def attention(self) -> Literal["flash", "eager", "sdpa"]:
         """Which way engine/attention.py goes. A card before Ampere goes sdpa's; that is not known here."""
         if self.padded:
@@ -145,49 +146,49 @@ class Case:
             return "flash"
         return "eager" if self.device == "cpu" and self.length <= EAGER_TOKENS else "sdpa"
 
-    @property
+    @cached_property
     def trains_inputs(self) -> bool:
         """Whether what goes into the first layer depends on anything that is trained."""
         return "embed_tokens" in self.recipe.adapter.embeddings
 
-    @property
+    @cached_property
     def trains_head(self) -> bool:
         return "lm_head" in self.recipe.adapter.embeddings
 
-    @property
+    @cached_property
     def kept_layers(self) -> int:
         return kept_layers(self.recipe, self.geometry.num_layers)
 
-    @property
+    @cached_property
     def keeps_attention(self) -> bool:
         return self.native and keeps_attention(self.recipe)
 
-    @property
+    @cached_property
     def slices(self) -> list[int]:
         """Intermediate columns that a layer which recomputes has at once, one slice after the other."""
         wanted, whole = self.recipe.train.slice_columns, self.geometry.intermediate_size
         step = wanted if self.native and isinstance(wanted, int) else whole
         return [min(step, whole - at) for at in range(0, whole, step)]
 
-    @property
+    @cached_property
     def head_groups(self) -> list[int]:
         """Key heads whose attention such a layer computes at once, one group after the other."""
         wanted, g = self.recipe.train.slice_columns, self.geometry
         most = wanted if self.native and isinstance(wanted, int) else None
         return [stop - start for start, stop in head_groups(g.num_heads, g.num_kv_heads, g.head_dim, most)]
 
-    @property
+    @cached_property
     def through_layers(self) -> bool:
         """Whether the backward goes through the layers; torch's recomputing always has it do so."""
         recomputes = self.kept_layers < self.geometry.num_layers and not self.native
         return self.trains_inputs or bool(self.recipe.adapter.pairs) or recomputes
 
-    @property
+    @cached_property
     def offloads(self) -> bool:
         """Whether layers' inputs are in host memory from forward to backward."""
         return self.recipe.train.activations == "offload"
 
-    @property
+    @cached_property
     def host_apart(self) -> bool:
         """Whether the computer's memory is another than the device's."""
         return self.device != "cpu"
@@ -196,12 +197,12 @@ class Case:
         """Whether these frozen weights are in the computer's memory."""
         return hosts(self.recipe, part)
 
-    @property
+    @cached_property
     def one_pass(self) -> bool:
         """Whether a step is one pass, so that there are no gradients before its backward."""
         return self.tokens >= self.recipe.train.effective_batch * self.length
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return self.recipe.adapter.rank
 

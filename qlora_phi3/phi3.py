@@ -109,7 +109,7 @@ class Geometry:
         num_in |= {"o_proj": self.num_heads * self.head_dim, "down_proj": self.intermediate_size}
         return {name: (max(stop for _, stop in self.slices(name).values()), num_in[name]) for name in LINEARS}
 
-    @property
+    @cached_property
     def num_linear_parameters(self) -> int:
         """Parameters of all decoder linears: what NF4 quantizes."""
         shapes = [self.linear_shape(name) for name in LINEARS]
@@ -141,13 +141,16 @@ class Geometry:
 
         The embedding's is that of its update as PEFT writes it, B @ A: (hidden_size, vocab_size).
         """
-        if name in EMBEDDINGS:
-            shape = self.hidden_size, self.vocab_size
-            return shape if name == "embed_tokens" else shape[::-1]
-        if name in LINEARS:
-            return self.linear_shape(name)
-        start, stop = self.slices(PROJECTIONS[name])[name]
-        return stop - start, self.linear_shape(PROJECTIONS[name])[1]
+        return self._pair_shapes[name]
+
+    @cached_property
+    def _pair_shapes(self) -> dict[str, tuple[int, int]]:
+        found = {"embed_tokens": (self.hidden_size, self.vocab_size)}
+        found["lm_head"] = found["embed_tokens"][::-1]
+        for linear, (rows, columns) in self._linear_shapes.items():
+            found |= {name: (stop - start, columns) for name, (start, stop) in self.slices(linear).items()}
+            found[linear] = rows, columns
+        return found
 
 
 _MINI_4K = Geometry(

@@ -116,6 +116,15 @@ def _trained(targets: str | tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]
     return tuple((linear, projections) for linear, projections in found if projections)
 
 
+@cache
+def _pairs(targets: str | tuple[str, ...], split: bool) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (linear, part)
+        for linear, projections in _trained(targets)
+        for part in (projections if split and linear in phi3.FUSED else (linear,))
+    )
+
+
 class Adapter(_Part):
     """What is trained."""
 
@@ -164,11 +173,7 @@ class Adapter(_Part):
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """(linear, part) of every A/B pair in a layer; the part is a projection, or the linear itself."""
-        return tuple(
-            (linear, part)
-            for linear, projections in self.trained.items()
-            for part in (projections if self.split_fused and linear in phi3.FUSED else (linear,))
-        )
+        return _pairs(self.targets, self.split_fused)
 
     @property
     def parts(self) -> tuple[str, ...]:

