@@ -204,14 +204,11 @@ class _HeadBytes:
 
 
 def _logits_bytes(case: Case) -> int:
-    """One chunk's logits as made and as float32, with logsumexp's temporary, or with the softmax cast.
-
-    Source: ATen's logsumexp, which has a temporary of its input's size.
-    """
+    """One chunk's logits as made and as float32, its error as such and cast, or that and its product."""
     num = min(case.supervised, case.recipe.train.logit_tokens)
-    cast = case.compute if case.compute != 4 else 0
-    per_token = case.geometry.vocab_size * (4 + cast) + case.geometry.hidden_size * case.compute
-    return num * max(case.geometry.vocab_size * (4 + 4), per_token)
+    each = case.geometry.vocab_size, case.geometry.hidden_size
+    made = each[0] * (4 + (case.compute if case.compute != 4 else 0))
+    return num * max(made, case.compute * sum(each))
 
 
 def scoring_peak(case: Case) -> Peak:

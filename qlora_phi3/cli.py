@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, fit, memory, meter, phi3, process, weights
+from . import __version__, fit, memory, meter, phi3, process, speeds, weights
 from .errors import FitError, InputError, ModelError, QloraError
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
@@ -118,7 +118,8 @@ def plan(
     if as_json:
         answer = _answer_json(predicted, room, changes) if room is not None else None
         figures = {"plan": predicted.to_json(), "cards": [one.to_json() for one in cards], "vram": answer}
-        _print_json({"recipe": found.model_dump(mode="json"), **figures})
+        measured = [speed.to_json() for speed in speeds.alike(found)]
+        _print_json({"recipe": found.model_dump(mode="json"), **figures, "measured": measured})
     else:
         _show_plan(found, predicted, cards)
         if vram is not None:
@@ -350,6 +351,8 @@ def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> 
     auto = "auto: train.activations (but so many layers that keep theirs), train.micro_batch"
     console.print(auto, highlight=False, soft_wrap=True)
     console.print("* the largest, with everything else as in the recipe", highlight=False)
+    for speed in speeds.alike(found):
+        console.print(f"measured here: {speed.words}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_plan(plan: memory.Plan, console: Console) -> None:

@@ -320,10 +320,11 @@ def _moments(case: Case, stages: Stages) -> Iterator[_Moment]:
     for layer in {last, max(0, last - 1)} if case.hosts("layers") else {last}:
         keep = layer >= others
         forward = stages.forward(saving=keep and case.through_layers)
-        # the layer has not saved yet what it will; its input is there, and the embedding's output
-        own = 2 * case.state - saved if keep or not case.through_layers else 0
-        # its input is in what it saves
-        own -= case.state if case.native and case.through_layers and keep else 0
+        # the layer has not saved yet what it will; its input is there
+        own = case.state - saved if keep or not case.through_layers else 0
+        # and so is the embedding's output: of its own where it is not what the first layer holds
+        beside = not case.through_layers or (keep and not others and not case.native)
+        own += case.state if beside else 0
         # offloaded, the embedding's output is there until all layers are through
         own += case.state if case.offloads and case.trains_inputs else 0
         peak = Peak(forward.num_bytes + own + cached, forward.stage)

@@ -25,6 +25,7 @@ from . import (
     process,
     report,
     run_folder,
+    speeds,
     trainer,
     weights,
 )
@@ -162,7 +163,21 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
         notes=[*notes, *calibration.notes(), *map(str, adapting.events)],
     )
     report.write(done, folder)
+    _note_speed(done, adapting.recipe, display)
     return done
+
+
+def _note_speed(done: report.RunReport, recipe: Recipe, display: Display) -> None:
+    """For later plans of this base on this computer; a few steps say little."""
+    tokens, steps = done.training["num_tokens"], done.training["num_steps"]
+    if steps < speeds.LEAST_STEPS:
+        return
+    row_tokens = tokens // (steps * recipe.train.effective_batch)
+    reached = done.training["tokens_per_second"]
+    try:
+        speeds.note(speeds.Speed.of(recipe, done.machine, reached, row_tokens, done.finished_utc))
+    except OSError as error:
+        display.say(f"the tokens/s are not noted for later plans: {error}")
 
 
 def settle(

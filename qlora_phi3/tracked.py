@@ -17,13 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def _logsumexp(x: torch.Tensor, dim: list[int], keepdim: bool = False) -> torch.Tensor:
-    """Source: torch 2.13 aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl."""
-    most = x.amax(dim, keepdim=True)
-    total = (x - most).exp_().sum(dim, keepdim=keepdim).log_()
-    return total.add_(most if keepdim else most.squeeze(dim))
-
-
 def _gemm_4bit(*arguments: Any, **named: Any) -> torch.Tensor:
     from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
@@ -32,7 +25,6 @@ def _gemm_4bit(*arguments: Any, **named: Any) -> torch.Tensor:
 
 
 OPENED: Final[dict[str, Callable[..., torch.Tensor]]] = {
-    "aten::logsumexp": _logsumexp,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
 }
 """Operations whose temporaries are large -> what does the same, one visible operation after the other."""

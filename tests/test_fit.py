@@ -31,7 +31,7 @@ def shipped(name: str, overrides: Sequence[str] = ()) -> Recipe:
             16,
         ),
         ({"model__quantization": "none"}, "microsoft/Phi-3-mini-4k-instruct", 10),
-        ({}, "microsoft/phi-4", 12),
+        ({}, "microsoft/phi-4", 10),
         ({"model__quantization": "none"}, "microsoft/phi-4", 32),
         ({"model__quantization": "none", "train__activations": "keep"}, "microsoft/phi-4", 80),
         ({"train__micro_batch": 16, "train__activations": "keep"}, "microsoft/phi-4", None),

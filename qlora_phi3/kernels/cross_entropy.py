@@ -27,10 +27,10 @@ def nll_and_error_(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Te
         constants = {"BLOCK": block, "num_warps": warps_of(block)}
         launch(_kernel, (len(logits),), logits, wanted, each, *sizes, **constants)
         return each.sum(), logits
-    log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-    nll = (log_sum - logits.gather(1, wanted)).sum()
-    error = logits.sub_(log_sum).exp_()
-    return nll, error.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+    highest, chosen = logits.amax(dim=1, keepdim=True), logits.gather(1, wanted)
+    total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+    nll = (total.log() + highest - chosen).sum()
+    return nll, logits.div_(total).scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
 
 
 def _kernel(
@@ -53,12 +53,10 @@ def _kernel(
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), axis=0)
         chosen += tl.sum(tl.where(column == target, x, 0.0), axis=0)
         highest = higher
-    log_sum = (highest + tl.log(total)).to(each.dtype.element_ty).to(tl.float32)
-    tl.store(each + row, (log_sum - chosen).to(each.dtype.element_ty))
+    tl.store(each + row, (tl.log(total) + highest - chosen).to(each.dtype.element_ty))
     for at in range(0, num_columns, BLOCK):
         column = at + tl.arange(0, BLOCK)
         inside = column < num_columns
         x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
-        error = tl.exp((x - log_sum).to(each.dtype.element_ty).to(tl.float32))
-        error = error.to(each.dtype.element_ty).to(tl.float32) - tl.where(column == target, 1.0, 0.0)
+        error = tl.exp(x - highest) / total - tl.where(column == target, 1.0, 0.0)
         tl.store(logits + column, error.to(each.dtype.element_ty), mask=inside)
