@@ -1,7 +1,8 @@
 """Pushing an export to the hub: what may go there, and the one call that sends it.
 
 Owns which files are fit for others. Refuses pickles, absolute paths and what looks like a token. The token
-comes from the environment's HF_TOKEN alone. Untested against the hub itself; the upload is huggingface_hub's.
+comes from the environment's HF_TOKEN alone. The upload is huggingface_hub's: its client is tested against a
+hub of the tests' own, not against huggingface.co.
 """
 
 from __future__ import annotations
@@ -112,6 +113,6 @@ def _upload(folder: Path, repo: str, files: list[str], token: str) -> str:
         api.create_repo(repo, exist_ok=True, private=True)
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files)
     except Exception as error:  # its HTTP library's errors are no OSError
-        reason = f"the hub refused it: {first_line(error).replace(token, '***')}"
+        reason = f"the hub refused it: {first_line(error).replace(token, '***').rstrip(' .')}."
         raise RunError(f"--repo {repo}", reason, "Check the name and what the token may do.") from None
     return f"{api.endpoint}/{repo}"
