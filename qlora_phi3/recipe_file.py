@@ -328,7 +328,8 @@ def _word(error: ErrorDetails, owner: Part, below: Part) -> tuple[str, str]:
     if kind in ("literal_error", "target"):
         allowed = context.get("allowed") or re.findall(r"'([^']*)'", context["expected"])
         what = error["msg"] if kind == "target" else "is not allowed"
-        return f"{found} {what}.", _join(_nearest(str(value), allowed), _listed(allowed))
+        nearest = _nearest(str(value), context.get("known", allowed))
+        return f"{found} {what}.", _join(nearest, _listed(allowed))
     needs = _NEEDS[kind].format(**context) if kind in _NEEDS else error["msg"]
     return f"found {found}, {needs}.", _how_to_write(kind, value, below)
 

@@ -137,7 +137,9 @@ def check_target(name: Any) -> Any:
         return phi3.LLAMA_NAMES[name]
     if name == "all-linear":
         raise PydanticCustomError("expected", "needs to stand alone, outside a list")
-    raise PydanticCustomError("target", "is not a Phi-3 projection", {"allowed": [*TARGETS, "all-linear"]})
+    allowed = [*TARGETS, "all-linear"]
+    known = {"allowed": allowed, "known": [*allowed, *phi3.LLAMA_NAMES]}
+    raise PydanticCustomError("target", "is not a Phi-3 projection", known)
 
 
 def check_targets(value: Any) -> Any:

@@ -252,7 +252,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "3": TARGET,
         "{q: 1}": TARGET,
         "o_proj": TARGET,
-        "q_prj": "is not a Phi-3 projection. Did you mean 'qkv_proj'?",
+        "q_prj": "is not a Phi-3 projection. Did you mean 'q_proj'?",
         "all-linaer": "Did you mean 'all-linear'?",
     },
     "adapter.split_fused": NOT_BOOL,
