@@ -25,11 +25,11 @@ FALLBACK: Final = ("Hello! Who are you?", "Name three colours.", "What is 2 + 3?
 
 
 class Gates:
-    """The gate for several exports of one source; a model as trained is loaded once, when first needed."""
+    """The gate for several exports of one source; a model as trained is loaded and asked once, when needed."""
 
     def __init__(self, source: Source, say: Say) -> None:
         self._source, self._say = source, say
-        self._live: dict[str, Any] = {}
+        self._asked: dict[str, tuple[Any, Any]] = {}
 
     def check(
         self, target: str, partial: Path, folder: Path, details: Mapping[str, Any], *, wanted: bool = True
@@ -59,26 +59,26 @@ class Gates:
             opened = _open(consumers, target, self._source, partial, details, stack, self._say)
             if isinstance(opened, str):
                 return _skipped(target, opened), ""
-            live = self._live_for(consumers, details)
+            live, reference = self._reference(consumers, parity, details)
             self._say(f"comparing it in {opened.name} with the model as trained")
             name = f"ollama:{details['kind']}" if target == "ollama" else target
-            found = parity.gate(name, live, opened, live.control(), prompts(self._source), stops=live.stops)
+            found = parity.gate(name, reference, opened, stops=live.stops)
         return found.to_json(), str(found.first_difference or "")
 
-    def _live_for(self, consumers: Any, details: Mapping[str, Any]) -> Any:
-        """The adapter in PEFT on the weights that the export is for: as in training where it was merged into
-        those, else the base's own, which is what others load it onto."""
+    def _reference(self, consumers: Any, parity: Any, details: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The adapter in PEFT on the weights that the export is for, and its answers: as in training where it
+        was merged into those, else the base's own, which is what others load it onto."""
         dequant = details.get("merge", {}).get("base") == "dequant"
         settings = self._source.model
         if not dequant:
             settings = settings.model_copy(update={"quantization": "none", "compute_dtype": "float32"})
-        if settings.quantization not in self._live:
-            self._live.clear()  # one model at a time
+        if settings.quantization not in self._asked:
+            self._asked.clear()  # one model at a time
             folder, device = self._source.folder, model.device_for_run()
-            self._live[settings.quantization] = consumers.Live.load(
-                self._source.checkpoint, settings, folder, device
-            )
-        return self._live[settings.quantization]
+            live = consumers.Live.load(self._source.checkpoint, settings, folder, device)
+            reference = parity.Reference.of(live, live.control(), prompts(self._source))
+            self._asked[settings.quantization] = live, reference
+        return self._asked[settings.quantization]
 
 
 def _open(

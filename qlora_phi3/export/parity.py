@@ -165,32 +165,60 @@ class _Row:
         return [*self.ids, *self.answer[: len(self.live) - 1]]
 
 
-def gate(
-    target: str,
-    live: Consumer,
-    consumer: Consumer,
-    control: Consumer | None,
-    prompts: Sequence[Messages],
-    *,
-    stops: Iterable[int],
-    max_new_tokens: int = 96,
-    max_positions: int = 24,
-) -> Parity:
+@dataclass(frozen=True)
+class Reference:
+    """The live model with its own answers to the prompts: what every export of a run is compared with.
+
+    `control`: what the base without the adapter makes of the same answers; None where there is none.
+    """
+
+    live: Consumer
+    prompts: Sequence[Messages]
+    rows: Sequence[_Row]
+    control: Sequence[Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        live: Consumer,
+        control: Consumer | None,
+        prompts: Sequence[Messages],
+        *,
+        max_new_tokens: int = 96,
+        max_positions: int = 24,
+    ) -> Reference:
+        """Ask the live model. `max_positions` of each answer are compared, for a program may need a request
+        for each."""
+        rows = [_row(live, messages, max_new_tokens, max_positions) for messages in prompts]
+        others = None
+        if control is not None:
+            others = [control.log_probs(row.compared, len(row.live)) for row in rows]
+        return cls(live, prompts, rows, others)
+
+    def control_kl(self) -> float | None:
+        """Mean divergence of the live model from the base without the adapter."""
+        return None if self.control is None else float(self.divergence(self.control).mean())
+
+    def divergence(self, found: Sequence[Tensor]) -> Tensor:
+        """Of the live model from `found`, at every position of every answer; as `divergence`."""
+        return torch.cat([divergence(row.live, other) for row, other in zip(self.rows, found, strict=True)])
+
+
+def gate(target: str, reference: Reference, consumer: Consumer, *, stops: Iterable[int]) -> Parity:
     """Compare a program on the export with the live model, on prompts and the live model's own answers.
 
     Greedy agreement counts the positions of these answers at which both find the same token likeliest (or
     the live model has a tie), so that one early choice does not spoil all that follows; the program's own
-    generation is held to stop. `stops` are the ids that end an answer; `max_positions` of each answer are
-    compared, for a program may need a request for each.
+    generation is held to stop. `stops` are the ids that end an answer.
 
     Raises:
         InputError: no thresholds are known for the target.
     """
     limits = thresholds_of(target)
-    template = _templates(live, consumer, [*prompts, *PROBES])
-    rows = [_row(live, messages, max_new_tokens, max_positions) for messages in prompts]
+    live, rows = reference.live, reference.rows
+    template = _templates(live, consumer, [*reference.prompts, *PROBES])
     found = [consumer.log_probs(row.compared, len(row.live)) for row in rows]
-    kl = torch.cat([divergence(row.live, other) for row, other in zip(rows, found, strict=True)])
+    kl = reference.divergence(found)
     greedy = [_disagreement(row, other, live) for row, other in zip(rows, found, strict=True)]
     agreement = 1 - sum(count for count, _ in greedy) / len(kl)
     stopped, stop = _stopping(live, consumer, rows, set(stops))
@@ -205,7 +233,7 @@ def gate(
         greedy_agreement=agreement,
         token_ids_equal=template is None,
         stops=stopped,
-        control_kl=None if control is None else _control_kl(control, rows),
+        control_kl=reference.control_kl(),
         thresholds=limits,
         num_prompts=len(rows),
         num_positions=len(kl),
@@ -213,12 +241,6 @@ def gate(
     )
     verdict, reasons = _verdict(measured, limits, template, stop)
     return replace(measured, verdict=verdict, reasons=reasons)
-
-
-def _control_kl(control: Consumer, rows: Sequence[_Row]) -> float:
-    """Mean divergence of the live model from the base without the adapter."""
-    kl = [divergence(row.live, control.log_probs(row.compared, len(row.live))) for row in rows]
-    return float(torch.cat(kl).mean())
 
 
 def _verdict(

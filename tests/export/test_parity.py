@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ class Trained:
         gguf.write(path, weights, read_config(self.base), self.base, kind, name="tiny")
         return path
 
-    def gate(self, program: Any, target: str = "gguf:f16", **settings: Any) -> parity.Parity:
-        control = settings.pop("control", self.live.control())
-        return parity.gate(
-            target, self.live, program, control, PROMPTS, stops=self.live.stops, max_new_tokens=12
-        )
+    def gate(self, program: Any, target: str = "gguf:f16") -> parity.Parity:
+        return parity.gate(target, self.reference, program, stops=self.live.stops)
+
+    @cached_property
+    def reference(self) -> parity.Reference:
+        return parity.Reference.of(self.live, self.live.control(), PROMPTS, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +179,13 @@ def test_a_lost_stop_is_caught(trained: Callable[[str], Trained], tmp_path: Path
 
 def test_an_adapter_that_changes_nothing_cannot_be_told(trained: Callable[[str], Trained]) -> None:
     run = trained("mini")
-    same = parity.gate(
-        "adapter", run.live, run.live, run.live, PROMPTS, stops=run.live.stops, max_new_tokens=8
-    )
+
+    def against(control: Any) -> parity.Parity:
+        reference = parity.Reference.of(run.live, control, PROMPTS, max_new_tokens=8)
+        return parity.gate("adapter", reference, run.live, stops=run.live.stops)
+
+    same, alone = against(run.live), against(None)
     assert same.verdict == "cannot tell" and not same.passed and not same.drifted
-    alone = parity.gate("adapter", run.live, run.live, None, PROMPTS, stops=run.live.stops, max_new_tokens=8)
     assert alone.verdict == "cannot tell" and "no base" in alone.reasons[0]
 
 
