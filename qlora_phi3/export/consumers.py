@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -254,7 +255,7 @@ class MlxLm:
         import mlx.core
 
         logits = self.model(mlx.core.array([ids]))[0, -(last or len(ids)) :]
-        rows = torch.tensor(logits.astype(mlx.core.float32).tolist())
+        rows = torch.from_numpy(numpy.array(logits.astype(mlx.core.float32)))
         return rows.log_softmax(-1)
 
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from .. import data, layouts, model
-from ..errors import InputError, RunError
+from ..errors import InputError, QloraError, RunError
+from ..weights import first_line
 from . import destination, table
 from .options import Say, family
 from .source import Source
@@ -25,7 +26,7 @@ FALLBACK: Final = ("Hello! Who are you?", "Name three colours.", "What is 2 + 3?
 
 
 class Gates:
-    """The gate for several exports of one source; a model as trained is loaded and asked once, when needed."""
+    """The gate for several exports of one source; a model as trained is loaded and asked once."""
 
     def __init__(self, source: Source, say: Say) -> None:
         self._source, self._say = source, say
@@ -56,7 +57,15 @@ class Gates:
         from . import consumers, parity
 
         with ExitStack() as stack:
-            opened = _open(consumers, target, self._source, partial, details, stack, self._say)
+            try:
+                opened = _open(consumers, target, self._source, partial, details, stack)
+            except (QloraError, MemoryError):
+                raise
+            except Exception as error:  # whatever a program raises where it cannot read a folder
+                why = f"{type(error).__name__}: {first_line(error)}"
+                reason = f"the program that it is for cannot load it: {why}."
+                remedy = "The export was removed; --no-gate leaves it there, unproven."
+                raise RunError(target, reason, remedy) from error
             if isinstance(opened, str):
                 return _skipped(target, opened), ""
             live, reference = self._reference(consumers, parity, details)
@@ -88,7 +97,6 @@ def _open(
     partial: Path,
     details: Mapping[str, Any],
     stack: ExitStack,
-    say: Say,
 ) -> Any:
     """A program with the export loaded, or why there is none."""
     base, kind = source.checkpoint.folder, family(target)

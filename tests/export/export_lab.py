@@ -59,6 +59,7 @@ def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
         "sliding_window": None,
         "initializer_range": 0.2,
+        "rms_norm_eps": 1e-5,
         "torch_dtype": "bfloat16",
         **FAMILY[kind],
     }

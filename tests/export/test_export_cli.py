@@ -17,7 +17,7 @@ from test_cli_surface import ENVIRONMENT, Answer, check_refused, command, listin
 
 from qlora_phi3 import export
 from qlora_phi3.errors import InputError, OutputError, RunError
-from qlora_phi3.export import destination, gates, hub
+from qlora_phi3.export import consumers, destination, gates, hub
 
 QUIET = lambda text: None  # noqa: E731
 
@@ -271,6 +271,20 @@ def test_a_failing_export_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         export.export(run, "adapter")
     assert not (run / "exports").exists()
+
+
+def test_what_its_program_cannot_load_is_removed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("__init__() missing 'rms_norm_eps'\nmore")
+
+    monkeypatch.setattr(consumers, "peft_folder", fail)
+    words = (
+        r"adapter: the program that it is for cannot load it: TypeError: __init__\(\) missing 'rms_norm_eps'"
+    )
+    with pytest.raises(RunError, match=words):
+        export.export(run, "adapter")
+    assert listing(run / "exports") == []
+    assert export.export(run, "adapter", options=export.Options(gate=False)).parity is not None
 
 
 def test_drift_keeps_only_what_the_gate_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
