@@ -74,14 +74,21 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     if not wanted:
         return done
     process.give_back()
+    made: list[export.Exported] = []
     try:
-        made = export.export_all(folder, wanted, say=display.say)
-    except InputError as error:
-        remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in wanted)}`."
-        rest = Problem(str(folder), "the run is whole, only its exports are missing.", remedy)
+        for one in export.export_each(folder, wanted, say=display.say):
+            made.append(one)
+    except (InputError, RunError) as error:
+        left = [target for target in wanted if target not in {one.target for one in made}]
+        remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in left)}`."
+        missing = "only its exports are missing" if not made else f"{len(left)} of its exports are missing"
+        rest = Problem(str(folder), f"the run is whole, {missing}.", remedy)
         raise RunError.of((*error.problems, rest)) from None
-    done = replace(done, exports=[one.to_json() | {"folder": f"exports/{one.folder.name}"} for one in made])
-    report.write(done, folder)
+    finally:
+        if made:
+            folders = [one.to_json() | {"folder": f"exports/{one.folder.name}"} for one in made]
+            done = replace(done, exports=folders)
+            report.write(done, folder)
     return done
 
 

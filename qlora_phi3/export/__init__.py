@@ -6,7 +6,7 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .gates import Gates
     from .source import Source
 
-__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all"]
+__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all", "export_each"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,20 @@ def export_all(
     options: Options | None = None,
     say: Say = lambda _: None,
 ) -> list[Exported]:
-    """Export to several targets, all of them checked before the first is written.
+    """Export to several targets; as `export_each`."""
+    return list(export_each(run, targets, out=out, force=force, options=options, say=say))
+
+
+def export_each(
+    run: Path,
+    targets: Sequence[str],
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    options: Options | None = None,
+    say: Say = lambda _: None,
+) -> Iterator[Exported]:
+    """Export to several targets one by one, all of them checked before the first is written.
 
     Raises:
         InputError: as `export`; or `out` for several targets.
@@ -91,12 +104,12 @@ def export_all(
         needed += target_of(target).num_bytes(source, options)
         destination.check_room(folder, needed)
     gates = Gates(source, say)
-    done = [_export(source, target, folder, force, options, gates, say) for target, folder in places.items()]
+    for target, folder in places.items():
+        yield _export(source, target, folder, force, options, gates, say)
     if "hub" in targets:
         from . import hub
 
-        done.append(hub.push(source, places.get(options.what), options, say))
-    return done
+        yield hub.push(source, places.get(options.what), options, say)
 
 
 def _export(

@@ -15,9 +15,10 @@ import pytest
 from export_lab import make_base, make_run
 from test_cli_surface import ENVIRONMENT, Answer, check_refused, command, listing, several
 
-from qlora_phi3 import export
+from qlora_phi3 import export, pipeline
 from qlora_phi3.errors import InputError, OutputError, RunError
 from qlora_phi3.export import consumers, destination, gates, hub
+from qlora_phi3.recipe_file import load_recipe
 
 QUIET = lambda text: None  # noqa: E731
 
@@ -388,3 +389,22 @@ def test_a_failing_export_never_takes_the_run_with_it(
     assert "the run is whole, only its exports are missing" in done.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "report.json").is_file() and not (tmp_path / "out" / "exports").exists()
+
+
+def test_what_was_exported_before_a_failure_is_in_the_report(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("no such layer")
+
+    monkeypatch.setattr(consumers, "transformers_folder", fail)
+    recipe = load_recipe(write_recipe(extra="export: [vllm, merged, loralib]\n"))
+    with pytest.raises(RunError) as caught:
+        pipeline.run(recipe, tmp_path / "out")
+    first, second = caught.value.problems
+    assert "merged: the program that it is for cannot load it: TypeError: no such layer." in str(first)
+    assert "the run is whole, 2 of its exports are missing." in str(second)
+    assert "--to merged --to loralib`" in str(second)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["folder"] for one in report["exports"]] == ["exports/vllm"]
+    assert listing(tmp_path / "out" / "exports")[0] == "vllm"
