@@ -123,7 +123,7 @@ class Pass:
         else:
             loss = PhiTrainer.nll(trainer, self.model, self.documents) / self.supervised
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _padded_loss(self, whole: bool) -> Any:
         import torch
