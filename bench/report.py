@@ -22,6 +22,7 @@ TABLES: Final = {
     "engine": engine_table.engine,
     "data": tables.data,
     "startup": tables.startup,
+    "kernels": tables.kernels,
     "quickstart": tables.quickstart,
     "quickstart_answers": tables.quickstart_answers,
     "calibration": tables.calibration,

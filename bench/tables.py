@@ -116,6 +116,33 @@ def _startup_cells(row: Row) -> list[str]:
     return [row["model"], load, f"{row['load_seconds']:.2f} s", str(len(row["loads"])), speed, *sizes]
 
 
+# --- kernels
+
+
+def kernels() -> str:
+    """Milliseconds and bandwidth of each operation, by shape and what computed it."""
+    found = []
+    for machine, rows in by_machine("kernels").items():
+        named = [row | {"shape": " x ".join(map(str, row["shape"]))} for row in rows]
+        lines = newest(named, "operation", "shape", "backend", "device")
+        repeats = " or ".join(sorted({str(row["repeats"]) for row in lines}))
+        sizes = f"In bfloat16, logits in float32, sizes of {lines[-1]['model']}"
+        what = f"{sizes}; {repeats} calls each, on {machine}"
+        note = markdown.origin(what, lines, ("torch", "bitsandbytes"))
+        found.append(markdown.table(KERNELS, map(_kernel_cells, lines), [note]))
+    return "\n".join(found) or NONE
+
+
+KERNELS: Final = ("operation", "shape", "by", "ms: median (p10-p90)", "GB/s")
+
+
+def _kernel_cells(row: Row) -> list[str]:
+    spread = f"{row['p10_milliseconds']:.2f}-{row['p90_milliseconds']:.2f}"
+    by = f"{row['backend']}, {row['device']}"
+    speed = f"{row['gigabytes_per_second']:.1f}"
+    return [f"`{row['operation']}`", row["shape"], by, f"{row['milliseconds']:.2f} ({spread})", speed]
+
+
 # --- quickstart
 
 

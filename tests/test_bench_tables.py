@@ -189,6 +189,29 @@ def test_data_and_startup(rows: Any) -> None:
     )
 
 
+def test_kernels(rows: Any) -> None:
+    row = {
+        **ABOUT,
+        "operation": "rope.rotate_",
+        "shape": [512, 32, 96],
+        "backend": "torch",
+        "device": "cpu",
+        "milliseconds": 2.046,
+        "p10_milliseconds": 1.0,
+        "p90_milliseconds": 3.0,
+        "gigabytes_per_second": 9.87,
+        "repeats": 20,
+        "model": "microsoft/Phi-3-mini-4k-instruct",
+    }
+    rows("kernels", row | {"milliseconds": 99.0}, row, row | {"backend": "triton", "milliseconds": 0.5})
+    lines = tables.kernels().splitlines()
+    assert lines[2:4] == [
+        "| `rope.rotate_` | 512 x 32 x 96 | torch, cpu | 2.05 (1.00-3.00) | 9.9 |",
+        "| `rope.rotate_` | 512 x 32 x 96 | triton, cpu | 0.50 (1.00-3.00) | 9.9 |",
+    ]
+    assert "20 calls each" in lines[-1]
+
+
 QUICKSTART = {
     **ABOUT,
     "utc": "2026-01-02T00:00:00+00:00",
