@@ -76,8 +76,7 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     process.give_back()
     made: list[export.Exported] = []
     try:
-        for one in export.export_each(folder, wanted, say=display.say):
-            made.append(one)
+        export.export_all(folder, wanted, say=display.say, finished=made.append)
     except (InputError, RunError) as error:
         left = [target for target in wanted if target not in {one.target for one in made}]
         remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in left)}`."

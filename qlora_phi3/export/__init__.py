@@ -6,7 +6,7 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .gates import Gates
     from .source import Source
 
-__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all", "export_each"]
+__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all"]
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,11 @@ def export_all(
     force: bool = False,
     options: Options | None = None,
     say: Say = lambda _: None,
+    finished: Callable[[Exported], None] = lambda _: None,
 ) -> list[Exported]:
-    """Export to several targets; as `export_each`."""
-    return list(export_each(run, targets, out=out, force=force, options=options, say=say))
+    """Export to several targets, all of them checked before the first is written.
 
-
-def export_each(
-    run: Path,
-    targets: Sequence[str],
-    *,
-    out: Path | None = None,
-    force: bool = False,
-    options: Options | None = None,
-    say: Say = lambda _: None,
-) -> Iterator[Exported]:
-    """Export to several targets one by one, all of them checked before the first is written.
+    `finished` is told each as soon as it is there, for one that comes later may fail.
 
     Raises:
         InputError: as `export`; or `out` for several targets.
@@ -104,12 +94,16 @@ def export_each(
         needed += target_of(target).num_bytes(source, options)
         destination.check_room(folder, needed)
     gates = Gates(source, say)
+    done = []
     for target, folder in places.items():
-        yield _export(source, target, folder, force, options, gates, say)
+        done.append(_export(source, target, folder, force, options, gates, say))
+        finished(done[-1])
     if "hub" in targets:
         from . import hub
 
-        yield hub.push(source, places.get(options.what), options, say)
+        done.append(hub.push(source, places.get(options.what), options, say))
+        finished(done[-1])
+    return done
 
 
 def _export(
