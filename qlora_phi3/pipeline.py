@@ -166,7 +166,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
             "adapted": [event.to_json() for event in adapting.events],
         },
         recipe=adapting.recipe.model_dump(mode="json"),
-        notes=[*notes, *calibration.notes(), *map(str, adapting.events)],
+        notes=[*notes, *trained.notes(), *calibration.notes(), *map(str, adapting.events)],
     )
     report.write(done, folder)
     _note_speed(done, adapting.recipe, display)
@@ -178,7 +178,7 @@ def _note_speed(done: report.RunReport, recipe: Recipe, display: Display) -> Non
     tokens, steps = done.training["num_tokens"], done.training["num_steps"]
     if steps < speeds.LEAST_STEPS:
         return
-    row_tokens = tokens // (steps * recipe.train.effective_batch)
+    row_tokens = tokens // done.training["num_rows"]
     reached = done.training["tokens_per_second"]
     try:
         speeds.note(speeds.Speed.of(recipe, done.machine, reached, row_tokens, done.finished_utc))

@@ -369,7 +369,12 @@ class Train(_Part):
         default="paged_adamw_8bit", description="paged: states move to host memory under pressure (CUDA)"
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="seed of adapter init, data order and dropout")
-    log_every: int = Field(default=1, ge=1, description="steps between lines in metrics.jsonl")
+    log_every: int = Field(
+        default=1,
+        ge=1,
+        description="steps between lines in metrics.jsonl; a line has the tokens and time of all steps since "
+        "the one before, and the mean of their losses",
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between losses on the held-out rows"
     )
