@@ -251,7 +251,7 @@ def test_the_page_draws_the_losses(folder: Path) -> None:
 
 def test_losses_that_are_no_numbers_are_left_out_of_the_curve(folder: Path) -> None:
     lines = metrics_lines(folder)
-    lines[1]["loss"], lines[3]["loss"] = math.nan, math.inf
+    lines[1]["loss"], lines[2]["loss"] = math.nan, math.inf
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [len(curve) for curve in page(folder).curves()] == [4, 2]
 

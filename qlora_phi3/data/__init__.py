@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import sha256
+    from .mix import draw
     from .read import check_files
     from .rows import Conversation
     from .sources import files_of
@@ -24,6 +25,7 @@ __all__ = [
     "TokenRow",
     "check",
     "check_files",
+    "draw",
     "files_of",
     "load",
     "prepare",
@@ -34,6 +36,7 @@ __all__ = [
 _ROOMS = {
     "sha256": "cache",
     "check_files": "read",
+    "draw": "mix",
     "Conversation": "rows",
     "files_of": "sources",
     "TokenRow": "tokens",
