@@ -21,6 +21,7 @@ from rich.table import Table
 
 from .errors import InputError, OutputError
 from .export import card
+from .findings import graded
 from .pages import MEANINGS, MEMORY, format_metric, template
 from .units import format_bytes
 
@@ -131,7 +132,7 @@ def show(report: RunReport, folder: Path, console: Console) -> None:
     say("what it took")
     console.print(_run_table(report))
     for note in report.notes:
-        say(f"note: {note}")
+        say(graded(note))
     say(f"adapter  {folder / 'adapter'}")
     for one in report.exports:
         size = format_bytes(sum(one["files"].values()))
