@@ -48,11 +48,6 @@ class Trained:
     num_parameters: int
     dtype: str
 
-    def describe(self) -> str:
-        rank = f" of rank {self.rank}" if self.rank else ""
-        name = self.target if self.part == self.target else f"{self.target} {self.part}"
-        return f"{name}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -276,6 +271,26 @@ def trained_table(model: nn.Module) -> list[Trained]:
             found.setdefault(name.rsplit(".", 1)[-1], []).append(module)
     ordered = sorted(found, key=phi3.ADAPTABLE.index)
     return [row for target in ordered for row in _rows(target, found[target])]
+
+
+def summarize(table: Sequence[Trained]) -> list[str]:
+    """The table for people, a line for all that are as many and of one rank.
+
+    "q k v o gate up down in 30 layers, rank 16, 4.9 M parameters"
+    """
+    groups: dict[tuple[bool, int, int, bool], list[Trained]] = {}
+    for row in table:
+        inside = row.target not in phi3.EMBEDDINGS
+        groups.setdefault((inside, row.num_modules, row.rank, row.part == "lengths"), []).append(row)
+    lines = []
+    for (inside, num_modules, rank, lengths), rows in groups.items():
+        names = " ".join(row.target if lengths else row.part for row in rows)
+        words = [f"{names} in {num_modules} layers" if inside else names]
+        words[0] = f"lengths of {words[0]}" if lengths else words[0]
+        num = sum(row.num_parameters for row in rows)
+        counted = f"{num / 1e6:.1f} M" if num >= 10**5 else f"{num:,}"
+        lines.append(", ".join([*words, *([f"rank {rank}"] if rank else []), f"{counted} parameters"]))
+    return lines
 
 
 def _rows(target: str, modules: list[Any]) -> list[Trained]:
