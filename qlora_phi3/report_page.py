@@ -47,9 +47,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Plot:
-    """Losses by step, as a drawing: the points of each curve, and (text, place) of each mark on the axes."""
+    """Losses by step, as a drawing: the points of each curve, and (text, place) of each mark on the axes.
+
+    `ends`: first and last (step, loss) of each curve.
+    """
 
     curves: dict[str, str]
+    ends: dict[str, tuple[Point, Point]]
     y_ticks: list[tuple[str, float]]
     x_ticks: list[tuple[str, float]]
 
@@ -165,6 +169,7 @@ def plot(curves: Mapping[str, Sequence[Point]]) -> Plot | None:
     steps = sorted({0, last // 2, last})
     return Plot(
         lines,
+        {name: (found[0], found[-1]) for name, found in curves.items()},
         [(f"{loss:.3g}", at(loss)) for loss in ticks],
         [(f"{step:,}", across(step)) for step in steps],
     )

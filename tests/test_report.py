@@ -266,6 +266,7 @@ def test_losses_that_lie_far_apart_have_a_logarithmic_axis(folder: Path) -> None
     assert middle[1] - first[1] == pytest.approx(last[1] - middle[1], abs=0.2)
     assert held_out[0][1] == 210 and held_out[1][1] < 190
     assert all(f"\n{tick}\n" in found.text for tick in ("0.1", "1"))
+    assert "held-out (dashed) on 4 rows: 0.02 at step 3, 0.04 at step 2" in found.text
 
 
 @pytest.mark.parametrize("losses", [[0.0, 0.0], [5.0, 0.0]])
