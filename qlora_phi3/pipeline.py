@@ -434,6 +434,7 @@ def _source_json(used_for: str | int, source: Source) -> list[dict[str, Any]]:
 
 def _data_json(splits: data.Splits, recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    found["system_prompt"] = splits.train.system_prompt
     found["sources"] = [
         one for path, source in recipe.data.sources() for one in _source_json(path[1], source)
     ]

@@ -133,7 +133,7 @@ def test_errors_are_all_printed_and_exit_with_2(answers: dict[str, Answer]) -> N
     done = answers["errors"]
     assert (done.returncode, done.stderr) == (2, "")
     assert "error: special-token: " in done.stdout
-    assert "/special.jsonl:1: messages[0]: <|end|>\n  -> Remove it" in done.stdout
+    assert "/special.jsonl:1: messages[0]: <|end|>\n  -> Text that a chat template has rendered" in done.stdout
     assert done.stdout.endswith("tiny: 1 error, 1 warning, 0 notes\n")
     as_json = answers["errors as JSON"]
     assert (as_json.returncode, as_json.stderr) == (2, "")

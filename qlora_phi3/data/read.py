@@ -15,6 +15,7 @@ from ..errors import DataError, Problem
 from ..recipe import GENERATION_METRICS, Data, Evaluate, Fraction, Source, Train
 from ..recipe_checks import NO_ANSWERS, NO_LAST_ANSWER
 from . import hub
+from .columns import split_problem
 from .formats import convert, detect
 from .mix import is_held_out, num_copies
 from .rows import Conversation, Example, Message, Preference, Text
@@ -76,12 +77,14 @@ def name_of(sources: Source | tuple[Source, ...]) -> str:
     return sources.path if isinstance(sources, Source) else ", ".join(source.path for source in sources)
 
 
-def stream(source: Source) -> Iterator[Example | Problem]:
+def stream(source: Source, use: str = "train") -> Iterator[Example | Problem]:
     """Rows of one source in its order, each once; a malformed row comes as the Problem it has.
 
-    All rows have the format of the first, or the named one.
+    All rows have the format of the first, or the named one. `use`: "train" or "eval"; a row that says that
+    it is of another split is such a Problem too.
     """
-    name: str | None = None if source.format == "auto" else source.format
+    named = source.format != "auto"
+    name: str | None = source.format if named else None
     rows = hub.rows_of(source) if source.is_hub else rows_of(check_source(source))
     for place, row in islice(rows, source.limit):
         if isinstance(row, Problem):
@@ -89,7 +92,8 @@ def stream(source: Source) -> Iterator[Example | Problem]:
             continue
         try:
             name = name or detect(row, place)
-            yield convert(row, name, place)
+            example = convert(row, name, place, named=named)
+            yield split_problem(example.unused, place, use) or example
         except DataError as error:
             yield from error.problems
             if name is None:  # what the first row is decides what the others should be
@@ -112,7 +116,7 @@ def stream_splits(
 def stream_held_out(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
-        for row, copies in _weighted(source, data, train, evaluate, held_out=True):
+        for row, copies in _weighted(source, data, train, evaluate, "eval", held_out=True):
             yield from [("eval", row)] * copies
 
 
@@ -122,7 +126,7 @@ def stream_training(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tu
     found = {"train": 0, "eval": 0}
     broken = False
     for source in data.train_sources:
-        for row, copies in _weighted(source, data, train, evaluate, held_out=share > 0):
+        for row, copies in _weighted(source, data, train, evaluate, "train", held_out=share > 0):
             if isinstance(row, Problem):
                 broken = True
                 yield "train", row
@@ -147,11 +151,11 @@ def _empty_sides(share: float, train: int, eval: int) -> Iterator[Problem]:
 
 
 def _weighted(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, *, held_out: bool
+    source: Source, data: Data, train: Train, evaluate: Evaluate, use: str, *, held_out: bool
 ) -> Iterator[tuple[Example | Problem, int]]:
     """Rows of a source, each with how often it is taken; ends with a Problem where none is."""
     taken = rows = 0
-    for row in _useful(source, data, train, evaluate, held_out=held_out):
+    for row in _useful(source, data, train, evaluate, use, held_out=held_out):
         copies = 1 if isinstance(row, Problem) else num_copies(row, source.weight, train.seed)
         taken, rows = taken + copies, rows + 1
         yield row, copies
@@ -161,10 +165,10 @@ def _weighted(
 
 
 def _useful(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, *, held_out: bool
+    source: Source, data: Data, train: Train, evaluate: Evaluate, use: str, *, held_out: bool
 ) -> Iterator[Example | Problem]:
     """Rows of a source as long as the run can use them; ends with a Problem at the first it cannot."""
-    for row in stream(source):
+    for row in stream(source, use):
         refusal = _refusal(row, data, train, evaluate, held_out=held_out)
         yield refusal or row
         if refusal:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, Problem, shown
+from .json_text import DECODER, RepeatedKey, decoded, parse, repeated
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
-
-LIST_COLUMNS: Final = ("messages", "conversations")
-"""Columns of a CSV whose cells hold JSON: a table has no lists of its own."""
 
 DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
@@ -103,7 +101,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:  # JSON counts columns from the last newline: none may be left
-            value = _json(text_of(line.rstrip(), place), place, _ONE_OBJECT)
+            value = parse(text_of(line.rstrip(), place), place, _ONE_OBJECT)
         except DataError as error:
             value = error.problems[0]
         yield place, value
@@ -133,26 +131,10 @@ def text_of(line: bytes, place: str) -> str:
     return text
 
 
-def _json(text: str, place: str, remedy: str, what: str = "") -> Any:
-    return _decoded(partial(json.loads, text), place, remedy, what)
-
-
-def _decoded(decode: Callable[[], Any], place: str, remedy: str, what: str = "") -> Any:
-    try:
-        return decode()
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        reason = f"{what}not valid JSON: {error.msg.removesuffix(' at')} at {where}."
-        raise DataError(place, reason, remedy) from None
-    except (RecursionError, ValueError) as error:  # ValueError: Python reads 4300 digits at most
-        why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-        raise DataError(place, f"{what}not valid JSON: {why}.", remedy) from None
-
-
 def _json_list(path: Path) -> Iterator[Row]:
     """The objects of one JSON list, decoded one by one; the text is held, not all its values."""
     text = "".join(text_of(line, place) for place, line in _lines(path))
-    decoder, at, number = json.JSONDecoder(), _skip(text, 0), 0
+    at, number = _skip(text, 0), 0
     if at == len(text):
         return
     _check_list(text[at], path)
@@ -161,7 +143,7 @@ def _json_list(path: Path) -> Iterator[Row]:
     while not closed:
         number += 1
         place = f"{path}: row {number}"
-        value, at = _decoded(partial(decoder.raw_decode, text, at), place, _AGAIN)
+        value, at = decoded(partial(_row_at, text, at, place), place, _AGAIN)
         yield place, value
         at = _skip(text, at)
         closed = text.startswith("]", at)
@@ -171,6 +153,14 @@ def _json_list(path: Path) -> Iterator[Row]:
     if at < len(text):
         where = f"{path}:{text.count(chr(10), 0, at) + 1}"
         raise DataError(where, "has more text after the list's end.", "Write one list: [{...}, {...}].")
+
+
+def _row_at(text: str, at: int, place: str) -> tuple[Any, int]:
+    """The value that begins at `at`, and where it ends; a key twice spoils this row only."""
+    try:
+        return DECODER.raw_decode(text, at)
+    except RepeatedKey as error:
+        return repeated(error, place).problems[0], json.JSONDecoder().raw_decode(text, at)[1]
 
 
 def _check_list(first: str, path: Path) -> None:
@@ -249,14 +239,7 @@ def _record(header: list[str], cells: list[str], place: str) -> dict[str, Any] |
     if len(cells) != len(header):
         reason = f"has {len(cells)} cells, the header names {len(header)}."
         return Problem(place, reason, 'Put a cell that holds a comma into "...".')
-    record: dict[str, Any] = dict(zip(header, cells, strict=True))
-    try:
-        for key in LIST_COLUMNS:
-            if key in record:
-                record[key] = _json(record[key], place, "Write the list as JSON, or use JSONL.", f"{key} is ")
-    except DataError as error:
-        return error.problems[0]
-    return record
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet(path: Path) -> Iterator[Row]:

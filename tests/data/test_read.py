@@ -84,7 +84,18 @@ def test_text_is_kept_as_written(tmp_path: Path, text: str, ascii_only: bool) ->
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(row({**USER, "name": "Ann"}, ASSISTANT), id="name"),
+        pytest.param(row({**USER, "name": "user"}, ASSISTANT), id="a name that is the role"),
+        pytest.param(row(USER, {**ASSISTANT, "weight": 1, "train": True}), id="weight 1"),
+        pytest.param(row(USER, {**ASSISTANT, "id": "m7", "created_at": 5}), id="keys that describe"),
+        pytest.param(json.dumps({"messages": json.dumps([USER, ASSISTANT])}), id="the JSON text of a list"),
+        pytest.param(
+            json.dumps({"messages": {"role": ["user", "assistant"], "content": ["hi", "yo"], "name": None}}),
+            id="an object of lists",
+        ),
+        pytest.param(
+            row({**USER, "content": [{"type": "text", "text": "hi "}, {"text": "you"}]}, ASSISTANT),
+            id="parts",
+        ),
         pytest.param(row(USER, {**ASSISTANT, "tool_calls": None}), id="null"),
         pytest.param(row(USER, {**ASSISTANT, "tool_calls": []}), id="no tool calls"),
         pytest.param(json.dumps({"id": 7, "messages": [USER, ASSISTANT]}), id="other keys beside messages"),
@@ -101,11 +112,13 @@ def test_harmless_rows(tmp_path: Path, line: str) -> None:
 
 ONE_OBJECT = "Write one JSON object a line."
 SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, ...]}.'
-FILL = "Remove the row, or fill it."
+FILL = "Write its messages, or remove the row if it has none."
 FIRST = ": messages[0]"
 SECOND = ": messages[1]"
 GIVE_TEXT = "Give the text of the message."
-ONLY_ROLE_AND_CONTENT = "Leave only role and content."
+INTO_CONTENT = "Put what it says into content, or remove it if the message means the same without it."
+ALL_OF_ONE = "Give every message the value 1; data.loss_on: last trains on each row's last answer alone."
+TWICE = "Keep the right one, or give the other a name of its own."
 
 BAD_ROWS = [
     pytest.param("hello", "", "not valid JSON: Expecting value at column 1.", ONE_OBJECT, id="plain text"),
@@ -174,7 +187,41 @@ BAD_ROWS = [
     ),
     pytest.param('{"messages": []}', "", "messages is not a list with messages.", FILL, id="empty messages"),
     pytest.param('{"messages": null}', "", "messages is not a list with messages.", FILL, id="null messages"),
-    pytest.param('{"messages": "hi"}', "", "messages is not a list with messages.", FILL, id="text messages"),
+    pytest.param(
+        '{"messages": "hi"}',
+        "",
+        "messages is not valid JSON: Expecting value at column 1.",
+        "Write the list itself, or as JSON.",
+        id="text messages",
+    ),
+    pytest.param(
+        '{"messages": {"role": ["user"], "content": []}}',
+        "",
+        "messages is not a list with messages.",
+        "It is an object of lists that are not equally long: write [{...}, ...].",
+        id="lists of two lengths",
+    ),
+    pytest.param(
+        '{"messages": [], "messages": []}',
+        "",
+        "names the key 'messages' twice in one object: only one of the two would be read.",
+        TWICE,
+        id="a key twice",
+    ),
+    pytest.param(
+        GOOD.replace('"hi"', '"hi", "content": "hi"'),
+        "",
+        "names the key 'content' twice in one object: only one of the two would be read.",
+        TWICE,
+        id="a key twice inside",
+    ),
+    pytest.param(
+        row({**USER, "name": "Ann"}, ASSISTANT),
+        FIRST,
+        "'name' is not available yet.",
+        'Write who speaks into content ("Ada: ..."), or remove the names if nothing refers to them.',
+        id="name",
+    ),
     pytest.param('{"messages": {}}', "", "messages is not a list with messages.", FILL, id="object messages"),
     pytest.param(
         row("hi", ASSISTANT), FIRST, "is text, not an object.", "Give it role and content.", id="text message"
@@ -208,11 +255,18 @@ BAD_ROWS = [
         row(USER, {**ASSISTANT, "content": None}), SECOND, "content is missing.", GIVE_TEXT, id="null content"
     ),
     pytest.param(
-        row({**USER, "content": [{"type": "text", "text": "hi"}]}, ASSISTANT),
+        row({**USER, "content": [{"type": "text", "text": "hi"}, {"type": "image_url"}]}, ASSISTANT),
         FIRST,
-        "content is a list, not text.",
-        GIVE_TEXT,
-        id="content in parts",
+        "content has a part of type 'image_url', and only parts of text can be read.",
+        'Write {"type": "text", "text": "..."}, or plain text.',
+        id="a picture among the parts",
+    ),
+    pytest.param(
+        row({**USER, "content": [{"text": "hi"}, {"text": "you"}]}, ASSISTANT),
+        FIRST,
+        "content has several parts of text without a blank or a new line between them.",
+        "Join them into one text.",
+        id="parts that would run together",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "content": 7}),
@@ -253,35 +307,35 @@ BAD_ROWS = [
         row(ASSISTANT, USER, ASSISTANT),
         "",
         "begins with the assistant.",
-        "Begin with what it answers to.",
+        "Are user and assistant swapped? Begin with what it answers to.",
         id="assistant first",
     ),
     pytest.param(
         row({**USER, "tool_calls": [{"id": "1"}]}, ASSISTANT),
         FIRST,
         "'tool_calls' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        INTO_CONTENT,
         id="the user calls a tool",
     ),
     pytest.param(
-        row({**USER, "audio": None, "tool_call_id": "1"}, ASSISTANT),
+        row({**USER, "audio": None, "function_call": {"name": "f"}}, ASSISTANT),
         FIRST,
-        "'tool_call_id' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        "'function_call' is not available yet.",
+        INTO_CONTENT,
         id="the user answers a call, beside an empty key",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "weight": 0}),
         SECOND,
         "'weight' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        ALL_OF_ONE,
         id="weight 0: do not train",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "train": False}),
         SECOND,
         "'train' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        ALL_OF_ONE,
         id="train false",
     ),
 ]

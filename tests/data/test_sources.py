@@ -360,7 +360,7 @@ BROKEN = [
         "a.csv",
         b"prompt,completion,weight\na,b,0\n",
         ":2",
-        "'weight' is not available yet.",
+        "`weight` would be left out ('0'): that says how much a row counts.",
         id="a weight column",
     ),
 ]
