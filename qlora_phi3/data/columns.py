@@ -271,6 +271,8 @@ def carries(value: Any) -> bool:
     """Whether a value says anything: blanks, nulls and lists of them do not, 0 and false do."""
     if isinstance(value, str):
         return bool(value) and not value.isspace()
+    if isinstance(value, int):
+        return True
     if isinstance(value, dict):  # Parquet fills the fields that a row lacks with null
         return any(carries(one) for one in value.values())
     if isinstance(value, (list, tuple)):
@@ -303,21 +305,20 @@ def unused(
     Raises:
         DataError: keys that would be missed.
     """
-    found = tuple((key, row[key]) for key in row if key not in used and carries(row[key]))
-    found = tuple((key, value) for key, value in found if not is_neutral(key, value))
-    missed = [
-        (key, one) for key, one in _meanings(found, format_) if not _may_go(one, format_, row[key], named)
-    ]
+    found, missed = [], []
+    for key, value in row.items():
+        if key in used or not carries(value):
+            continue
+        one = meaning(key, format_)
+        if one is None or _may_go(one, format_, value, named):
+            found.append((key, value))
+        elif not is_neutral(key, value):
+            missed.append((key, one))
     if missed:
         first = min((one for _, one in missed), key=MEANINGS.index)
         keys = [key for key, one in missed if one is first]
         raise _refusal(keys, first, format_, shape, place, row[keys[0]])
-    return found
-
-
-def _meanings(found: Unused, format_: str) -> list[tuple[str, Meaning]]:
-    meant = ((key, meaning(key, format_)) for key, _ in found)
-    return [(key, one) for key, one in meant if one is not None]
+    return tuple(found)
 
 
 def _may_go(one: Meaning, format_: str, value: Any, named: bool) -> bool:
@@ -343,11 +344,15 @@ def _short(key: str) -> str:
     return key if len(key) <= 60 else f"{key[:57]}..."
 
 
+@lru_cache(maxsize=4096)
+def _names_a_split(key: str) -> bool:
+    return not _SPLIT.isdisjoint(words_of(key)[-1:])
+
+
 def split_problem(unused: Unused, place: str, use: str) -> Problem | None:
     """Why a row that names its own split is no row to train on, or none to hold out."""
     for key, value in unused:
-        words = words_of(key)
-        if not words or words[-1] not in _SPLIT or not isinstance(value, str):
+        if not (isinstance(value, str) and _names_a_split(key)):
             continue
         wrong, done = (_HELD_OUT, "trained on") if use == "train" else (_TRAINING, "held out")
         if wrong.match(value.strip()):

@@ -47,51 +47,51 @@ def _message_signs(row: Conversation, quirks: Quirks) -> Iterator[Sign]:
         if role == before != "tool":  # one answer may make several calls
             yield "turn-order", f"{row.place}: messages[{i}]: {before} after {before}"
         before = role
-        if role == "user" and (not content or content.isspace()):
-            yield "empty-question", f"{row.place}: messages[{i}]"
-        elif content[:1].isspace() and role in quirks.strips:
-            yield "leading-blanks", f"{row.place}: messages[{i}]"
-        missing = _missing(role, content)
-        if missing:
-            yield "placeholder", f"{row.place}: messages[{i}]: {missing!r}"
+        if content[:1].isspace() or not content:
+            if not content.strip():
+                if role == "user":
+                    yield "empty-question", f"{row.place}: messages[{i}]"
+            elif role in quirks.strips:
+                yield "leading-blanks", f"{row.place}: messages[{i}]"
+        if len(content) < _LONGEST or content.endswith(_INPUTS):
+            missing = _missing(role, content)
+            if missing:
+                yield "placeholder", f"{row.place}: messages[{i}]: {missing!r}"
 
 
 def _missing(role: str, content: str) -> str:
     """The word for a missing value that a message is, or that a question ends with as its input."""
-    if role == "assistant":
-        return content.strip() if len(content) < _LONGEST and content.strip() in _NOTHING else ""
-    if len(content) < _LONGEST and content.strip() in _NOTHING | _NO_INPUT:
-        return content.strip()
-    return content.rpartition("\n")[2] if content.endswith(_INPUTS) else ""
+    whole = content.strip()
+    if whole in _NOTHING or (role != "assistant" and whole in _NO_INPUT):
+        return whole
+    return content.rpartition("\n")[2] if role != "assistant" and content.endswith(_INPUTS) else ""
 
 
 def marker_signs(row: Row, quirks: Quirks) -> Iterator[Sign]:
     """Markers of chats in text, where they are no special tokens of this base: those are refused."""
-    for place, text in _marked(row, quirks):
-        swallowing = quirks.swallowing and quirks.swallowing.search(text)
-        added = quirks.added and quirks.added.search(text)
-        if swallowing:
-            yield "swallowing-token", f"{place}: {swallowing[0]}"
-        if added:
-            yield "added-token", f"{place}: {added[0]}"
-        for hit in _MARKERS.finditer(text):
-            if not any(one and one.search(hit[0]) for one in (quirks.swallowing, quirks.added)):
-                yield "chat-markers", f"{place}: {hit[0]}"
-                break
+    added = [one for one in (quirks.swallowing, quirks.added) if one is not None]
+    for text in (row.text,) if isinstance(row, Text) else [message.content for message in row.messages]:
+        if "<|" in text or "INST]" in text or "_of_turn>" in text or text[:1] == "[":
+            break
+        if added and any([one.search(text) for one in added]):
+            break
+    else:
+        if not (isinstance(row, Conversation) and row.has_tools):
+            return  # nearly every row
+    for place, text in texts_of(row):
+        yield from _markers_in(text, place, quirks)
 
 
-def _marked(row: Row, quirks: Quirks) -> Iterator[tuple[str, str]]:
-    """Texts of the row, where any of them may have a marker: none has in nearly every row."""
-    contents = [row.text] if isinstance(row, Text) else [message.content for message in row.messages]
-    if any([_may_have(content) for content in contents]) or any(
-        one is not None and any([one.search(content) for content in contents])
-        for one in (quirks.swallowing, quirks.added)
-    ):
-        yield from texts_of(row)
-
-
-def _may_have(text: str) -> bool:
-    return "<|" in text or "INST]" in text or "_of_turn>" in text or "<<SYS" in text or text[:1] == "["
+def _markers_in(text: str, place: str, quirks: Quirks) -> Iterator[Sign]:
+    own = (("swallowing-token", quirks.swallowing), ("added-token", quirks.added))
+    for code, pattern in own:
+        hit = pattern.search(text) if pattern is not None else None
+        if hit is not None:
+            yield code, f"{place}: {hit[0]}"
+    for hit in _MARKERS.finditer(text):
+        if not any(pattern is not None and pattern.search(hit[0]) for _, pattern in own):
+            yield "chat-markers", f"{place}: {hit[0]}"
+            return
 
 
 _MARKERS: Final = re.compile(
