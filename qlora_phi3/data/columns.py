@@ -329,7 +329,8 @@ def _may_go(one: Meaning, format_: str, value: Any, named: bool) -> bool:
 def _refusal(
     keys: list[str], one: Meaning, format_: str, shape: tuple[str, str], place: str, value: Any
 ) -> DataError:
-    names = " and ".join(f"`{_short(key)}`" for key in keys)
+    *others, final = (f"`{_short(key)}`" for key in keys)
+    names = f"{', '.join(others)} and {final}" if others else final
     asked, answer = shape
     reason = f"{names} would be left out ({shown(value)}): {one.says}."
     remedy = one.remedy.format(used=f"`{asked}`", key=f"`{_short(keys[0])}`", answer=f"`{answer}`")

@@ -155,7 +155,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Examiner:
-    """Looks at every row of a split in turn and keeps what it finds, not the rows.
+    """Looks at every row of a split, which is at `place`, in turn and keeps what it finds, not the rows.
 
     `remedies`: of rows that cannot be read, by what mends them. `columns`: keys that are not used.
     """
@@ -163,10 +163,11 @@ class Examiner:
     tokenizer: Any
     turns: Turns
     loss_on: LossOn
+    place: str
     signs: dict[str, Places] = field(default_factory=dict)
     remedies: dict[str, Places] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
-    talks: Counts = field(default_factory=lambda: Counts())
+    talks: Counts = field(default_factory=Counts)
 
     @cached_property
     def quirks(self) -> Quirks:
@@ -195,7 +196,7 @@ class Examiner:
         ]
         found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
         found += find("duplicate", repeated) + unused_columns(self.columns)
-        return found + default_system(self.talks, self.quirks.default_system)
+        return found + default_system(self.talks, self.quirks.default_system, self.place)
 
     def _signs(self, row: Row, outcome: Outcome) -> Iterator[Sign]:
         if isinstance(outcome, Marked):
@@ -253,7 +254,7 @@ def _example(name: str, column: Column) -> str:
     return f"{column.place}: `{_cut(name)}`: {shown(column.example)}, in {rows}"
 
 
-def default_system(talks: Counts, text: str) -> list[Finding]:
+def default_system(talks: Counts, text: str, place: str) -> list[Finding]:
     """What the chat template says in front of rows that have no system message."""
     if not text or not talks.num_without_system:
         return []
@@ -263,7 +264,7 @@ def default_system(talks: Counts, text: str) -> list[Finding]:
         f"template puts its own in front of them: {cut!r}."
     )
     fix = "Right if the tuned model is asked the same way; else give the rows a system message of your own."
-    return [Finding("note", "default-system", what, (), fix)]
+    return [Finding("note", "default-system", what, (place,), fix)]
 
 
 def examine_answers(

@@ -186,7 +186,7 @@ class _Builder:
         data, tokenizer, turns = reading.data, reading.tokenizer, reading.turns
         self.name, self.data, self.num_kept = name, data, reading.num_kept
         self.fitter = Fitter(data, tokenizer, turns)
-        self.examiner = Examiner(tokenizer, turns, data.loss_on)
+        self.examiner = Examiner(tokenizer, turns, data.loss_on, f"data.{name}")
         self.before: Row | None = None
         self.rows, self.fingerprints = RowsBuilder(folder), FingerprintsBuilder()
         self.lengths, self.num_supervised, self.num_read = array("i"), 0, 0

@@ -54,11 +54,12 @@ def check_files(data: Data) -> None:
         DataError: every source that is missing or unreadable.
     """
     problems: list[Problem] = []
-    for source in (*data.train_sources, *data.eval_sources):
+    for (_, name, *number), source in data.sources():
+        key = f"data.{name}{''.join(f'[{one}]' for one in number)}.path"
         try:
             check_source(source)
         except DataError as error:
-            problems += error.problems
+            problems += [Problem(f"{key}: {one.place}", one.reason, one.remedy) for one in error.problems]
     if problems:
         raise DataError.of(problems)
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import json
+import re
+import stat
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,12 +27,22 @@ Row = tuple[str, Any]
 DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
 
-_GIVE: Final = (
-    "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them: "
-    "data.train.path=chats.jsonl."
-)
+_GIVE: Final = "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them."
 _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
+MAX_LISTED: Final = 8
+"""File names that a message lists."""
+_LONGEST_PATH: Final = 300
+_SHARD: Final = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+_SPLITS: Final = {
+    name: re.compile(rf"\A({words})(?=[-_.]|\Z)|(?<=[-_.])({words})\Z")
+    for name, words in (
+        ("train", "train|training"),
+        ("valid", "valid|validation|val|dev|eval|heldout|held[-_]out|holdout"),
+        ("test", "test|testing"),
+    )
+}
+"""Split -> what the names of its files begin or end with."""
 _BATCH: Final = 256
 """Rows of Parquet that are decoded together."""
 
@@ -37,31 +51,76 @@ def files_of(path: Path) -> list[Path]:
     """The files that a source names, in name order, checked to be there without reading them.
 
     Raises:
-        DataError: missing, unreadable, of an unknown kind, or a folder without data or with other files.
+        DataError: missing, unreadable, of an unknown kind, or a folder without data, with other files, or
+            with files of several splits.
     """
-    files = _in_folder(path) if path.is_dir() else [path]
+    files = _in_folder(path) if kind_of(path) == "folder" else [path]
     for file in files:
-        if not file.is_file():
-            raise DataError(str(file), "no such file.", _GIVE)
+        kind = kind_of(file)
+        if kind == "other":
+            raise DataError(str(file), "is neither a file nor a folder.", _GIVE)
+        if kind != "file":
+            raise DataError(_cut(file), "no such file.", _beside(file))
         if file.suffix.lower() not in READERS:
             raise DataError(str(file), f"{file.suffix or 'no suffix'} is not available yet.", _GIVE)
         try:
             file.open("rb").close()
         except OSError as error:
-            raise DataError(
-                str(file), f"cannot be read: {error.strerror}.", "Check its permissions."
-            ) from None
+            raise _unreadable(file, error) from None
     return files
+
+
+def kind_of(path: Path) -> str:
+    """`file`, `folder`, `other`, or nothing where nothing is there.
+
+    Raises:
+        DataError: the system does not say: a name that is too long, a folder that may not be looked into.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except ValueError:  # a NUL byte in the name
+        return ""
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    remedy = "Shorten it." if error.errno == errno.ENAMETOOLONG else "Check its permissions."
+    return DataError(_cut(path), f"cannot be read: {error.strerror}.", remedy)
+
+
+def _cut(path: Path) -> str:
+    """The path for a message; the system takes no name of more than 255 bytes."""
+    text = str(path)
+    return text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}..."
+
+
+def _beside(file: Path) -> str:
+    """What is in the folder where a file is not."""
+    folder = file.parent
+    try:
+        found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
+    except OSError:
+        return f"There is no folder {_cut(folder)} either. A path is relative to the recipe's folder."
+    if not found:
+        return f"Its folder holds no data file. {_GIVE}"
+    near = get_close_matches(file.name, found, 1)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+    return f"{guess}In its folder: {', '.join(found[:MAX_LISTED])}{more}."
 
 
 def _in_folder(folder: Path) -> list[Path]:
     try:
         found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise DataError(str(folder), f"cannot be read: {error.strerror}.", "Check its permissions.") from None
+        raise _unreadable(folder, error) from None
     found = [path for path in found if path.suffix.lower() not in DOCUMENTS and path.stem != "LICENSE"]
     for path in found:
-        if path.is_dir():
+        if kind_of(path) == "folder":
             raise DataError(
                 str(path), "is a folder inside a folder.", "Give the path of one folder of files."
             )
@@ -70,7 +129,35 @@ def _in_folder(folder: Path) -> list[Path]:
             raise DataError(str(path), reason, "Move it out of the folder, or give the path of one file.")
     if not found:
         raise DataError(str(folder), "is a folder without data files.", _GIVE)
+    _check_one_split(folder, found)
     return found
+
+
+def _check_one_split(folder: Path, files: list[Path]) -> None:
+    """Refuse to mix rows to train on with rows to measure with, which only the files' names tell apart."""
+    splits = {path: _split_of(path) for path in files}
+    if len(set(splits.values())) == 1 or not {"valid", "test"} & set(splits.values()):
+        return
+    names = [path.name for path in files]
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    reason = f"holds files of several splits: {', '.join(names[:MAX_LISTED])}{more}."
+    by_split = {name: [path for path in files if splits[path] == name] for name in ("train", "valid", "test")}
+    train = by_split["train"] or [path for path in files if splits[path] == ""]
+    held_out = by_split["valid"] or by_split["test"]
+    if len(train) == len(held_out) == 1:
+        remedy = f"Name the files: data.train.path={train[0]} data.eval.path={held_out[0]}."
+    else:
+        remedy = "Put the files of each split into a folder of its own: data.train.path and data.eval.path."
+    raise DataError(str(folder), reason, remedy)
+
+
+def _split_of(path: Path) -> str:
+    """`train`, `valid` or `test`, where the name says so: `train-00000-of-00003.parquet`; else nothing."""
+    stem = _SHARD.sub("", path.stem.casefold())
+    for name, pattern in _SPLITS.items():
+        if pattern.fullmatch(stem) if path.suffix.lower() == ".txt" else pattern.search(stem):
+            return name
+    return ""
 
 
 def rows_of(files: list[Path]) -> Iterator[Row]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_phi3.data import check_files
-from qlora_phi3.data.read import MAX_PROBLEMS, Conversation, Message, check_source, read
-from qlora_phi3.errors import DataError
+from qlora_phi3.data.read import MAX_PROBLEMS, Conversation, Message, check_source, read, stream
+from qlora_phi3.errors import DataError, Problem
 from qlora_phi3.recipe import Data, Source
 
 USER = {"role": "user", "content": "hi"}
@@ -385,6 +385,32 @@ def test_a_bad_row_counts_towards_the_limit(tmp_path: Path) -> None:
     assert [place for place, _, _ in problems_of(path, limit=2)] == [f"{path}:1"]
 
 
+# --- rows of another split
+
+
+@pytest.mark.parametrize(
+    ("use", "key", "value", "wrong"),
+    [
+        ("train", "split", "test", True),
+        ("train", "Split", "validation", True),
+        ("train", "data_split", "dev", True),
+        ("train", "subset", "TEST", True),
+        ("train", "split", "train", False),
+        ("train", "split", "train_sft", False),
+        ("train", "subset", "physics", False),
+        ("train", "fold", 3, False),
+        ("eval", "split", "train", True),
+        ("eval", "split", "test", False),
+    ],
+)
+def test_a_row_that_names_another_split(tmp_path: Path, use: str, key: str, value: Any, wrong: bool) -> None:
+    line = json.dumps({**json.loads(GOOD), key: value})
+    found = list(stream(Source(path=str(write(tmp_path, GOOD, line))), use))
+    assert isinstance(found[1], Problem) is wrong
+    if isinstance(found[1], Problem):
+        assert f"`{key}` says {value!r}" in found[1].reason and "data.eval.path" in found[1].remedy
+
+
 # --- files
 
 
@@ -407,7 +433,7 @@ def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "missing.jsonl"
     [(place, reason, remedy)] = problems_of(path)
     assert (place, reason) == (str(path), "no such file.")
-    assert "JSONL file" in remedy
+    assert remedy.startswith("Its folder holds no data file. Give a JSONL file")
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSONL", "chats.ndjson"])
@@ -424,14 +450,30 @@ def test_check_files_reports_both_sources(tmp_path: Path) -> None:
     missing = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
         check_files(Data(train=Source(path=str(missing)), eval=Source(path=str(wrong))))
-    assert [p.place for p in caught.value.problems] == [str(missing), str(wrong)]
+    assert [p.place for p in caught.value.problems] == [
+        f"data.train.path: {missing}",
+        f"data.eval.path: {wrong}",
+    ]
 
 
 def test_check_files_names_only_the_one_that_is_wrong(tmp_path: Path) -> None:
     good, missing = write(tmp_path, GOOD), tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
         check_files(Data(train=Source(path=str(good)), eval=Source(path=str(missing))))
-    assert [p.place for p in caught.value.problems] == [str(missing)]
+    assert [p.place for p in caught.value.problems] == [f"data.eval.path: {missing}"]
+
+
+def test_a_file_that_is_not_there_is_looked_for_beside(tmp_path: Path) -> None:
+    for name in ("branches.jsonl", "tickets.csv", "notes.md"):
+        (tmp_path / name).write_text(GOOD)
+    sources = [Source(path=str(tmp_path / name)) for name in ("branch.jsonl", "sub/a.jsonl", "x" * 300)]
+    with pytest.raises(DataError) as caught:
+        check_files(Data(train=tuple(sources)))
+    first, second, third = caught.value.problems
+    assert first.place == f"data.train[0].path: {tmp_path / 'branch.jsonl'}"
+    assert first.remedy == "Did you mean branches.jsonl? In its folder: branches.jsonl, tickets.csv."
+    assert f"There is no folder {tmp_path / 'sub'} either." in second.remedy
+    assert (third.reason, third.remedy) == ("cannot be read: File name too long.", "Shorten it.")
 
 
 @pytest.mark.parametrize("with_eval", [True, False])
