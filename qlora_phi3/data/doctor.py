@@ -21,6 +21,7 @@ from .batches import Outcome
 from .columns import describes
 from .quirks import Quirks
 from .read import MAX_PROBLEMS
+from .repeats import Fingerprints
 from .rows import Conversation, Row
 from .text_signs import Sign, marker_signs, text_signs, texts_of
 from .tokens import PLAIN_TEXT, LossOn, Marked, Turns, prompt_ids
@@ -355,6 +356,21 @@ def examine_sizes(lengths: NDArray[np.int32], over: Places, data: Data, place: s
     grade: Grade = "error" if data.overlong == "error" else "note"
     what = f"Rows are longer than {limit}; data.overlong is {data.overlong}."
     return [Finding(grade, "overlong", what, tuple(over.first), fix, over.more)]
+
+
+def examine_overlap(held_out: Fingerprints, train: Fingerprints, *, copies_may_be: bool) -> list[Finding]:
+    """Held-out rows that ask what training rows ask; an error where most of them are training rows."""
+    found = find("overlap", held_out.shared(train))
+    num, copied = len(held_out.whole), held_out.num_copied(train)
+    if copies_may_be or 2 * copied <= num:
+        return found
+    example = found[0].places[0]
+    what = f"{copied} of {num} held-out rows are training rows too: what is measured is memory ({example})."
+    fix = (
+        "Hold out rows of their own, or a share with data.eval={fraction: 0.05}. To measure memory on "
+        "purpose, set data.eval.limit."
+    )
+    return [Finding("error", "overlap", what, ("data.eval",), fix)]
 
 
 def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Finding]:

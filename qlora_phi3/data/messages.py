@@ -37,6 +37,11 @@ KEPT: Final[Mapping[str, tuple[str, ...]]] = {
 """Role -> keys beside role and content that chat templates take."""
 
 _NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
+_OTHER_KEYS: Final = {
+    "from": ("role", "Messages of role and content: name their list `messages`."),
+    "role": ("from", "Messages of from and value: name their list `conversations`."),
+}
+"""Key of the speaker -> the other one, and what to do where that is there instead."""
 _AS_OBJECT: Final = "Write it as an object, or as the JSON text of one."
 _CALL: Final = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
 _SCHEMA: Final = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
@@ -126,7 +131,10 @@ def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, s
     role = message.get(speaker)
     if not isinstance(role, str) or role not in roles:
         found = "is missing" if role is None else f"{shown(role)} is unknown"
-        raise DataError(place, f"{speaker} {found}.", f"Use one of {', '.join(roles)}.")
+        other, remedy = _OTHER_KEYS[speaker]
+        if role is not None or other not in message:
+            remedy = f"Use one of {', '.join(roles)}."
+        raise DataError(place, f"{speaker} {found}.", remedy)
     return role
 
 

@@ -37,6 +37,11 @@ class Fingerprints:
             if place != earlier:
                 yield f"{place} (as {_from(place, earlier)})"
 
+    def num_copied(self, train: Fingerprints) -> int:
+        """Rows that are rows of `train`, answers included."""
+        num = len(train.whole)
+        return int((_first(np.concatenate([train.whole, self.whole]))[num:] < num).sum())
+
     def shared(self, train: Fingerprints) -> Iterator[str]:
         """Each row that asks what a row of `train` asks, and the first that does."""
         num = len(train.asked)

@@ -13,7 +13,7 @@ from ..errors import DataError, Problem
 from ..findings import Finding
 from ..recipe import Data, Evaluate, Recipe, Train
 from . import cache
-from .doctor import examine_answers, examine_batch, find
+from .doctor import examine_answers, examine_batch, examine_overlap
 from .parts import Part, Reading, build
 from .read import EVALUATE, TRAIN, check_files, name_of
 from .rows import Conversation
@@ -114,7 +114,9 @@ class Prepared:
         found = [finding for part in self.parts.values() for finding in part.findings]
         found += [*examine_batch(len(train.rows), effective_batch, "data.train"), *self.answers]
         if held_out is not None:
-            found += find("overlap", held_out.fingerprints.shared(train.fingerprints))
+            meant = any(source.limit is not None for source in self.data.eval_sources)
+            own = bool(self.data.eval_sources) and not meant  # a share of training's rows has no copies
+            found += examine_overlap(held_out.fingerprints, train.fingerprints, copies_may_be=not own)
         return found
 
 

@@ -66,12 +66,12 @@ def examined(
 
 
 def data_of(**settings: Any) -> Data:
-    return Data.model_validate({"train": {"path": "t.jsonl"}, **settings})
+    return Data.model_validate({"train": {"path": "t.jsonl"}, "eval": {"path": "e.jsonl"}, **settings})
 
 
 def part_of(rows: Sequence[Row | Problem], tokenizer: Any, name: str = "train", **settings: Any) -> Part:
     """Rows as they would come from a file."""
-    data = data_of(eval={"path": "e.jsonl"}, **settings)
+    data = data_of(**settings)
     reading = Reading(name, data, TRAIN, EVALUATE, tokenizer, Turns.of(tokenizer), num_kept=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reading, "stream", lambda self: ((name, row) for row in rows))
@@ -244,6 +244,20 @@ def test_what_nearly_is_one(name: str) -> None:
 def test_blanks_in_front_are_kept_by_a_template_that_keeps_them() -> None:
     talk = ("system: b", "user: hello", "assistant:     a = 1")
     assert diagnose([talk], tokenizer=chatml_tokenizer()) == []
+
+
+def test_held_out_rows_that_are_the_training_rows_are_an_error() -> None:
+    """The same question with another answer is a warning, and so is a training file with a limit."""
+    other = (GOOD[0], "assistant: another day")
+    rows = [GOOD, LONG, ("user: x", "assistant: good")]
+    for held_out, grade in (([*rows], "error"), ([rows[0], other], "warning"), ([other], "warning")):
+        (found,) = [one for one in diagnose(rows, held_out) if one.code == "overlap"]
+        assert (found.grade, found.places == ("data.eval",)) == (grade, grade == "error")
+    assert "2 of 3 held-out" in next(
+        o.what for o in diagnose(rows, [*rows[:2], other]) if o.code == "overlap"
+    )
+    (found,) = diagnose(rows, rows, eval={"path": "e.jsonl", "limit": 3})
+    assert found.grade == "warning"
 
 
 def test_what_the_template_says_by_itself() -> None:

@@ -249,7 +249,7 @@ BAD = [
         talk({"role": "user", "content": "hi"}),
         "[0]",
         "from is missing.",
-        f"Use one of {ROLES}.",
+        "Messages of role and content: name their list `messages`.",
         id="role and content",
     ),
     pytest.param(
