@@ -52,19 +52,16 @@ class Meaning:
     def fits(self, words: list[str], format_: str) -> bool:
         if format_ not in self.formats:
             return False
-        return "_".join(words) in self.phrases or any(one in self.last for one in _singulars(words[-1]))
+        return "_".join(words) in self.phrases or any(one in self.last for one in singulars(words[-1]))
 
 
 _PAIR: Final = "rename {used} to `prompt` and {key} to `completion`"
-_IN_MESSAGES: Final = (
-    'Put it where the model sees it: {{"messages": [{{"role": "system", "content": "..."}}, ...]}}.'
-)
 
 MEANINGS: Final = (
     Meaning(
         "that says how much a row counts",
         "Keep the rows that count, each with the value 1. A whole source has data.train.weight.",
-        phrases=_set("weight weights sample_weight loss_weight row_weight train loss_mask"),
+        phrases=_set("weight weights sample_weight loss_weight row_weight train mask loss_mask"),
         hard=True,
     ),
     Meaning(
@@ -81,7 +78,20 @@ MEANINGS: Final = (
         last=_set("history"),
         hard=True,
     ),
-    Meaning("that tells the model how to behave", _IN_MESSAGES, CHATS, _set(" ".join(SYSTEM)), hard=True),
+    Meaning(
+        "that tells the model how to behave",
+        "Name it `system`: it is the first message then.",
+        CHATS - {"preference"},
+        frozenset(SYSTEM),
+        hard=True,
+    ),
+    Meaning(
+        "that tells the model how to behave",
+        'Put it where the model sees it: {{"messages": [{{"role": "system", "content": "..."}}, ...]}}.',
+        frozenset({"preference"}),
+        frozenset(SYSTEM),
+        hard=True,
+    ),
     Meaning(
         "that belongs to the question",
         "Put it into {used}, where the model sees it.",
@@ -90,8 +100,8 @@ MEANINGS: Final = (
         hard=True,
     ),
     Meaning(
-        "that is no text, and the row may mean nothing without it",
-        "Leave out the rows that do.",
+        "that is no text",
+        "Leave out the rows that mean nothing without it.",
         CHATS,
         last=_set("image img audio video picture pixel_values"),
         phrases=_set("pixel_values"),
@@ -99,8 +109,8 @@ MEANINGS: Final = (
         numbered=True,
     ),
     Meaning(
-        "that is no text, and the row may mean nothing without it",
-        "Leave out the rows that do.",
+        "that is no text",
+        "Leave out the rows that mean nothing without it.",
         TEXT,
         last=_set("image img audio video picture"),
         phrases=_set("pixel_values"),
@@ -115,12 +125,13 @@ MEANINGS: Final = (
             "answer response output completion summary target reply solution translation highlight truth "
             "gold expected continuation chosen rejected generation conclusion verdict correction paraphrase"
         ),
+        answers=True,
     ),
     Meaning(
         "that looks like an answer",
         "Keep the answer to train on in {answer}.",
         CHATS,
-        phrases=_set("tldr tl_dr ans"),
+        phrases=_set("tldr tl_dr ans gpt assistant bot"),
         last=_set(
             "answer response output completion summary target reply solution translation highlight truth "
             "gold expected continuation chosen rejected generation conclusion verdict correction"
@@ -136,6 +147,7 @@ MEANINGS: Final = (
             "label class sentiment intent emotion polarity stance category rating star entity annotation "
             "spam toxic toxicity hate offensive"
         ),
+        answers=True,
         numbered=True,
     ),
     Meaning(
@@ -180,6 +192,12 @@ MEANINGS: Final = (
         _set("question prompt instruction query input problem"),
     ),
     Meaning(
+        "that looks like the question",
+        "Put it into {used}, where the model sees it.",
+        PAIRS,
+        last=_set("question query problem instruction"),
+    ),
+    Meaning(
         "that belongs to the question",
         "Put it into the question, where the model sees it.",
         TALKS,
@@ -204,7 +222,9 @@ DESCRIBING: Final = _set(
 
 _COUNTING: Final = _set("num n count has len length min max avg mean total score token tokens")
 """First words of keys that hold a figure about what the others name, such as `num_answers`."""
-_DETAIL: Final = _set("text txt str string content body raw clean field column col json key")
+_DETAIL: Final = _set(
+    "text txt str string content body raw clean field column col json key step steps process trace chain"
+)
 """Last words that leave a key's meaning as it is, as in `answer_text`."""
 _NUMBERED: Final = _set("id ids idx index name num value code url uri path file bytes")
 """The same for labels and pictures, which tables name by a number or a path."""
@@ -248,7 +268,7 @@ def _without(words: list[str], endings: frozenset[str]) -> list[str]:
     return words[:stop]
 
 
-def _singulars(word: str) -> Iterable[str]:
+def singulars(word: str) -> Iterable[str]:
     yield word
     if word.endswith("ies"):
         yield f"{word[:-3]}y"
@@ -264,7 +284,7 @@ def describes(key: str) -> bool:
     words = words_of(key)
     if not words or words[0] in _COUNTING or words[0] in _CREATED or all(word.isdigit() for word in words):
         return True
-    return any(one in DESCRIBING for one in _singulars(words[-1]))
+    return any(one in DESCRIBING for one in singulars(words[-1]))
 
 
 def carries(value: Any) -> bool:
@@ -283,9 +303,11 @@ def carries(value: Any) -> bool:
 def is_neutral(key: str, value: Any) -> bool:
     """Whether a weight or switch is what every row has without it, such as OpenAI's `weight: 1`."""
     words = words_of(key)
-    if words in (["train"],) and value in (True, "true", "True"):
-        return True
-    return bool(words) and words[-1] in ("weight", "weights") and value in (1, True, "1", "1.0")
+    if words == ["train"]:
+        return value in (True, "true", "True")
+    values = value if isinstance(value, list) else [value]
+    weight = bool(words) and words[-1] in ("weight", "weights", "mask")
+    return weight and all([one in (1, True, "1", "1.0") for one in values])
 
 
 def unused(
@@ -336,7 +358,7 @@ def _refusal(
     remedy = one.remedy.format(used=f"`{asked}`", key=f"`{_short(keys[0])}`", answer=f"`{answer}`")
     if format_ == "text":
         remedy += " If only `text` is meant, write `format: text` beside its path."
-    elif not one.hard:
+    elif _may_go(one, format_, value, True):
         remedy += f" If it is not meant, write `format: {format_}` beside its path."
     return DataError(place, reason, remedy)
 

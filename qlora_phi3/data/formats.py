@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, Final
 
 from ..errors import DataError
-from .columns import SYSTEM, carries, meaning, unused, words_of
+from .columns import SYSTEM, carries, meaning, singulars, unused, words_of
 from .messages import (
     ROLES,
     SHAREGPT_ROLES,
@@ -145,6 +145,10 @@ def _prompt_completion(row: dict[str, Any], place: str) -> list[Turn]:
     if "completion" in row and "response" in row:
         raise DataError(place, "has both `completion` and `response`.", "Keep the one to train on.")
     answer = "completion" if "completion" in row else "response"
+    if isinstance(row["prompt"], list) or isinstance(row[answer], list):
+        key = "prompt" if isinstance(row["prompt"], list) else answer
+        remedy = 'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.'
+        raise DataError(place, f"{key} is a list, not text.", remedy)
     return _pair(read_text(row, "prompt", place), "prompt", read_text(row, answer, place), answer, place)
 
 
@@ -255,19 +259,12 @@ def _hint(row: Any) -> str:
 
 
 _ASKED: Final = (
-    "question",
-    "query",
-    "problem",
-    "prompt",
-    "instruction",
-    "input",
-    "user",
-    "human",
-    "document",
-    "article",
-    "text",
+    *("question", "query", "problem", "prompt", "instruction", "input", "user", "human"),
+    *("document", "article", "text", "message", "sentence", "review", "source"),
 )
 """Words of keys that hold a question, the likeliest first."""
+_PLAIN: Final = ("content", "document", "body", "article", "passage", "paragraph")
+"""Words of keys that hold plain text."""
 
 
 def _rename(row: dict[str, Any]) -> str:
@@ -283,19 +280,27 @@ def _rename(row: dict[str, Any]) -> str:
         for wanted, speaker in (("messages", "role"), ("conversations", "from")):
             if isinstance(first, dict) and speaker in first:
                 return _renaming([(str(key), wanted)])
-    answers = [key for key in map(str, row) if _answers(key)]
-    asked = next((names[word] for word in _ASKED if names.get(word) and names[word] not in answers), None)
-    if asked is None or len(answers) != 1:
-        return ""
-    if asked == "instruction":  # Alpaca's, under other names
-        context = [(names["context"], "input")] if "context" in names else []
-        return _renaming([*context, (answers[0], "output")])
-    return _renaming([(asked, "prompt"), (answers[0], "completion")])
+    answers = _answers(row, "messages") or _answers(row, "text")  # beside text more words mean a label
+    asked = _first(_ASKED, names, answers)
+    if asked and len(answers) == 1:
+        if asked == "instruction":  # Alpaca's, under other names
+            context = [(names["context"], "input")] if "context" in names else []
+            return _renaming([*context, (answers[0], "output")])
+        return _renaming([(asked, "prompt"), (answers[0], "completion")])
+    plain = "" if answers else _first(_PLAIN, names, [])
+    return f"If it is plain text, rename `{plain}` to `text`." if plain else ""
 
 
-def _answers(key: str) -> bool:
-    found = meaning(key, "messages")
-    return found is not None and found.answers
+def _first(words: tuple[str, ...], names: dict[str, str], taken: list[str]) -> str:
+    """The key that is named by the first of these words, in the singular or the plural."""
+    found = {word: key for name, key in names.items() if key not in taken for word in singulars(name)}
+    return next((found[word] for word in words if word in found), "")
+
+
+def _answers(row: dict[str, Any], format_: str) -> list[str]:
+    """Keys that hold an answer or a label."""
+    meant = ((key, meaning(key, format_)) for key in map(str, row))
+    return [key for key, one in meant if one is not None and one.answers]
 
 
 def _renaming(pairs: list[tuple[str, str]]) -> str:

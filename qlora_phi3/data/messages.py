@@ -234,6 +234,9 @@ def _joined(parts: list[Any], key: str, place: str) -> str:
     """
     texts = []
     for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
         shape = part.get("type", "text") if isinstance(part, dict) else None
         if shape not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             found = f"a part of type {shown(shape)}" if shape else f"{kind(part)} as a part"

@@ -157,6 +157,13 @@ def test_unknown_format(row: Any, reason: str) -> None:
             {"article": "hi", "highlights": "yo"},
             "Rename `article` to `prompt` and `highlights` to `completion`.",
         ),
+        (
+            {"Category": "ham", "Message": "hi"},
+            "Rename `Message` to `prompt` and `Category` to `completion`.",
+        ),
+        ({"inputs": "hi", "targets": "yo"}, "Rename `inputs` to `prompt` and `targets` to `completion`."),
+        ({"user": "hi", "assistant": "yo"}, "Rename `user` to `prompt` and `assistant` to `completion`."),
+        ({"content": "a page", "url": "x"}, "If it is plain text, rename `content` to `text`."),
         ({"chat": [{"role": "user", "content": "hi"}]}, "Rename `chat` to `messages`."),
         ({"dialog": [{"from": "human", "value": "hi"}]}, "Rename `dialog` to `conversations`."),
     ],
@@ -353,7 +360,7 @@ BAD = [
         {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
         "",
         "prompt is a list, not text.",
-        GIVE_ROW,
+        'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.',
         id="prompt of messages",
     ),
     pytest.param(
@@ -448,7 +455,14 @@ MISSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "label of a text": ("text", {"category": "x", "stars": 5, "ner_tags": [1], "is_spam": True}, "a label"),
     "thought": (
         "*",
-        {"reasoning": "x", "rationale": "x", "chain_of_thought": "x", "CoT": "x", "reasoningContent": "x"},
+        {
+            "reasoning": "x",
+            "rationale": "x",
+            "chain_of_thought": "x",
+            "CoT": "x",
+            "reasoningContent": "x",
+            "reasoning_steps": ["x"],
+        },
         "line of thought",
     ),
     "tree": (
@@ -522,7 +536,9 @@ def test_a_named_format_means_its_keys_alone(name: str, extra: dict[str, Any], m
 def test_keys_that_are_left_out_are_kept_apart(name: str) -> None:
     described = {"title": "Act 1", "num_answers": 3, "answer_id": 7, "target_language": "de", "Unnamed: 0": 5}
     empty = {"summary": " \n", "label": None, "answer": [], "reasoning": float("nan"), "history": [{"a": ""}]}
-    found = convert({**BASIC[name], **described, **empty, "weight": 1, "train": True}, name, "f:1")
+    found = convert(
+        {**BASIC[name], **described, **empty, "weight": 1, "weights": [1, 1.0], "train": True}, name, "f:1"
+    )
     assert dict(found.unused) == described
     assert found == convert(BASIC[name], name, "f:1")
 
