@@ -214,6 +214,8 @@ def _samples(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    tuned = found.get("tuned", {}).get("samples", [])
+    if found.get("tuned") is None:  # the run was stopped before the tuned model had answered
+        return []
+    tuned = found["tuned"].get("samples", [])
     base = found.get("base", {}).get("samples", [{}] * len(tuned))
     return [{"base": b.get("answer", ""), **t} for b, t in zip(base, tuned, strict=True)]

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import sha256
     from .read import check_files
     from .rows import Conversation
     from .sources import files_of
@@ -28,11 +27,9 @@ __all__ = [
     "load",
     "prepare",
     "prompts",
-    "sha256",
 ]
 
 _ROOMS = {
-    "sha256": "cache",
     "check_files": "read",
     "Conversation": "rows",
     "files_of": "sources",

@@ -18,6 +18,7 @@ from . import hub
 from .columns import split_problem
 from .formats import convert, detect
 from .mix import is_held_out, num_copies
+from .provenance import Record, SourceRead
 from .rows import Conversation, Example, Message, Preference, Text
 from .sources import files_of, rows_of
 
@@ -45,6 +46,10 @@ MAX_PROBLEMS: Final = 20
 TRAIN: Final = Train()
 EVALUATE: Final = Evaluate()
 """What rows are for, where nobody says it."""
+
+
+def unrecorded(read: SourceRead) -> None:
+    """For who does not ask what was read."""
 
 
 def check_files(data: Data) -> None:
@@ -78,15 +83,15 @@ def name_of(sources: Source | tuple[Source, ...]) -> str:
     return sources.path if isinstance(sources, Source) else ", ".join(source.path for source in sources)
 
 
-def stream(source: Source, use: str = "train") -> Iterator[Example | Problem]:
+def stream(source: Source, record: Record = unrecorded, use: str = "train") -> Iterator[Example | Problem]:
     """Rows of one source in its order, each once; a malformed row comes as the Problem it has.
 
-    All rows have the format of the first, or the named one. `use`: "train" or "eval"; a row that says that
-    it is of another split is such a Problem too.
+    All rows have the format of the first, or the named one. `record` gets what was read. `use`: "train" or
+    "eval"; a row that says that it is of another split is such a Problem too.
     """
     named = source.format != "auto"
     name: str | None = source.format if named else None
-    rows = hub.rows_of(source) if source.is_hub else rows_of(check_source(source))
+    rows = hub.rows_of(source, record) if source.is_hub else rows_of(check_source(source), record)
     for place, row in islice(rows, source.limit):
         if isinstance(row, Problem):
             yield row
@@ -114,20 +119,24 @@ def stream_splits(
     yield from stream_held_out(data, train, evaluate)
 
 
-def stream_held_out(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+def stream_held_out(
+    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
-        for row, copies in _weighted(source, data, train, evaluate, "eval", held_out=True):
+        for row, copies in _weighted(source, data, train, evaluate, record, "eval", held_out=True):
             yield from [("eval", row)] * copies
 
 
-def stream_training(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+def stream_training(
+    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.train`'s sources, held-out share included."""
     share = data.eval.fraction if isinstance(data.eval, Fraction) else 0.0
     found = {"train": 0, "eval": 0}
     broken = False
     for source in data.train_sources:
-        for row, copies in _weighted(source, data, train, evaluate, "train", held_out=share > 0):
+        for row, copies in _weighted(source, data, train, evaluate, record, "train", held_out=share > 0):
             if isinstance(row, Problem):
                 broken = True
                 yield "train", row
@@ -152,11 +161,18 @@ def _empty_sides(share: float, train: int, eval: int) -> Iterator[Problem]:
 
 
 def _weighted(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, use: str, *, held_out: bool
+    source: Source,
+    data: Data,
+    train: Train,
+    evaluate: Evaluate,
+    record: Record,
+    use: str,
+    *,
+    held_out: bool,
 ) -> Iterator[tuple[Example | Problem, int]]:
     """Rows of a source, each with how often it is taken; ends with a Problem where none is."""
     taken = rows = 0
-    for row in _useful(source, data, train, evaluate, use, held_out=held_out):
+    for row in _useful(source, data, train, evaluate, record, use, held_out=held_out):
         copies = 1 if isinstance(row, Problem) else num_copies(row, source.weight, train.seed)
         taken, rows = taken + copies, rows + 1
         yield row, copies
@@ -166,10 +182,17 @@ def _weighted(
 
 
 def _useful(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, use: str, *, held_out: bool
+    source: Source,
+    data: Data,
+    train: Train,
+    evaluate: Evaluate,
+    record: Record,
+    use: str,
+    *,
+    held_out: bool,
 ) -> Iterator[Example | Problem]:
     """Rows of a source as long as the run can use them; ends with a Problem at the first it cannot."""
-    for row in stream(source, use):
+    for row in stream(source, record, use):
         refusal = _refusal(row, data, train, evaluate, held_out=held_out)
         yield refusal or row
         if refusal:

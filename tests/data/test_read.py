@@ -405,7 +405,7 @@ def test_a_bad_row_counts_towards_the_limit(tmp_path: Path) -> None:
 )
 def test_a_row_that_names_another_split(tmp_path: Path, use: str, key: str, value: Any, wrong: bool) -> None:
     line = json.dumps({**json.loads(GOOD), key: value})
-    found = list(stream(Source(path=str(write(tmp_path, GOOD, line))), use))
+    found = list(stream(Source(path=str(write(tmp_path, GOOD, line))), use=use))
     assert isinstance(found[1], Problem) is wrong
     if isinstance(found[1], Problem):
         assert f"`{key}` says {value!r}" in found[1].reason and "data.eval.path" in found[1].remedy
