@@ -492,6 +492,7 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
 
 def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    found["system_prompt"] = splits.train.system_prompt
     found["sources"] = splits.sources_json()
     if splits.eval is not None:
         rows = len(splits.eval.rows)
