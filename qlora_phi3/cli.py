@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, fit, memory, meter, phi3, process, speeds, weights
-from .errors import FitError, InputError, ModelError, QloraError
+from .errors import FitError, InputError, ModelError, QloraError, is_file, is_folder
 from .recipe import Recipe
+from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 from .run_folder import check_folder
 from .units import format_bytes, parse_bytes
@@ -105,9 +106,9 @@ def plan(
 ) -> None:
     """Predict a recipe's memory, card by card. Exit code 4 when it does not fit --vram."""
     found = load_recipe(find_recipe(name), overrides or ())
-    geometry = weights.known_geometry(found.model)
+    geometry = _sizes(found)
     if geometry is None:
-        reason = "its sizes are known once it is downloaded."
+        reason = "whether it is a Phi-3, and of which sizes, is known once its config.json is downloaded."
         raise ModelError(found.model.base, reason, "Run the recipe, or name a checkpoint that is here.")
     room = _room(vram) if vram is not None else None
     changes = fit.advise(found, geometry, room) if room is not None else ()
@@ -202,7 +203,7 @@ def export(
     told = {"layout": layout, "merge_base": merge_base, "dtype": dtype, "kind": kind, "num_ctx": num_ctx}
     told |= {"repo": repo, "what": what, "dry_run": dry_run or None, "gate": False if no_gate else None}
     options = exports.check(to, {name: value for name, value in told.items() if value is not None})
-    if not run.is_dir():
+    if not is_folder(run, ModelError):
         raise ModelError(str(run), "no such folder.", "Give a run folder, or the folder of an adapter.")
     process.quiet()
 
@@ -276,7 +277,20 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
     check_files(found.data)
     if out is not None:
         check_folder(out)
-    return weights.known_geometry(found.model)
+    return _sizes(found)
+
+
+def _sizes(found: Recipe) -> phi3.Geometry | None:
+    """The base's sizes where they are known without a download; refused where the recipe asks for more."""
+    init = found.adapter.init
+    if init is not None and not is_folder(Path(init), ModelError) and not is_file(Path(init), ModelError):
+        raise ModelError(
+            f"adapter.init: {init}", "no such file or folder.", "Give an adapter's, or remove it."
+        )
+    geometry = weights.known_geometry(found.model)
+    if geometry is not None:
+        check_base(found, geometry)
+    return geometry
 
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
@@ -288,15 +302,19 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
                 "recipe": found.model_dump(mode="json"),
                 "plan": plan.to_json() if plan else None,
                 "smallest_card_gib": _card(found),
+                "base_checked": geometry is not None,
             }
         )
         return
     console = Console()
-    console.print(f"{found.name}: the recipe is valid; nothing was run", highlight=False, markup=False)
     if plan is None:
-        reason = f"no memory plan yet: the sizes of {found.model.base} are known once it is downloaded"
-        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{found.name}: the recipe's keys are valid; its base is not checked; nothing was run")
+        typer.echo(
+            f"no memory plan yet: whether {found.model.base} is a Phi-3, and of which sizes, is known "
+            "once its config.json is downloaded"
+        )
         return
+    typer.echo(f"{found.name}: the recipe is valid; nothing was run")
     _print_plan(plan, console)
     card = _card(found)
     console.print(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")

@@ -23,6 +23,7 @@ from . import (
     model,
     phases,
     process,
+    recipe_checks,
     report,
     run_folder,
     speeds,
@@ -100,6 +101,7 @@ def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say)
+    recipe_checks.check_base(recipe, checkpoint.geometry)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, folder)

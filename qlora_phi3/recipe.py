@@ -29,6 +29,7 @@ from .recipe_values import (
     auto_or_positive,
     auto_or_size,
     auto_or_switch,
+    check_base,
     check_export,
     check_host,
     check_method,
@@ -83,7 +84,7 @@ class _Part(BaseModel):
 class Model(_Part):
     """The base model."""
 
-    base: str = Field(
+    base: Annotated[str, BeforeValidator(check_base)] = Field(
         default="microsoft/Phi-3-mini-4k-instruct",
         min_length=1,
         description="hub id, local folder (./ or / in front), or builtin:smollm2-135m, which needs no hub",

@@ -264,6 +264,7 @@ class _Source:
         except (RuntimeError, OSError) as error:  # ~nobody, or links that go in circles
             reason = f"{_show(value)} leads nowhere: {error}"
             self.document.problems.append(Problem(self.place(path), reason, "Write the path out."))
+            self.document.refused.add(path)
 
     def explain(self, error: ValidationError) -> list[Problem]:
         """Word pydantic's errors: what was found, what is allowed, what was probably meant."""

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from . import phi3
+from . import base_names, phi3
 from .units import HOW_TO_WRITE, parse_bytes
 
 Method = Literal["lora", "rslora", "dora", "loftq"]
@@ -64,6 +64,11 @@ def check_version(value: Any) -> Any:
     if type(value) is int and value == 1:
         return value
     raise PydanticCustomError("expected", "needs 1, the only format so far")
+
+
+def check_base(value: Any) -> Any:
+    """A known name as Microsoft writes it: caches and tables tell capitals apart, the hub does not."""
+    return base_names.canonical(value) if isinstance(value, str) else value
 
 
 def auto_or_positive(value: Any) -> Any:

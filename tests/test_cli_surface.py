@@ -171,7 +171,7 @@ def test_a_dry_run_prints_the_plan_uncut() -> None:
 
 def test_a_dry_run_as_json() -> None:
     found = json.loads(output("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json", "adapter.rank=8"))
-    assert set(found) == {"recipe", "plan", "smallest_card_gib"}
+    assert set(found) == {"recipe", "plan", "smallest_card_gib", "base_checked"} and found["base_checked"]
     assert found["recipe"]["adapter"]["rank"] == 8
     assert found["plan"]["peak_bytes"] == max(phase["peak_bytes"] for phase in found["plan"]["phases"])
 
@@ -179,9 +179,10 @@ def test_a_dry_run_as_json() -> None:
 @pytest.mark.parametrize("base", ["someone/phi3", "someone/a-very-long-name-" + "x" * 60])
 def test_a_dry_run_of_an_unknown_hub_id_has_no_plan_yet(base: str) -> None:
     text = output("recipe", "quickstart", "--dry-run", f"model.base={base}")
-    assert f"no memory plan yet: the sizes of {base} are known once it is downloaded\n" in text
+    assert "its base is not checked" in text and "the recipe is valid" not in text
+    assert f"no memory plan yet: whether {base} is a Phi-3, and of which sizes, is known once " in text
     found = json.loads(output("recipe", "quickstart", "--dry-run", "--json", f"model.base={base}"))
-    assert found["plan"] is None and found["smallest_card_gib"] is None
+    assert (found["plan"], found["smallest_card_gib"], found["base_checked"]) == (None, None, False)
 
 
 def test_a_dry_run_plans_a_local_folder(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -352,6 +353,54 @@ def test_a_dry_run_refuses_the_same_without_torch(place: Path) -> None:
     commands = [["recipe", *case.arguments, *case.more, "--dry-run"] for case in AT_ONCE.values()]
     for (answer, heavy), case in zip(several(commands, cwd=place), AT_ONCE.values(), strict=True):
         check_refused(answer, *case.words, lines=case.lines)
+        assert heavy == []
+    assert listing(place) == before
+
+
+BEYOND = {
+    # a recipe with overrides: words of the one message; tiny.yaml's base has 512 positions
+    "another architecture": (
+        ["quickstart", "model.base=microsoft/Phi-3-small-8k-instruct"],
+        ["model.base: "],
+    ),
+    "a misspelt name": (
+        ["quickstart", "model.base=microsoft/Phi-3-mini-instruct"],
+        ["Did you mean microsoft/"],
+    ),
+    "no revision": (["quickstart", "model.revision=../.."], ["'../..' is no commit, branch or tag."]),
+    "rows beyond a known base": (
+        ["phi3-mini-chat-8gb", "data.max_length=8192"],
+        ["command line: data.max_length: 8192 is beyond the 4096 positions of microsoft/", "Set it to 4096"],
+    ),
+    "rows beyond a folder's": (
+        ["tiny.yaml", "data.max_length=2048"],
+        ["data.max_length: 2048 is beyond the 512 positions of /", "Set it to 512 or less"],
+    ),
+    "answers beyond a folder's": (
+        ["tiny.yaml", "evaluate.metrics=[exact_match]", "evaluate.max_new_tokens=512"],
+        ["evaluate.max_new_tokens: 512 leaves no room for a prompt in the 512 positions of /"],
+    ),
+    "a rank above a matrix": (
+        ["quickstart", "adapter.rank=9999"],
+        ["adapter.rank: 9999 is above 192, the smaller side of k.", "192 or less"],
+    ),
+    "a rank above a folder's": (["tiny.yaml", "adapter.rank=33"], ["adapter.rank: 33 is above 32, "]),
+    "an adapter that is not there": (
+        ["tiny.yaml", "adapter.init=none"],
+        ["adapter.init: /", "/none: no such file or folder."],
+    ),
+    "a metric twice": (["tiny.yaml", "evaluate.metrics=[loss, loss]"], ["evaluate.metrics: ", "twice"]),
+}
+
+
+def test_nothing_that_cannot_run_is_planned_or_called_valid(place: Path) -> None:
+    ways = (["plan"], ["recipe", "--dry-run"], ["recipe"], ["doctor"])
+    commands = [[way[0], *arguments, *way[1:]] for way in ways for arguments, _ in BEYOND.values()]
+    before = listing(place)
+    for (answer, heavy), (_, words) in zip(
+        several(commands, cwd=place), list(BEYOND.values()) * len(ways), strict=True
+    ):
+        check_refused(answer, *words)
         assert heavy == []
     assert listing(place) == before
 

@@ -74,4 +74,8 @@ def test_what_is_no_size_is_refused(vram: str) -> None:
 
 
 def test_an_unknown_base_has_no_plan() -> None:
-    check_refused(command("plan", RECIPE, "model.base=someone/phi3"), "someone/phi3", "once it is downloaded")
+    check_refused(
+        command("plan", RECIPE, "model.base=someone/phi3"),
+        "someone/phi3",
+        "once its config.json is downloaded",
+    )

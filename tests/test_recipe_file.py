@@ -507,8 +507,7 @@ def test_a_recipe_named_relative_to_the_working_folder(write: Any, monkeypatch: 
     [
         ("microsoft/Phi-3-mini-4k-instruct", None),
         ("builtin:smollm2-135m", None),
-        ("phi", None),
-        (".hidden/phi", None),
+        ("me/my-phi3", None),
         ("./phi", "{folder}/phi"),
         ("../phi", "{parent}/phi"),
         (".", "{folder}"),
