@@ -5,6 +5,7 @@ Owns the look of progress. Knows nothing of training.
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import Final
@@ -24,7 +25,7 @@ class Steps:
         self._console, self._title, self._total = console, title, total
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = 0.0
+        self._last_line = -math.inf  # never; 0.0 on this clock is the moment the machine was started
         self._start = time.monotonic()
 
     def __enter__(self) -> Self:
