@@ -339,7 +339,7 @@ REFUSED: dict[str, dict[str, str]] = {
 """Key -> YAML text -> part of the message, beside the found value."""
 
 REFUSED_ITEMS = {
-    "data.train": {"a.jsonl": f"{KEYS}. They are path, format, ", "null": KEYS},
+    "data.train": {"a.jsonl": f"{KEYS}. Write {{path: a.jsonl}}.", "3": f"{KEYS}. They are path, format, "},
     "data.eval": {"[{path: x}]": KEYS},
     "adapter.targets": {
         "nope": "'nope' is not a Phi-3 projection. Allowed: q, k, v, o, gate, up, down, qkv_proj,",
