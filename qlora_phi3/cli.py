@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, fit, memory, meter, phi3, process, speeds, weights
+from .commands import Commands, TakesKeys
 from .errors import FitError, InputError, ModelError, QloraError, is_file, is_folder
 from .recipe import Recipe
 from .recipe_checks import check_base
@@ -26,6 +27,7 @@ from .units import format_bytes, parse_bytes
 
 app = typer.Typer(
     name="qlora-phi3",
+    cls=Commands,
     help="Fine-tune the Phi-3 family on consumer GPUs. Begin with `recipe quickstart`.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,7 +57,7 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=TakesKeys)
 def recipe(
     name: Annotated[
         str | None, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
@@ -93,7 +95,7 @@ def recipe(
         _run(found, out, as_json)
 
 
-@app.command()
+@app.command(cls=TakesKeys)
 def plan(
     name: Annotated[
         str, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
@@ -129,7 +131,7 @@ def plan(
         raise typer.Exit(FitError.exit_code)
 
 
-@app.command()
+@app.command(cls=TakesKeys)
 def doctor(
     name: Annotated[
         str | None,

@@ -152,6 +152,17 @@ def meant_key(name: str, owner: type[BaseModel] = Recipe) -> str:
     return nearest(name, owner.model_fields)
 
 
+def dotted_key(name: str) -> str | None:
+    """The key that a name means: `train.epochs`, `epochs`, or another trainer's name of it."""
+    plain = name.lower().replace("-", "_")
+    every = [key for key, _, _ in keys(Recipe, "")]
+    whole = [key for key in every if plain in (key, key.rpartition(".")[2])]
+    last = plain.rpartition(".")[2]
+    if whole or last in ALIASES:
+        return whole[0] if whole else ALIASES[last]
+    return name if plain.partition(".")[0] in Recipe.model_fields and "." in plain else None
+
+
 def _colon(text: str) -> tuple[str, str] | None:
     """What `key:value`, written without a space, was to be."""
     key, colon, value = text.partition(":")

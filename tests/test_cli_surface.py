@@ -418,6 +418,46 @@ def test_what_the_command_line_does_not_know(arguments: list[str], message: str)
     check_refused(command(*arguments), message, "--help", lines=4)  # after the usage and an empty line
 
 
+ELSEWHERE = {
+    # what is typed: the whole of one message's beginning, and words of its remedy
+    ("train", "x.yaml"): ("train: the command is `recipe`.", "Write `recipe NAME` to train"),
+    ("Chat", "runs/x"): ("Chat: is not available yet.", "`export RUN --to ollama`"),
+    ("evaluate", "runs/x", "--data", "y"): ("evaluate: is not available yet.", "evaluate.metrics"),
+    ("serve",): ("serve: is not available yet.", "docs/export.md"),
+    ("merge", "runs/x"): ("merge: the command is `export`.", "Write `export RUN --to merged`"),
+    ("resume", "runs/x"): ("resume: is not available yet.", "adapter.init=RUN/adapter"),
+    ("quickstart",): ("quickstart: is a recipe.", "Write `recipe quickstart`"),
+    ("mine.yaml", "--dry-run"): ("mine.yaml: is a recipe.", "Write `recipe mine.yaml`"),
+    ("recipe", "quickstart", "--train.epochs=3"): ("--train.epochs: is no option", "Write train.epochs=3, "),
+    ("plan", "quickstart", "--train.epochs", "3"): ("--train.epochs: is no option", "Write train.epochs=3, "),
+    ("doctor", "quickstart", "--epochs", "--json"): ("--epochs: is no option", "Write train.epochs=VALUE, "),
+    ("recipe", "quickstart", "--lora-r=8"): ("--lora-r: is no option", "Write adapter.rank=8, "),
+    ("recipe", "quickstart", "--train.lr=8"): ("--train.lr: is no option", "Write train.learning_rate=8, "),
+}
+
+
+def test_commands_and_options_of_other_tools_are_answered(tmp_path: Path) -> None:
+    for (answer, heavy), words in zip(several(ELSEWHERE, tmp_path), ELSEWHERE.values(), strict=True):
+        check_refused(answer, *words)
+        assert answer.stderr.startswith(words[0]) and "schema" not in answer.stderr
+        assert heavy == []
+
+
+@pytest.mark.parametrize("module", ["qlora_phi3", "bench"])
+def test_a_python_without_our_packages_is_told_apart(module: str, tmp_path: Path) -> None:
+    """As after a forgotten `activate`: no site-packages."""
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        (sys.executable, "-S", "-m", module, "--help"),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+    )
+    check_refused(done, "qlora_phi3: the package ", f" is not installed in this Python ({sys.executable}).")
+    assert "activate`." in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
