@@ -156,8 +156,8 @@ class Adapter(_Part):
     init: str | None = Field(
         default=None,
         min_length=1,
-        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's, relative to the "
-        "recipe's folder",
+        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's; a relative path "
+        "is as data.train.path's",
     )
 
     @property
@@ -188,7 +188,8 @@ class Source(_Part):
     path: str = Field(
         min_length=1,
         description="a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's "
-        "folder; or org/name, a data set on the hub (./org/name: a folder)",
+        "folder or, on the command line, to the current one; or org/name, a data set on the hub "
+        "(./org/name: a folder)",
     )
     format: Annotated[
         Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
@@ -199,7 +200,7 @@ class Source(_Part):
     ] = Field(
         default="auto",
         description="layout of a row; auto looks at the keys of the first. text: plain text, one document "
-        "a row or .txt file, every token trained on",
+        "a row or .txt file, every token trained on. preference: not yet",
     )
     split: str = Field(default="train", min_length=1, description="split of a hub data set")
     subset: str | None = Field(default=None, min_length=1, description="configuration of a hub data set")
@@ -310,7 +311,7 @@ class Train(_Part):
     """How it is trained."""
 
     task: Annotated[Literal["sft", "dpo"], Today(("sft",))] = Field(
-        default="sft", description="training task"
+        default="sft", description="training task; dpo: not yet"
     )
     engine: Literal["auto", "native", "reference"] = Field(
         default="auto",
@@ -375,10 +376,10 @@ class Train(_Part):
         default=None, ge=1, description="steps between losses on the held-out rows"
     )
     save_every: Annotated[int | None, Today((None,))] = Field(
-        default=None, description="steps between verified checkpoints"
+        default=None, description="not yet: steps between verified checkpoints"
     )
     keep_checkpoints: Annotated[int, Today((2,))] = Field(
-        default=2, ge=1, description="newest checkpoints kept"
+        default=2, ge=1, description="not yet: newest checkpoints kept"
     )
 
 
@@ -408,7 +409,7 @@ class Evaluate(_Part):
     """Metrics on the held-out rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
-        default=("loss",), description="out of loss, perplexity, exact_match, json_match"
+        default=("loss",), description="out of loss, perplexity, exact_match, json_match; rouge: not yet"
     )
     samples: int = Field(default=32, ge=1, description="held-out rows that are answered and compared")
     max_new_tokens: int = Field(default=128, ge=1, description="longest generated answer in tokens")
@@ -439,7 +440,7 @@ class Recipe(_Part):
         tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],
         Field(strict=False),
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
-    ] = Field(default=(), description="experiment trackers")
+    ] = Field(default=(), description="not yet: experiment trackers")
 
     def settled(self, *, host: tuple[HostPart, ...] | None = None, **chosen: Any) -> Recipe:
         """The same recipe with keys of `train`, and `memory.host`, replaced by what was chosen, so that it

@@ -33,7 +33,7 @@ _NAMES: Final[dict[str, str]] = {
     "data.packing": "sample_packing pack packed pack_sequences",
     "data.loss_on": "train_on_inputs assistant_only_loss completion_only_loss train_on_responses_only "
     "train_on_prompt",
-    "train.epochs": "num_train_epochs num_epochs n_epochs epoch",
+    "train.epochs": "num_train_epochs num_epochs n_epochs",
     "train.max_steps": "max_train_steps num_steps num_train_steps steps iters",
     "train.effective_batch": "total_batch_size global_batch_size",
     "train.micro_batch": "per_device_train_batch_size micro_batch_size train_batch_size device_batch_size",

@@ -57,8 +57,8 @@ def refusals(path: Path, *overrides: str) -> list[str]:
 MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype, cache"
 ADAPTER_KEYS = "method, rank, alpha, dropout, targets, split_fused, init"
 PATH_HELP = (
-    "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder; "
-    "or org/name, a data set on the hub (./org/name: a folder)"
+    "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder or, "
+    "on the command line, to the current one; or org/name, a data set on the hub (./org/name: a folder)"
 )
 TRAIN_HELP = "training rows; or a list of such sources, with weights"
 SOURCE_KEYS = "path, format, split, subset, revision, limit, weight"
