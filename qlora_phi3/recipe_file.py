@@ -16,7 +16,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from . import strict_yaml
-from .errors import MAX_SHOWN, OutputError, Problem, RecipeError
+from .errors import MAX_SHOWN, OutputError, Problem, RecipeError, is_file, is_folder
 from .recipe import ARMS, Recipe
 from .recipe_checks import cross_problems
 from .recipe_values import is_hub_id
@@ -58,17 +58,17 @@ def find_recipe(name_or_path: str) -> Path:
     """File of a recipe: a path as it is, else one that comes with the toolkit.
 
     Raises:
-        RecipeError: no such file, or no such name -> the nearest one.
+        RecipeError: no such file, or no such name -> the nearest one; a path that cannot be looked up.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if is_file(path, RecipeError):
         return path
     names = {found.stem: found for found in list_recipes()}
     if name_or_path in names:
         return names[name_or_path]
     hint = nearest(path.stem, names)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        reason = "is a folder." if path.is_dir() else "no such file."
+        reason = "is a folder." if is_folder(path, RecipeError) else "no such file."
         remedy = join(hint, "List the recipes with `python -m qlora_phi3 recipe`.")
         raise RecipeError(name_or_path, reason, remedy)
     remedy = join(hint, f"Known: {', '.join(names)}; or give the path of a YAML file.")
@@ -279,7 +279,7 @@ class _Source:
         parent, value = self.at(path[:-1]), self.at(path)
         if not isinstance(value, str) or not value or (path == BASE_KEY and not _is_folder_name(value)):
             return
-        if path not in (BASE_KEY, INIT_KEY) and is_hub_id(value) and not (folder / value).exists():
+        if path not in (BASE_KEY, INIT_KEY) and is_hub_id(value) and not _exists(folder / value):
             return
         try:
             parent[path[-1]] = str((folder / Path(value).expanduser()).resolve())
@@ -308,6 +308,13 @@ class _Source:
 
     def _is_refused(self, path: KeyPath) -> bool:
         return any(path[:length] in self.document.refused for length in range(len(path) + 1))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_folder_name(base: str) -> bool:

@@ -418,6 +418,41 @@ def test_what_the_command_line_does_not_know(arguments: list[str], message: str)
     check_refused(command(*arguments), message, "--help", lines=4)  # after the usage and an empty line
 
 
+LONG = "x" * 300
+UNUSUAL = {
+    # arguments of `recipe`: words of the one message
+    (LONG,): "cannot be looked up: File name too long.",
+    (f"{LONG}/a.yaml",): "cannot be looked up: File name too long.",
+    ("loop/a.yaml",): "cannot be looked up: ",
+    ("tiny.yaml", f"model.base=./{LONG}"): "cannot be looked up: File name too long.",
+    ("tiny.yaml", f"adapter.init={LONG}"): "cannot be looked up: File name too long.",
+    ("tiny.yaml", f"model.base=org/{LONG}"): "is neither a hub id nor a folder.",
+    ("\x1b[31mred",): r"\x1b[31mred: no recipe of this name.",
+    ("\x1b]0;title\x07.yaml",): r"\x1b]0;title\x07.yaml: no such file.",
+    ("gnp\u202elmay.yaml",): r"gnp\u202elmay.yaml: no such file.",
+    ("a\nb.yaml",): r"a\nb.yaml: no such file.",
+    ("tiny.yaml", 'model.base="./\\e[2J"'): r"/\x1b[2J: no such folder.",
+    ("tiny.yaml", 'model.base="a/\\e[2J"'): r"is neither a hub id nor a folder.",
+    ("tiny.yaml", 'adapter.init="./\\e[2J"'): r"/\x1b[2J: no such file or folder.",
+    ("tiny.yaml", "train.\x1b[2J=1"): r"'train.\x1b[2J=1' is not key=value.",
+    ("tiny.yaml", f"train.{'y' * 100_000}=1"): "unknown key.",
+    (
+        "tiny.yaml",
+        f"description={'y' * 100_000}",
+        f"model.quantization={'z' * 100_000}",
+    ): "zzz... is not allowed.",
+}
+
+
+def test_unusual_names_are_told_in_one_plain_line(place: Path) -> None:
+    (place / "loop").symlink_to("loop")
+    commands = [["recipe", *arguments, "--dry-run"] for arguments in UNUSUAL]
+    for (answer, _), words in zip(several(commands, place), UNUSUAL.values(), strict=True):
+        check_refused(answer, words)
+        assert answer.stderr.removesuffix("\n").isprintable() and len(answer.stderr) < 3000
+    (place / "loop").unlink()
+
+
 ELSEWHERE = {
     # what is typed: the whole of one message's beginning, and words of its remedy
     ("train", "x.yaml"): ("train: the command is `recipe`.", "Write `recipe NAME` to train"),
