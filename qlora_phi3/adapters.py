@@ -49,11 +49,6 @@ class Trained:
     num_parameters: int
     dtype: str
 
-    def describe(self) -> str:
-        rank = f" of rank {self.rank}" if self.rank else ""
-        name = self.target if self.part == self.target else f"{self.target} {self.part}"
-        return f"{name}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -276,6 +271,26 @@ def trained_table(model: nn.Module) -> list[Trained]:
     return [row for target in ordered for row in _rows(target, found[target])]
 
 
+def summarize(table: Sequence[Trained]) -> list[str]:
+    """The table for people, a line for all that are as many and of one rank.
+
+    "q k v o gate up down in 30 layers, rank 16, 4.9 M parameters"
+    """
+    groups: dict[tuple[bool, int, int, bool], list[Trained]] = {}
+    for row in table:
+        inside = row.target not in phi3.EMBEDDINGS
+        groups.setdefault((inside, row.num_modules, row.rank, row.part == "lengths"), []).append(row)
+    lines = []
+    for (inside, num_modules, rank, lengths), rows in groups.items():
+        names = " ".join(row.target if lengths else row.part for row in rows)
+        words = [f"{names} in {num_modules} layers" if inside else names]
+        words[0] = f"lengths of {words[0]}" if lengths else words[0]
+        num = sum(row.num_parameters for row in rows)
+        counted = f"{num / 1e6:.1f} M" if num >= 10**5 else f"{num:,}"
+        lines.append(", ".join([*words, *([f"rank {rank}"] if rank else []), f"{counted} parameters"]))
+    return lines
+
+
 def _rows(target: str, modules: list[Any]) -> list[Trained]:
     """A row for each A/B pair of a module, and one for DoRA's lengths."""
     sides = [
@@ -330,9 +345,18 @@ def save(model: Any, base: Base, folder: Path) -> None:
 
     Raises:
         RunError: a weight is not finite, or reads back differently.
+        OSError, SafetensorError: it cannot be written.
     """
     check_finite(model)
     partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        _write(model, base, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: Any, base: Base, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     # "auto", PEFT's default, asks the hub or any folder of the base's name for its vocabulary
     model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
@@ -341,7 +365,15 @@ def save(model: Any, base: Base, folder: Path) -> None:
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; report.py writes the real card
     check_saved(model, partial)
-    partial.rename(folder)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What `save` will write, about: the trained weights, fused ones of split pairs with their zeros.
+
+    Upper bound: a split pair's fused form has two or three times the rank, its B mostly zeros.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * trained
 
 
 def check_finite(model: nn.Module) -> None:

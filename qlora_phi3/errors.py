@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import ClassVar, Final
+from typing import Final
 
 from typing_extensions import Self
 
@@ -55,7 +55,7 @@ def _printable(text: str) -> str:
 class QloraError(Exception):
     """Base of every error that is printed as a message, without a traceback."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, place: str, reason: str, remedy: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(place, reason, remedy),)
@@ -84,7 +84,7 @@ class QloraError(Exception):
 class InputError(QloraError):
     """The user's input cannot be used: recipe, data, model, adapter or arguments."""
 
-    exit_code = 2
+    exit_code: int = 2
 
 
 class RecipeError(InputError):
@@ -110,7 +110,13 @@ class RunError(QloraError):
 class FitError(QloraError):
     """It does not fit into the memory there is."""
 
-    exit_code = 4
+    exit_code: int = 4
+
+
+class StopError(QloraError):
+    """The process was asked to end, by Ctrl-C or a signal; what was trained until then is saved."""
+
+    exit_code: int = 3
 
 
 def is_file(path: Path, error: type[InputError] = InputError) -> bool:

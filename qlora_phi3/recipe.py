@@ -53,6 +53,12 @@ def _kind_of_host(value: Any) -> str:
 
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
+
+SCORED_ROWS: Final = 256
+"""Held-out rows whose loss is measured in the middle of a training: it waits for them."""
+
+SHOWN_ANSWERS: Final = 8
+"""Held-out rows that are answered to be looked at, where no metric compares answers."""
 """Metrics that need answers; the others need one forward pass."""
 
 Target = Annotated[
@@ -371,9 +377,17 @@ class Train(_Part):
         default="paged_adamw_8bit", description="paged: states move to host memory under pressure (CUDA)"
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="seed of adapter init, data order and dropout")
-    log_every: int = Field(default=1, ge=1, description="steps between lines in metrics.jsonl")
+    log_every: int = Field(
+        default=1,
+        ge=1,
+        description="steps between lines in metrics.jsonl; a line has the tokens and time of all steps since "
+        "the one before, and the mean of their losses",
+    )
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps between losses on the held-out rows"
+        default=None,
+        ge=1,
+        description="steps between losses on the held-out rows, all of them or "
+        f"{SCORED_ROWS} drawn by train.seed",
     )
     save_every: Annotated[int | None, Today((None,))] = Field(
         default=None, description="not yet: steps between verified checkpoints"
@@ -411,9 +425,24 @@ class Evaluate(_Part):
     metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
         default=("loss",), description="out of loss, perplexity, exact_match, json_match; rouge: not yet"
     )
-    samples: int = Field(default=32, ge=1, description="held-out rows that are answered and compared")
+    samples: int = Field(
+        default=32,
+        ge=1,
+        description="held-out rows that are answered, drawn by train.seed, where a metric compares answers; "
+        f"else up to {SHOWN_ANSWERS} are, to be looked at. The loss is of all rows",
+    )
     max_new_tokens: int = Field(default=128, ge=1, description="longest generated answer in tokens")
     compare_base: bool = Field(default=True, description="measure the base model too, before training")
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a metric needs answers; else they are made for people to look at."""
+        return bool(set(GENERATION_METRICS) & set(self.metrics))
+
+    @property
+    def num_answered(self) -> int:
+        """The most held-out rows that are answered."""
+        return self.samples if self.compares_answers else max(3, min(self.samples, SHOWN_ANSWERS))
 
 
 class Recipe(_Part):

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import sha256
+    from .mix import draw
     from .read import check_files
     from .rows import Conversation
     from .sources import files_of
@@ -24,16 +24,16 @@ __all__ = [
     "TokenRow",
     "check",
     "check_files",
+    "draw",
     "files_of",
     "load",
     "prepare",
     "prompts",
-    "sha256",
 ]
 
 _ROOMS = {
-    "sha256": "cache",
     "check_files": "read",
+    "draw": "mix",
     "Conversation": "rows",
     "files_of": "sources",
     "TokenRow": "tokens",

@@ -23,7 +23,9 @@ from ..findings import Finding
 from ..recipe import Data, Evaluate, Fraction, Source, Train
 from .batches import Outcome, mark_all
 from .doctor import Examiner, Places, examine_sizes
+from .mix import Sampler
 from .overlong import Fitted, Fitter
+from .provenance import SourceRead
 from .read import MAX_PROBLEMS, stream_held_out, stream_training
 from .repeats import Fingerprints, FingerprintsBuilder
 from .rows import Conversation, Example, Message, Preference, Row, Text
@@ -40,7 +42,7 @@ _ARRAYS: Final = "part.npz"
 class Reading:
     """One pass over the sources of data.`name`, "train" or "eval", and all that its outcome depends on.
 
-    `num_kept`: conversations of a split that are kept as text.
+    `num_kept`: conversations of a split that are kept as text. `read`: gets what was read of the sources.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Reading:
     tokenizer: Any
     turns: Turns
     num_kept: int
+    read: list[SourceRead] = field(default_factory=list)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -64,7 +67,8 @@ class Reading:
     def stream(self) -> Iterator[tuple[str, Example | Problem]]:
         """Every row with its split."""
         rows = stream_training if self.name == "train" else stream_held_out
-        return rows(self.data, self.train, self.evaluate)
+        self.read.clear()
+        return rows(self.data, self.train, self.evaluate, self.read.append)
 
 
 @dataclass
@@ -88,8 +92,8 @@ class Problems:
 class Part:
     """A split in tokens, and what was found in it.
 
-    `rows`: what is trained on, cut or split where the recipe says so, with the first `conversations` behind
-        them; plain text is not kept. `fitted`: how many were dropped, truncated, split.
+    `rows`: what is trained on, cut or split where the recipe says so, and some of the `conversations`
+        behind them, evenly drawn; plain text is not kept. `fitted`: how many were dropped, truncated, split.
     `lengths`, `num_supervised`: of all rows that could be turned into tokens, whatever their length.
     `num_read`: rows, with those that could not be. A row counts as often as its weight takes it.
     Shape: `lengths` (whole rows,) int32.
@@ -180,14 +184,14 @@ class _Builder:
 
     def __init__(self, name: str, reading: Reading, folder: Path | None) -> None:
         data, tokenizer, turns = reading.data, reading.tokenizer, reading.turns
-        self.name, self.data, self.num_kept = name, data, reading.num_kept
+        self.name, self.data = name, data
         self.fitter = Fitter(data, tokenizer, turns)
         self.examiner = Examiner(tokenizer, turns, data.loss_on)
         self.before: Row | None = None
         self.rows, self.fingerprints = RowsBuilder(folder), FingerprintsBuilder()
         self.lengths, self.num_supervised, self.num_read = array("i"), 0, 0
         self.over, self.problems, self.fitted = Places(), Problems(), Fitted()
-        self.conversations: list[Conversation] = []
+        self.conversations = Sampler[Conversation](reading.num_kept)
 
     def add(self, row: Row | None, outcome: Outcome) -> None:
         copy = row is not None and row is self.before
@@ -222,8 +226,8 @@ class _Builder:
             return
         for kept, cut in fitted.rows:
             self.rows.add(cut)
-            if isinstance(kept, Conversation) and len(self.conversations) < self.num_kept:
-                self.conversations.append(kept)
+            if isinstance(kept, Conversation):
+                self.conversations.add(kept)
         if fitted.lost:  # most rows fit, and a sum for each would cost 6 us
             self.fitted = Fitted.sum((self.fitted, fitted.counts))
 
@@ -236,7 +240,7 @@ class _Builder:
         findings += examine_sizes(lengths, self.over, self.data, f"data.{self.name}")
         return Part(
             rows=self.rows.finish(),
-            conversations=self.conversations,
+            conversations=self.conversations.finish(),
             fitted=self.fitted,
             lengths=lengths,
             num_supervised=self.num_supervised,

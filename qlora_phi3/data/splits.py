@@ -14,14 +14,16 @@ from ..findings import Finding
 from ..recipe import Data, Evaluate, Recipe, Train
 from . import cache
 from .doctor import examine_batch, find
+from .mix import draw
 from .parts import Part, Reading, build
+from .provenance import SourceRead, changed_since
 from .read import EVALUATE, TRAIN, check_files, name_of
 from .rows import Conversation
 from .store import Rows
 from .tokens import Turns, prompt_ids
 
 KEPT: Final = 1024
-"""Conversations of a split that are kept as text, for prompts; of the others only tokens are."""
+"""Conversations of a split that are kept as text, evenly drawn; of the others only tokens are."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split, the first conversations that they hold, and what became of longer ones.
+    """Rows of one split, some of the conversations that they hold, and what became of longer ones.
 
     `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
     that were cut. `num_split`: rows of the source that became several.
@@ -75,11 +77,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training rows, held-out rows if any, and how the template frames a turn."""
+    """Training rows, held-out rows if any, how the template frames a turn, and what was read for them.
+
+    `sources`: "train" or "eval", and a file or data set.
+    """
 
     train: Split
     eval: Split | None
     turns: Turns
+    sources: tuple[tuple[str, SourceRead], ...] = ()
+
+    def changed(self) -> list[str]:
+        """A sentence for each file that is not any more what was read of it."""
+        return changed_since(one for _, one in self.sources)
+
+    def sources_json(self) -> list[dict[str, Any]]:
+        """What was read, for others: files by name and hash, data sets on the hub by id and commit."""
+        used = {"train": "training rows", "eval": "held-out rows"}
+        return [{"used_for": used[name], **one.to_json()} for name, one in self.sources]
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Prepared:
     parts: Mapping[str, Part]
     data: Data
     turns: Turns
+    sources: tuple[tuple[str, SourceRead], ...] = ()
 
     def splits(self) -> Splits:
         """What a run uses.
@@ -102,7 +118,7 @@ class Prepared:
         if problems:
             raise DataError.of(problems)
         found = {name: _split(part, names[name], data) for name, part in self.parts.items()}
-        return Splits(found["train"], found.get("eval"), self.turns)
+        return Splits(found["train"], found.get("eval"), self.turns, self.sources)
 
     def findings(self, effective_batch: int) -> list[Finding]:
         """All that the doctor has to say."""
@@ -124,11 +140,13 @@ def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate
     check_files(data)
     turns, num_kept = Turns.of(tokenizer), max(evaluate.samples, KEPT)
     parts: dict[str, Part] = {}
+    sources: list[tuple[str, SourceRead]] = []
     for name in ("train", "eval") if data.eval_sources else ("train",):
         reading = Reading(name, data, train, evaluate, tokenizer, turns, num_kept)
         key = cache.key(reading)
         parts |= build(reading) if key is None else cache.fetch(key, reading)
-    return Prepared(parts, data, turns)
+        sources += [(name, one) for one in reading.read]
+    return Prepared(parts, data, turns, tuple(sources))
 
 
 def load(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Splits:
@@ -155,12 +173,11 @@ def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
     return splits, findings
 
 
-def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
-    """The first `limit` conversations as prompts for their last answer."""
-    # `read` refuses text where answers are asked for
-    assert len(split.conversations) >= min(limit, len(split.rows)), "too few conversations were kept"
+def prompts(split: Split, tokenizer: Any, limit: int, seed: int = TRAIN.seed) -> list[Prompt]:
+    """`limit` conversations, drawn by the seed, as prompts for their last answer; none of plain text."""
     found = []
-    for conversation in split.conversations[:limit]:
+    for number in draw(len(split.conversations), limit, seed):
+        conversation = split.conversations[number]
         ids, expected = prompt_ids(conversation, tokenizer)
         before = conversation.messages[: conversation.last_answer]
         asked = next((m for m in reversed(before) if m.role == "user"), before[-1])
