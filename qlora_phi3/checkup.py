@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import builtin, environment, memory, phi3, weights
+from . import builtin, environment, memory, phi3, recipe_checks, weights
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
@@ -85,6 +85,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
 
     Raises:
         DataError: a source is missing.
+        RecipeError: it asks for more than the base has.
         ModelError: the base or its tokenizer cannot be used.
     """
     from . import data, model
@@ -92,6 +93,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
 
     data.check_files(recipe.data)
     folder = weights.locate_tokenizer(recipe.model, say)
+    recipe_checks.check_base(recipe, _geometry(folder))
     tokenizer = model.load_tokenizer(folder)
     found = data.prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
     known = found.parts["train"].rows.fullest_step(recipe.train.effective_batch)
@@ -132,13 +134,17 @@ def show(found: Checkup, console: Console) -> None:
     _say(console, f"{found.name}: {words}")
 
 
+def _geometry(folder: Path) -> phi3.Geometry:
+    return phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
+
+
 def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) -> int:
     """What a run would choose here and now."""
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
     from . import model, pipeline
 
-    geometry = phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
+    geometry = _geometry(folder)
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)

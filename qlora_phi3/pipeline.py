@@ -24,6 +24,7 @@ from . import (
     model,
     phases,
     process,
+    recipe_checks,
     report,
     run_folder,
     speeds,
@@ -130,6 +131,7 @@ def _run(
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
+    recipe_checks.check_base(recipe, checkpoint.geometry)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)
