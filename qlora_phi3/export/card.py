@@ -5,7 +5,7 @@ Owns its content. Refuses nothing; paths of this machine become names, since a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
@@ -27,7 +27,8 @@ LIBRARIES: Final = {
 class About:
     """What a card says beside the run's report: the target, the merge report, the gate, the base's licence.
 
-    `local`: it stays in its run folder, where the base's own path is what its code needs.
+    `local`: it stays in its run folder, where the base's own path is what its code needs. `limits`: from
+    where on the target's program computes otherwise.
     """
 
     target: str
@@ -37,6 +38,7 @@ class About:
     parity: Mapping[str, Any] | None = None
     licence: str | None = None
     local: bool = False
+    limits: Sequence[str] = ()
 
 
 def render(report: Mapping[str, Any] | None, about: About) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from .. import adapters, layouts, model, weights
 from ..errors import ModelError
-from ..layouts.files import CONFIG_NAME
+from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
+from . import card, stops
 from .options import Say
 
 TOKENIZER_FILES: Final = (
@@ -51,6 +53,17 @@ class Source:
     @property
     def base_name(self) -> str:
         return public_name(self.checkpoint.provenance.base)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Every token at which the toolkit stops."""
+        return stops.stops_of(self)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message that all training rows share; None where there is none such, or nobody knows."""
+        found = self.report["data"].get("system_prompt") if self.report is not None else None
+        return found if isinstance(found, str) and found else None
 
     @property
     def quantized(self) -> bool:
@@ -95,36 +108,53 @@ def _find(path: Path) -> tuple[Path, Path | None]:
 
 
 def _base_of(folder: Path) -> Model:
-    """The base that an adapter's own files name."""
+    """The base that an adapter's own files name: ours, PEFT's, mlx-lm's (`model`)."""
     found: dict[str, Any] = {}
-    for name in (adapters.PROVENANCE_NAME, CONFIG_NAME):
+    for name in (adapters.PROVENANCE_NAME, CONFIG_NAME, LORALIB_CONFIG):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"cannot be read: {weights.first_line(error)}."
             raise ModelError(str(folder / name), reason, "Copy the adapter again.") from None
         found = content if isinstance(content, dict) else {}
-        base = found.get("base") or found.get("base_model_name_or_path")
+        base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
             revision = found.get("revision")
             return Model(base=base, revision=revision if isinstance(revision, str) else None)
+    if not found and (folder / LORALIB_WEIGHTS).exists():
+        remedy = "Write one, with layout, rank, alpha, enable_lora and base (docs/export.md)."
+        raise ModelError(str(folder), f"holds no {LORALIB_CONFIG} beside {LORALIB_WEIGHTS}.", remedy)
     if not found:
         raise ModelError(str(folder), f"holds no {CONFIG_NAME}.", _AGAIN)
     reason = "its files do not name the base that it was trained on."
-    raise ModelError(str(folder), reason, "Write base_model_name_or_path into its adapter_config.json.")
+    name, key = CONFIG_NAME, "base_model_name_or_path"
+    if (folder / LORALIB_CONFIG).exists():
+        name, key = LORALIB_CONFIG, "base"
+    raise ModelError(str(folder), reason, f"Write {key} into its {name}.")
 
 
 def _report(run: Path | None) -> dict[str, Any] | None:
+    """The run's report.json, which every card is made of.
+
+    Raises:
+        ModelError: it cannot be read, or no card can be made of it.
+    """
     path = run / "report.json" if run is not None else None
     if path is None or not path.is_file():
         return None
+    again = "Move it away to export without it, or run the recipe again."
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"cannot be read: {weights.first_line(error)}."
-        raise ModelError(str(path), reason, "Remove it, or run the recipe again.") from None
+        raise ModelError(str(path), reason, again) from None
+    try:
+        card.render(found, card.About("merged", "", ""))
+    except Exception as error:  # whatever a template makes of another program's, or another version's
+        reason = f"is no report of a run of this version: {weights.first_line(error)}."
+        raise ModelError(str(path), reason, again) from None
     return found
 
 

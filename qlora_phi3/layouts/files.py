@@ -7,7 +7,9 @@ out of the folder, and files that are cut short.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -196,10 +198,28 @@ def write_adapter(
     try:
         weights = _write_files(partial, tensors, config, base, revision)
         _check_written(weights, tensors)
+        give_usual_modes(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(folder)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file of a folder the mode of any new file there.
+
+    safetensors writes into a temporary file, which is its owner's alone, and renames it. The umask is read
+    off a file, since asking for it means to set it, for all threads.
+    """
+    handle = os.open(probe := folder / f".mode-{os.getpid()}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _check_writable(tensors: Tensors, config: AdapterConfig, place: str) -> None:
