@@ -32,8 +32,13 @@ def format_metric(name: str, value: float | None) -> str:
 
 def template(name: str) -> jinja2.Template:
     """A template of the package; a name that it uses and is not given is an error."""
+    return environment().get_template(name)
+
+
+def environment() -> jinja2.Environment:
+    """What the templates of the package share."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=loader,
         autoescape=jinja2.select_autoescape(("html.j2",)),
         undefined=jinja2.StrictUndefined,
@@ -41,6 +46,6 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["bytes"] = format_bytes
-    environment.globals |= {"format_metric": format_metric, "meanings": MEANINGS, "memory_of": MEMORY}
-    return environment.get_template(name)
+    made.filters["bytes"] = format_bytes
+    made.globals |= {"format_metric": format_metric, "meanings": MEANINGS, "memory_of": MEMORY}
+    return made

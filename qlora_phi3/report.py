@@ -88,7 +88,10 @@ def write(report: RunReport, folder: Path) -> None:
     content = report.to_json()
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
-    about = card.About("adapter", report.name, report.base["base"], local=True)
+    from .export import stops  # which reads tokenizers, and torch with them
+
+    told = {"stop_ids": stops.in_folder(folder / "adapter")}
+    about = card.About("adapter", report.name, report.base["base"], told, local=True)
     (folder / "adapter" / "README.md").write_text(card.render(content, about), encoding="utf-8")
     (folder / "report.html").write_text(_html(content, folder), encoding="utf-8")
 

@@ -120,7 +120,8 @@ def _export(
 
     say(f"exporting {target} to {folder}")
     with destination.unfinished(folder, force=force) as partial:
-        details = target_of(target).write(source, partial, options, say) | {"stop_ids": source.stop_ids}
+        details = target_of(target).write(source, partial, options, say)
+        details |= {"stop_ids": source.stop_ids, "stop_tokens": source.stop_tokens}
         parity = gates.check(target, partial, folder, details, wanted=options.gate)
         say(summary(parity))
         about = card.About(

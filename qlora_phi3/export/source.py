@@ -59,6 +59,12 @@ class Source:
         """Every token at which the toolkit stops."""
         return stops.stops_of(self)
 
+    @cached_property
+    def stop_tokens(self) -> list[str]:
+        """Their texts, which some programs are told instead."""
+        words = model.load_tokenizer(self.checkpoint.folder)
+        return [text for text in words.convert_ids_to_tokens(self.stop_ids) if text]
+
     @property
     def system_prompt(self) -> str | None:
         """The system message that all training rows share; None where there is none such, or nobody knows."""
