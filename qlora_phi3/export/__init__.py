@@ -85,6 +85,7 @@ def export_all(
     options = options or Options()
     check(targets, {"repo": options.repo} if "hub" in targets else {})
     source = open_source(run, say)
+    assert source.stop_ids, "a chat template without an end of turn is refused when it is read"
     written = [target for target in targets if target != "hub"]
     places = {
         target: destination.real(out or destination.folder_of(source.run, source.folder, target))
@@ -126,12 +127,7 @@ def _export(
         say(summary(parity))
         about = card.About(
             *(target, source.name, source.base_name, details, parity, licence_name(source)),
-            limits=context.limits(
-                target.partition(":")[0],
-                source.checkpoint.config,
-                source.checkpoint.geometry,
-                details.get("context"),
-            ),
+            limits=context.limits_of(source, target, details.get("context")),
         )
         (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
         content = {"target": target, "details": details, "files": destination.files_of(partial)}

@@ -126,7 +126,7 @@ def _escaped(value: Any) -> Any:
     """One line of text, however many it had."""
     if not isinstance(value, str) or isinstance(value, _Safe) or hasattr(value, "__html__"):
         return value
-    return _Safe(_line(" ".join(_printable(value).split())))
+    return _Safe(_line(re.sub(r"\s+", " ", _printable(value))))
 
 
 def _line(text: str) -> str:

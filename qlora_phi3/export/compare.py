@@ -149,7 +149,8 @@ def measure(
     for base in bases:
         measured[base] = _measure(Merger(source, base, dtype), live)
         one = measured[base]
-        say(f"{base}: loss {one.loss:.4g} (live {nll / num_tokens:.4g}), KL {one.kl_mean:.3g}")
+        trained = f"as trained {nll / num_tokens:.4g}, from which KL is {one.kl_mean:.3g}"
+        say(f"{base}: loss {one.loss:.4g} ({trained})")
         process.give_back()
     return measured, nll / num_tokens, num_tokens
 

@@ -7,10 +7,13 @@ both by the base's own numbers. Refuses contexts that give other answers than we
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, ModelError
 from ..phi3 import Geometry
+
+if TYPE_CHECKING:
+    from .source import Source
 
 DEFAULT: Final = 4096
 """More takes memory from the start; a user may give all that the base has. Units: tokens."""
@@ -101,8 +104,8 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
         found.append(_longrope_in_llama_cpp(family, context, original))
     if is_longrope(config) and family in ("mlx", "merged"):
         found.append(
-            "mlx-lm computes with LongRoPE's long factors at any length, which the base has for texts of more "
-            f"than {original} tokens only: what it answers to shorter ones is not quite what was trained."
+            "mlx-lm computes with LongRoPE's long factors at any length, which the base has for texts of "
+            f"more than {original} tokens: what it makes of shorter ones is not quite what was trained."
         )
     if window is not None and family in ("gguf", "gguf-lora", "ollama", "mlx", "merged"):
         program = "llama.cpp" if in_llama_cpp else "mlx-lm"
@@ -112,6 +115,12 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
             "back, and nothing was checked there."
         )
     return found
+
+
+def limits_of(source: Source, target: str, context: int | None) -> list[str]:
+    """`limits` of a target, as the command names it, for a source's base."""
+    base = source.checkpoint
+    return limits(target.partition(":")[0], base.config, base.geometry, context)
 
 
 def _longrope_in_llama_cpp(family: str, context: int, original: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from .. import data, layouts, model
 from ..errors import InputError, QloraError, RunError
 from ..weights import first_line
-from . import destination, table
+from . import context, destination, table
 from .options import Say, family
 from .source import Source
 
@@ -52,6 +52,8 @@ class Gates:
         failed = destination.keep_failed(partial, folder)
         why = "; ".join(found["reasons"])
         reason = f"{found['consumer']} does not compute what was trained: {why}. {difference}."
+        known = context.limits_of(self._source, target, details.get("context"))
+        reason = " ".join([reason, *(f"Known of it: {one}" for one in known)])
         raise RunError(f"{target}: {failed / destination.PARITY}", reason, "The export was removed.")
 
     def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -85,19 +87,19 @@ class Gates:
         from . import consumers, parity
 
         dequant = details.get("merge", {}).get("base") == "dequant"
-        settings, context = self._source.model, details.get("context")
+        settings, size = self._source.model, details.get("context")
         if not dequant:
             settings = settings.model_copy(update={"quantization": "none", "compute_dtype": "float32"})
-        key = settings.quantization, context
+        key = settings.quantization, size
         if key not in self._asked:
             self._asked.clear()  # one model at a time
             with TemporaryDirectory(dir=partial, prefix=".trained-") as place:
                 folder, device = Path(place) / "adapter", model.device_for_run()
                 layouts.write_adapter(folder, *_as_peft(self._source))
                 live = consumers.Live.load(self._source.checkpoint, settings, folder, device)
-            new = MAX_NEW_TOKENS if context is None else min(MAX_NEW_TOKENS, context // 4)
+            new = MAX_NEW_TOKENS if size is None else min(MAX_NEW_TOKENS, size // 4)
             # an answer may become twice as long as the live model's before it counts as one without end
-            room = None if context is None else context - 2 * new - 8
+            room = None if size is None else size - 2 * new - 8
             asked = prompts(self._source, live, room)
             reference = parity.Reference.of(live, live.control(), asked, max_new_tokens=new)
             self._asked[key] = live, reference
@@ -139,12 +141,12 @@ def _open(
         return consumers.loralib_file(base, partial, source.checkpoint.geometry, stops)
     if kind == "mlx":
         return consumers.MlxLm(base, partial, stops)
-    context = details["context"]
+    size = details["context"]
     if kind == "gguf-lora":
         plain = Path(stack.enter_context(TemporaryDirectory(dir=partial, prefix=".base-"))) / "base.gguf"
         table.write_base_gguf(source, plain)
-        return stack.enter_context(consumers.llama_cpp(plain, partial / details["gguf"], context=context))
-    return stack.enter_context(consumers.llama_cpp(partial / details["gguf"], context=context))
+        return stack.enter_context(consumers.llama_cpp(plain, partial / details["gguf"], context=size))
+    return stack.enter_context(consumers.llama_cpp(partial / details["gguf"], context=size))
 
 
 def _fused_again(source: Source, folder: Path, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What stands on a card: code that loads the whole adapter when it is copied, and nothing that is not text."""
+"""What stands on a card: code that loads the whole adapter when it is copied, and nothing but text."""
 
 from __future__ import annotations
 

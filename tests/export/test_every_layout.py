@@ -125,7 +125,7 @@ def by_loralib(base: Path, folder: Path) -> torch.Tensor:
 
 
 def ours(run: Path, base: Path, folder: Path, target: str, **options: Any) -> torch.Tensor:
-    """An export of ours, taken away from its run, as a friend gets it; its base told, since none is on a hub."""
+    """An export of ours, taken away from its run; its base told, since it is on no hub."""
     from peft import PeftModel
 
     done = export.export(run, target, out=folder, options=export.Options(gate=False, **options))

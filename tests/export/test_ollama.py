@@ -103,16 +103,17 @@ def test_texts_that_cannot_be_quoted_are_refused(tmp_path: Path) -> None:
 def values(text: str) -> Iterator[tuple[str, str]]:
     """Commands of a Modelfile by Ollama's rules: a value ends at the first line's end at which it is nothing
     between triple or single quotes that still waits for its closing ones; what does not print is dropped."""
-    at = 0
-    while at < len(text):
-        name, value, at = text[at : text.index(" ", at)], "", text.index(" ", at) + 1
-        for at, one in enumerate(text[at:] + "\n", at + 1):  # noqa: B020
-            whole = value.strip(" \t\r\n")
-            quotes = '"""' if whole.startswith('"""') else '"' if whole.startswith('"') else ""
-            closed = whole.endswith(quotes) and len(whole) >= 2 * len(quotes)
-            if one in "\r\n" and closed:
-                yield name, whole[len(quotes) : len(whole) - len(quotes)]
-                break
+    name, value = "", ""
+    for one in text:
+        if not name.endswith(" "):
+            name += one
+            continue
+        whole = value.strip(" \t\r\n")
+        quotes = '"""' if whole.startswith('"""') else '"' if whole.startswith('"') else ""
+        if one in "\r\n" and whole.endswith(quotes) and len(whole) >= 2 * len(quotes):
+            yield name.strip(), whole[len(quotes) : len(whole) - len(quotes)]
+            name, value = "", ""
+        else:
             value += one if one.isprintable() or one in "\t\r\n" else ""
 
 
