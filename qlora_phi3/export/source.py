@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from .. import adapters, layouts, model, weights
-from ..errors import ModelError
+from ..errors import ModelError, Problem, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
@@ -92,11 +94,42 @@ def open_source(path: Path, say: Say = lambda _: None) -> Source:
     folder, run = _find(path)
     recipe = load_recipe(run / "recipe.yaml") if run is not None else None
     settings = recipe.model if recipe is not None else _base_of(folder)
-    checkpoint = weights.locate(settings, say)
+    checkpoint = _locate(settings, folder, say, told=recipe is None)
     model.load_tokenizer(checkpoint.folder)
     adapters.check_provenance(folder, checkpoint)
-    tensors, config = layouts.read_adapter(folder, checkpoint.geometry)
+    tensors, config = layouts.read_adapter(
+        folder, checkpoint.geometry, base_weight=lambda module: _weight(checkpoint, module)
+    )
     return Source(folder, run, recipe, settings, _report(run), checkpoint, tensors, config)
+
+
+def _locate(settings: Model, folder: Path, say: Say, *, told: bool) -> weights.Checkpoint:
+    """The base; `told`: its name is out of the adapter's own files, which may be another tool's."""
+    try:
+        return weights.locate(settings, say)
+    except ModelError as error:
+        if not told:
+            raise
+        reason = (
+            f"names {shown(settings.base)} as its base, which is not a Phi-3 checkpoint that can be used."
+        )
+        remedy = (
+            "Where that is a copy in other names, or a quantized one, write the name of the Phi-3 checkpoint "
+            f"into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
+        )
+        raise ModelError.of((*error.problems, Problem(str(folder), reason, remedy))) from None
+
+
+def _weight(checkpoint: weights.Checkpoint, module: str) -> Tensor:
+    """The embedding's or the head's own weight; of a tied base the one that is both."""
+    from safetensors import safe_open
+
+    files = weights.tensor_files(checkpoint.folder)
+    name = f"{module}.weight"
+    name = name if name in files else "model.embed_tokens.weight"
+    with safe_open(files[name], framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(name)
+    return found
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:

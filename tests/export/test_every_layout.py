@@ -145,6 +145,7 @@ SOURCES: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any], list[str]]
     "peft": (by_peft, {"targets": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}, ["vllm", "gguf:f16"]),
     "peft, llama's names": (by_peft, {"targets": LLAMA}, ["merged", "gguf-lora", "mlx"]),
     "peft, q and v": (by_peft, {"targets": ["q_proj", "v_proj"], "use_rslora": True}, ALL_TARGETS),
+    "peft, with the head's weight": (by_peft, {"targets": ["o_proj", "lm_head"]}, ["merged", "loralib"]),
     "mlx-lm": (by_mlx_lm, {}, ALL_TARGETS),
     "loralib": (by_loralib, {}, ALL_TARGETS),
 }
