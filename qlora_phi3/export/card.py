@@ -111,10 +111,11 @@ def _environment() -> jinja2.Environment:
     made.finalize = _escaped
     made.filters |= {
         "raw": _Safe,
-        "code": _code,
+        "code": code,
         "py": _python,
         "sh": lambda text: _Safe(shlex.quote(_printable(text))),
         "fenced": _fenced,
+        "spans": _spans,
         "prose": _prose,
         "json": lambda value: _Safe(json.dumps(value)),
         "ollama_name": lambda text: re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "model",
@@ -139,13 +140,19 @@ def _prose(text: str) -> _Safe:
     return _Safe("\n".join(_line(line.strip()) for line in _printable(text).strip().splitlines()))
 
 
-def _code(text: object) -> _Safe:
+def code(text: object) -> _Safe:
     """A value in code's type, within a table too."""
     line = " ".join(_printable(str(text)).split())
     if _PLAIN.fullmatch(line):
         return _Safe(f"`{line}`")
     entities = re.sub(r"[^\w ./:-]|_", lambda found: f"&#{ord(found[0])};", line)
     return _Safe(f"<code>{entities}</code>")
+
+
+def _spans(text: str) -> _Safe:
+    """A line of plain text with code between backticks."""
+    parts = re.split("`([^`]*)`", text)
+    return _Safe("".join(str(code(part)) if at % 2 else _line(part) for at, part in enumerate(parts)))
 
 
 def _python(value: Any) -> _Safe:

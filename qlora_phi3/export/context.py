@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, ModelError
 from ..phi3 import Geometry
+from . import vocabulary
 
 if TYPE_CHECKING:
     from .source import Source
 
 DEFAULT: Final = 4096
 """More takes memory from the start; a user may give all that the base has. Units: tokens."""
+LLAMA_CPP: Final = ("gguf", "gguf-lora", "ollama")
 STEP: Final = 256
 """llama.cpp rounds a context up to a multiple of this (llama-context.cpp, GGML_PAD)."""
 
@@ -98,7 +100,7 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
     `context`: what llama.cpp is run with.
     """
     found = []
-    in_llama_cpp = family in ("gguf", "gguf-lora", "ollama")
+    in_llama_cpp = family in LLAMA_CPP
     window, original = window_of(geometry), geometry.original_max_positions
     if is_longrope(config) and in_llama_cpp and context is not None:
         found.append(_longrope_in_llama_cpp(family, context, original))
@@ -107,7 +109,7 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
             "mlx-lm computes with LongRoPE's long factors at any length, which the base has for texts of "
             f"more than {original} tokens: what it makes of shorter ones is not quite what was trained."
         )
-    if window is not None and family in ("gguf", "gguf-lora", "ollama", "mlx", "merged"):
+    if window is not None and family in (*LLAMA_CPP, "mlx", "merged"):
         program = "llama.cpp" if in_llama_cpp else "mlx-lm"
         found.append(
             f"{program} leaves out the base's sliding window of {window} tokens: up to {window} tokens it "
@@ -119,8 +121,11 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
 
 def limits_of(source: Source, target: str, context: int | None) -> list[str]:
     """`limits` of a target, as the command names it, for a source's base."""
-    base = source.checkpoint
-    return limits(target.partition(":")[0], base.config, base.geometry, context)
+    base, family = source.checkpoint, target.partition(":")[0]
+    found = limits(family, base.config, base.geometry, context)
+    if family in LLAMA_CPP:
+        found += vocabulary.differences(base.folder, source.stop_ids)
+    return found
 
 
 def _longrope_in_llama_cpp(family: str, context: int, original: int) -> str:

@@ -7,7 +7,7 @@ and weights that are not those of the config. Written tensor by tensor: beside o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -79,13 +79,14 @@ def write(
     *,
     name: str,
     context: int | None = None,
+    stop_ids: Sequence[int] = (),
     say: Say = lambda _: None,
 ) -> None:
     """Write a merged model; `config` is config.json's content, `tokenizer` a folder with its files.
 
-    `context` is the context length that the file names, where it is not the base's. `say` hears which tensors
-    are kept in f16 because their width fits no block of `kind`. A tied head is left out: llama.cpp takes the
-    embedding.
+    `context` is the context length that the file names, where it is not the base's. `stop_ids` end an answer.
+    `say` hears which tensors are kept in f16 because their width fits no block of `kind`. A tied head is left
+    out: llama.cpp takes the embedding.
 
     Raises:
         InputError: a kind that cannot be written.
@@ -96,7 +97,7 @@ def write(
 
     check_kind(kind)
     geometry = phi3.geometry_from_config(config)
-    words, tables = check_base(config, tokenizer)
+    words, tables = check_base(config, tokenizer, stop_ids)
     entries = _entries(geometry, kind, say)
     writer = gguf.GGUFWriter(None, "phi3")
     _add_metadata(writer, config, geometry, kind, words.name(name), context)
@@ -114,7 +115,7 @@ def write(
 
 
 def check_base(
-    config: Mapping[str, Any], tokenizer: Path
+    config: Mapping[str, Any], tokenizer: Path, stop_ids: Sequence[int] = ()
 ) -> tuple[vocabulary.Vocabulary, dict[str, list[float]]]:
     """The vocabulary and LongRoPE's tables of a base, which llama.cpp must be able to repeat.
 
@@ -122,7 +123,7 @@ def check_base(
         ModelError: it cannot.
     """
     geometry = phi3.geometry_from_config(config)
-    return vocabulary.read(tokenizer, geometry.vocab_size), _rope_tables(config, geometry)
+    return vocabulary.read(tokenizer, geometry.vocab_size, stop_ids), _rope_tables(config, geometry)
 
 
 def tensor_name(module: str) -> str | None:

@@ -88,7 +88,8 @@ def _write_gguf(source: Source, folder: Path, kind: str, options: Options, say: 
     tensors = merge.merged_tensors(source, report.base, torch.float32)
     config, tokenizer = merge.config_of(source, torch.float32), source.checkpoint.folder
     say(f"writing {path.name}")
-    gguf.write(path, tensors, config, tokenizer, kind, name=source.name, say=say)
+    stops = source.stop_ids
+    gguf.write(path, tensors, config, tokenizer, kind, name=source.name, stop_ids=stops, say=say)
     return {"merge": report.to_json(), "kind": kind, "gguf": path.name, "context": _context(source)}
 
 
@@ -99,7 +100,7 @@ def write_base_gguf(source: Source, path: Path) -> None:
     merger = merge.Merger(source, "original", torch.float32, adapted=False)
     tensors = ((name, merger.tensor(name)) for name in merger.shapes)
     config, tokenizer = source.checkpoint.config, source.checkpoint.folder
-    gguf.write(path, tensors, config, tokenizer, "f16", name=source.name)
+    gguf.write(path, tensors, config, tokenizer, "f16", name=source.name, stop_ids=source.stop_ids)
 
 
 def _write_gguf_lora(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:

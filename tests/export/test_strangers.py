@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from test_cli_surface import command
 
 from qlora_phi3 import export
 from qlora_phi3.errors import InputError, ModelError, RunError
-from qlora_phi3.export import context, gguf, stops
+from qlora_phi3.export import context, gguf, stops, vocabulary
 from qlora_phi3.phi3 import Geometry
 
 UNQUANTIZED = {"model": {"quantization": "none"}}
@@ -188,6 +189,29 @@ def test_held_out_rows_that_do_not_fit_the_context_are_not_asked(tmp_path: Path)
     path.write_text(path.read_text().replace("max_length: 128", "max_length: 512"))
     done = export.export(run, "gguf:f16")
     assert done.parity is not None and done.parity["verdict"] == "passed" and done.parity["num_prompts"] == 3
+
+
+def test_what_llama_cpp_makes_of_other_tokens_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    from tokenizers import AddedToken
+
+    base = make_base(tmp_path / "base", "mini")
+    words = open_tokenizer(base)
+    words.add_tokens([AddedToken("<|doc|>", special=True, normalized=False)], special_tokens=True)
+    words.add_tokens([AddedToken("<ci`te>", normalized=False)])
+    words.save_pretrained(base)
+    user = words.convert_tokens_to_ids("<|user|>")
+    settings = json.loads((base / stops.NAME).read_text())
+    settings["eos_token_id"].append(user)
+    (base / stops.NAME).write_text(json.dumps(settings))
+    done = export.export(make_run(tmp_path, base, **UNQUANTIZED), "gguf:f16")
+    assert done.parity is not None and done.parity["stops"] is True
+    text = html.unescape((done.folder / "README.md").read_text())
+    tokens = r"<code><|doc|></code>, <code><ci\x60te></code>"
+    assert f"drops white space right behind {tokens}, where" in text and "White space beyond ASCII" in text
+    assert vocabulary.read(base, 300, done.details["stop_ids"]).ids["eom"] == user
+    more = vocabulary.differences(base, [user, words.convert_tokens_to_ids("<|system|>")])
+    assert more[-1] == "A GGUF has no place for all stops: have llama.cpp stop at `<|system|>` too."
 
 
 # Who may read
