@@ -88,6 +88,15 @@ def check_num_ctx(num_ctx: int, config: Mapping[str, Any], geometry: Geometry, *
         raise InputError("--num-ctx", reason, remedy)
 
 
+def of_vllm(config: Mapping[str, Any], geometry: Geometry) -> int | None:
+    """vLLM's --max-model-len for LongRoPE's short factors, which it too chooses at its start; else None.
+
+    Source: vLLM rotary_embedding/phi3_long_rope_scaled_rope.py, as read elsewhere; it has not been run here.
+    """
+    original = geometry.original_max_positions
+    return original if is_longrope(config) and original < geometry.max_positions else None
+
+
 def window_of(geometry: Geometry) -> int | None:
     """The sliding window, where the base has one that is shorter than its texts may be. Units: tokens."""
     window = geometry.sliding_window
@@ -104,6 +113,11 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
     window, original = window_of(geometry), geometry.original_max_positions
     if is_longrope(config) and in_llama_cpp and context is not None:
         found.append(_longrope_in_llama_cpp(family, context, original))
+    if of_vllm(config, geometry) is not None and family in ("vllm", "merged"):
+        found.append(
+            f"vLLM chooses LongRoPE's factors by `--max-model-len`: above {original}, the base's original "
+            "context, it takes the long ones for short prompts too, which is not what was trained."
+        )
     if is_longrope(config) and family in ("mlx", "merged"):
         found.append(
             "mlx-lm computes with LongRoPE's long factors at any length, which the base has for texts of "

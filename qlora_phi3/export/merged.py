@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import RunError
-from . import compare, shards, stops
+from . import compare, context, shards, stops
 from .merge import Merger, config_of, merged_tensors
 from .options import Options, Say
 from .source import Source, copy_tokenizer, licence_file, tokenizer_bytes
@@ -47,7 +47,8 @@ def write(source: Source, folder: Path, options: Options, say: Say) -> dict[str,
     licence = licence_file(source)
     if licence is not None:
         shutil.copyfile(licence, folder / licence.name)
-    return {"merge": report.to_json(), "dtype": options.dtype}
+    longest = context.of_vllm(source.checkpoint.config, source.checkpoint.geometry)
+    return {"merge": report.to_json(), "dtype": options.dtype, "max_model_len": longest}
 
 
 def _check_written(paths: list[Path], merger: Merger) -> None:

@@ -18,6 +18,7 @@ from ..layouts.blocks import Pair
 from ..layouts.config import PEFT_LAYOUTS
 from ..layouts.pairs import describe, render
 from ..layouts.settings import to_mlx, to_peft
+from . import context
 from .merge import fused_pairs
 from .options import Options, Say
 from .source import Source, copy_tokenizer, tokenizer_bytes
@@ -102,6 +103,8 @@ def _for_vllm(source: Source) -> tuple[layouts.Tensors, layouts.AdapterConfig, l
     pairs = uniform(fused_pairs(source))
     config = describe(pairs, "fused", source.checkpoint.geometry, use_rslora=False, enable_lora={})
     flags, problems = vllm_rules(to_peft(config).to_dict())
+    longest = context.of_vllm(source.checkpoint.config, source.checkpoint.geometry)
+    flags += [] if longest is None else ["--max-model-len", str(longest)]
     if problems:
         raise ModelError(str(source.folder), f"vLLM would refuse it: {'; '.join(problems)}.", _MERGE)
     return render(pairs, "fused"), config, flags

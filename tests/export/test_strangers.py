@@ -138,6 +138,7 @@ def test_the_window_is_told_by_its_number_and_only_where_there_is_one() -> None:
         assert "sliding window of 2047 tokens" in said(target, 2047)
         assert said(target, None) == said(target, 262144, 131072) == ""
     assert said("adapter", 2047) == said("vllm", 2047) == ""
+    assert context.of_vllm({}, geometry(4096, 4096)) is None
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,14 @@ def test_what_the_card_says_is_what_was_checked(long_run: Path, target: str) -> 
         assert "PARAMETER num_ctx 256\n" in (done.folder / "Modelfile").read_text()
     else:
         assert re.search(r"^llama-cli .* -c 256 -cnv$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("target", ["vllm", "merged"])
+def test_vllm_is_told_how_long_the_short_factors_hold(long_run: Path, tmp_path: Path, target: str) -> None:
+    done = export.export(long_run, target, out=tmp_path / "x", options=export.Options(gate=False))
+    text = (done.folder / "README.md").read_text()
+    assert re.search(r"vllm serve .* --max-model-len 300\b", text)
+    assert "vLLM chooses LongRoPE's factors" in text
 
 
 def test_with_the_long_factors_it_would_have_drifted(
