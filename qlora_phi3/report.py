@@ -106,8 +106,11 @@ def machine(device: str) -> dict[str, Any]:
 def write(report: RunReport, folder: Path) -> None:
     """Write report.json, report.html and the adapter's README.md into a run folder."""
     content = report.to_json()
+    from .export import stops  # which reads tokenizers, and torch with them
+
     files.write_json(folder / "report.json", content)
-    about = card.About("adapter", report.name, report.base["base"], local=True)
+    told = {"stop_ids": stops.in_folder(folder / "adapter")}
+    about = card.About("adapter", report.name, report.base["base"], told, local=True)
     files.write_text(folder / "adapter" / "README.md", card.render(content, about))
     files.write_text(folder / "report.html", report_page.render(content, folder))
 
