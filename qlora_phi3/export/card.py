@@ -54,7 +54,7 @@ def render(report: Mapping[str, Any] | None, about: About) -> str:
     family = about.target.partition(":")[0]
     public = without_paths(report) if report is not None else None
     recipe = strict_yaml.dump(public["recipe"]) if public is not None else ""
-    system = public["data"].get("system_prompt") if public is not None else None
+    system = report["data"].get("system_prompt") if report is not None else None  # "/brief" is no path
     return str(
         _environment()
         .get_template("card.md.j2")
@@ -102,6 +102,8 @@ _MARKS: Final = re.compile(r"([\\`*\[\]#|~!]|(?<![^\W_])_|_(?![^\W_]))")
 """What Markdown reads; a _ only where no letter stands on one of its sides."""
 _OPENS: Final = re.compile(r"^(\s*)([-+=]|\d+[.)](?=\s))")
 """What begins a list, a rule or the underline of a heading."""
+_JOINERS: Final = "\u200c\u200d"
+"""Of emoji and some scripts."""
 _PLAIN: Final = re.compile(r"[\w ./:@,;=+^()\[\]{}*#~!?%$'\"-]+")
 
 
@@ -177,5 +179,5 @@ def _fenced(text: str, language: str = "") -> _Safe:
 def _printable(text: str) -> str:
     """Without control characters and halves of characters, which no viewer shows and UTF-8 cannot say."""
     return "".join(
-        one if one.isprintable() or one in "\n\t" or one.isspace() else f"\\x{ord(one):02x}" for one in text
+        one if one.isprintable() or one in _JOINERS or one.isspace() else f"\\x{ord(one):02x}" for one in text
     )

@@ -178,6 +178,20 @@ def test_what_users_write_stays_text(run: Path, kind: str) -> None:
     assert not re.search(r"<(script|img|a)\b", html)
 
 
+@pytest.mark.parametrize(
+    "system", ["/brief", "a\u00a0b \U0001f469\u200d\U0001f680", "\x07 bell, \\\\ and `", "C:\\x"]
+)
+def test_a_system_prompt_is_asked_as_it_is(run: Path, system: str) -> None:
+    report = json.loads((run / "report.json").read_text())
+    report["data"]["system_prompt"] = system
+    text = card.render(report, card.About("adapter", "lab", "org/base", {"stop_ids": [1]}))
+    (code,) = blocks(text, "python")
+    (line,) = (line for line in code.splitlines() if '"role": "system"' in line)
+    assert eval(line.strip().rstrip(",")) == {"role": "system", "content": system}
+    if (system.isascii() and system.isprintable()) or "\u200d" in system:
+        assert blocks(text, "text") == [f"{system}\n"]
+
+
 def test_a_card_of_every_family_has_one_way_to_use_it(run: Path) -> None:
     for target in ("adapter", "merged", "gguf:q8_0", "gguf-lora", "ollama", "mlx", "loralib", "vllm"):
         told = {"gguf": "a.gguf", "context": 512, "flags": ["--enable-lora"], "stop_ids": [], "kind": "q8_0"}
