@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import builtin, environment, memory, phi3, weights
+from .errors import printable
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
@@ -32,8 +32,6 @@ OTHER_STYLES: Final = ("default", "reverse dim")
 """Two of each by turns, so that every token is seen."""
 
 BAR_WIDTH: Final = 30
-_DRIVING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tabs and new lines, and those that turn the direction of what follows."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +150,8 @@ def _say(console: Console, text: str | Text) -> None:
 def _harmless(text: str | Text) -> str | Text:
     """Without characters that would drive the terminal, which names and texts of others may hold."""
     if isinstance(text, Text):
-        return Text.assemble(*((_escaped(text.plain[s.start : s.end]), s.style) for s in text.spans))
-    return _escaped(text)
-
-
-def _escaped(text: str) -> str:
-    return _DRIVING.sub(lambda hit: hit[0].encode("unicode_escape").decode(), text)
+        return Text.assemble(*((printable(text.plain[s.start : s.end]), s.style) for s in text.spans))
+    return printable(text)
 
 
 def _show_finding(finding: Finding, console: Console) -> None:

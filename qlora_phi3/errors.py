@@ -6,6 +6,7 @@ exceptions with a traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -13,12 +14,19 @@ from typing import Final
 from typing_extensions import Self
 
 MAX_SHOWN: Final = 60
+_DRIVING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and new lines, and those that turn the direction of what follows."""
 
 
 def shown(value: object) -> str:
     """A value as Python writes it, cut for a message: a broken file may have a megabyte in one place."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def printable(text: str) -> str:
+    """The text without characters that would drive a terminal, which names and rows of others may hold."""
+    return _DRIVING.sub(lambda hit: hit[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.place}: {self.reason}"
-        return f"{text} {self.remedy}" if self.remedy else text
+        place = self.place.replace("\n", "\\n")
+        return printable(f"{place}: {self.reason}{f' {self.remedy}' if self.remedy else ''}")
 
 
 class QloraError(Exception):

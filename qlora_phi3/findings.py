@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from .errors import printable
+
 Grade = Literal["error", "warning", "note"]
 GRADES: Final[tuple[Grade, ...]] = ("error", "warning", "note")
 """error: a run refuses it or would train something wrong; warning: the result is doubtful; note: to know."""
@@ -41,7 +43,7 @@ class Finding:
         """One line, for a log."""
         rest = f" and {self.num_places - 1} more" if self.num_places > 1 else ""
         where = f" ({self.places[0]}{rest})" if self.places else ""
-        return f"{self.grade}: {self.what}{where} {self.fix}"
+        return printable(f"{self.grade}: {self.what}{where} {self.fix}")
 
     @property
     def note(self) -> str:
