@@ -105,10 +105,10 @@ def _beside(file: Path) -> str:
     try:
         found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
     except OSError:
-        return f"There is no folder {_cut(folder)} either. A path is relative to the recipe's folder."
+        return f"There is no folder {_cut(folder)} either. In a recipe, paths begin at its folder."
     if not found:
         return f"Its folder holds no data file. {_GIVE}"
-    near = get_close_matches(file.name, found, 1)
+    near = get_close_matches(file.name, found, 1, 0.75)
     guess = f"Did you mean {near[0]}? " if near else ""
     more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
     return f"{guess}In its folder: {', '.join(found[:MAX_LISTED])}{more}."
