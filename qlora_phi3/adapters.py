@@ -19,12 +19,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import layouts, loftq, phi3
+from . import layouts, loftq, phi3, recipe_checks
 from .errors import ModelError, RunError
+from .layouts.files import give_usual_modes
 from .layouts.names import linear_shapes
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
 from .split_lora import DiagonalB, blocks, split
+from .strict_yaml import dotted_path
 from .weights import Checkpoint, first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -47,11 +49,6 @@ class Trained:
     rank: int
     num_parameters: int
     dtype: str
-
-    def describe(self) -> str:
-        rank = f" of rank {self.rank}" if self.rank else ""
-        name = self.target if self.part == self.target else f"{self.target} {self.part}"
-        return f"{name}: {self.num_modules}{rank}, {self.num_parameters:,} parameters"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -216,16 +213,13 @@ def keep_dtype(model: nn.Module) -> None:
 
 
 def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
-    """A rank above a matrix's smaller side adds parameters and nothing that they could express.
+    """Refuse a rank that `recipe_checks.rank_problems` finds too high.
 
     Raises:
         ModelError: the rank is above the smaller side of a linear, a projection, the embedding or the head.
     """
-    for part in settings.parts:
-        limit = min(geometry.pair_shape(part))
-        if settings.rank > limit:
-            reason = f"{settings.rank} is above {limit}, the smaller side of {part}."
-            raise ModelError("adapter.rank", reason, f"Choose {limit} or less.")
+    for path, reason, remedy in recipe_checks.rank_problems(settings, geometry):
+        raise ModelError(dotted_path(path), reason, remedy)
 
 
 def check_targets(model: nn.Module, targets: Sequence[str], num_layers: int) -> None:
@@ -276,6 +270,26 @@ def trained_table(model: nn.Module) -> list[Trained]:
             found.setdefault(name.rsplit(".", 1)[-1], []).append(module)
     ordered = sorted(found, key=phi3.ADAPTABLE.index)
     return [row for target in ordered for row in _rows(target, found[target])]
+
+
+def summarize(table: Sequence[Trained]) -> list[str]:
+    """The table for people, a line for all that are as many and of one rank.
+
+    "q k v o gate up down in 30 layers, rank 16, 4.9 M parameters"
+    """
+    groups: dict[tuple[bool, int, int, bool], list[Trained]] = {}
+    for row in table:
+        inside = row.target not in phi3.EMBEDDINGS
+        groups.setdefault((inside, row.num_modules, row.rank, row.part == "lengths"), []).append(row)
+    lines = []
+    for (inside, num_modules, rank, lengths), rows in groups.items():
+        names = " ".join(row.target if lengths else row.part for row in rows)
+        words = [f"{names} in {num_modules} layers" if inside else names]
+        words[0] = f"lengths of {words[0]}" if lengths else words[0]
+        num = sum(row.num_parameters for row in rows)
+        counted = f"{num / 1e6:.1f} M" if num >= 10**5 else f"{num:,}"
+        lines.append(", ".join([*words, *([f"rank {rank}"] if rank else []), f"{counted} parameters"]))
+    return lines
 
 
 def _rows(target: str, modules: list[Any]) -> list[Trained]:
@@ -352,6 +366,7 @@ def _write(model: Any, base: Base, partial: Path) -> None:
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; report.py writes the real card
     check_saved(model, partial)
+    give_usual_modes(partial)
 
 
 def saved_bytes(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import builtin, environment, memory, phi3, weights
-from .errors import printable
+from . import builtin, environment, memory, phi3, recipe_checks, weights
 from .findings import GRADES, SHOWN_PLACES, Finding
 from .recipe import Recipe
 from .report import VERSIONED
@@ -32,6 +32,8 @@ OTHER_STYLES: Final = ("default", "reverse dim")
 """Two of each by turns, so that every token is seen."""
 
 BAR_WIDTH: Final = 30
+_DRIVING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and new lines, and those that turn the direction of what follows."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
 
     Raises:
         DataError: a source is missing.
+        RecipeError: it asks for more than the base has.
         ModelError: the base or its tokenizer cannot be used.
     """
     from . import data, model
@@ -90,6 +93,7 @@ def check_recipe(recipe: Recipe, num_samples: int, say: Callable[[str], None]) -
 
     data.check_files(recipe.data)
     folder = weights.locate_tokenizer(recipe.model, say)
+    recipe_checks.check_base(recipe, _geometry(folder))
     tokenizer = model.load_tokenizer(folder)
     found = data.prepare(recipe.data, tokenizer, recipe.train, recipe.evaluate)
     known = found.parts["train"].rows.fullest_step(recipe.train.effective_batch)
@@ -130,13 +134,17 @@ def show(found: Checkup, console: Console) -> None:
     _say(console, f"{found.name}: {words}")
 
 
+def _geometry(folder: Path) -> phi3.Geometry:
+    return phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
+
+
 def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) -> int:
     """What a run would choose here and now."""
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
     from . import model, pipeline
 
-    geometry = phi3.geometry_from_config(weights.read_config(folder), str(folder / "config.json"))
+    geometry = _geometry(folder)
     device = model.device_for_run()
     usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
     kind = pipeline.device_kind(device)
@@ -150,8 +158,12 @@ def _say(console: Console, text: str | Text) -> None:
 def _harmless(text: str | Text) -> str | Text:
     """Without characters that would drive the terminal, which names and texts of others may hold."""
     if isinstance(text, Text):
-        return Text.assemble(*((printable(text.plain[s.start : s.end]), s.style) for s in text.spans))
-    return printable(text)
+        return Text.assemble(*((_escaped(text.plain[s.start : s.end]), s.style) for s in text.spans))
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    return _DRIVING.sub(lambda hit: hit[0].encode("unicode_escape").decode(), text)
 
 
 def _show_finding(finding: Finding, console: Console) -> None:

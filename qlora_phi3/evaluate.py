@@ -1,9 +1,10 @@
-"""Metrics of a model on held-out conversations.
+"""Metrics of a model on held-out conversations, and what it answers to some of them.
 
-Owns the definitions: `loss` is the mean negative log-likelihood in nats per supervised token;
-`perplexity` is exp(loss); `exact_match` is the share of answers equal to the expected text (outer
-whitespace aside); `json_match` is the share of answers that are valid JSON of the expected shape: an
-object with exactly the expected keys, or a value of the expected type.
+Owns the definitions: `loss` is the mean negative log-likelihood in nats per supervised token of all
+held-out rows; `perplexity` is exp(loss); `exact_match` is the share of answers equal to the expected text
+(outer whitespace aside); `json_match` is the share of answers that are valid JSON of the expected shape: an
+object with exactly the expected keys, or a value of the expected type. Answers are those to
+`evaluate.samples` rows, drawn by the seed. Owns too what limits such a figure, whatever the model.
 """
 
 from __future__ import annotations
@@ -12,23 +13,34 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
 from . import generate
 from .case import LOGIT_TOKENS
-from .data import Prompt, Split, TokenRow, prompts
+from .data import Prompt, Split, TokenRow, draw, prompts
+from .data.store import Rows
 from .engine.documents import Documents, hidden_states, original_context, passes
 from .engine.loss import IGNORE
+from .errors import QloraError
 from .ladder import Halving
-from .recipe import GENERATION_METRICS, Evaluate
+from .recipe import SCORED_ROWS, Evaluate, Train
+
+SEED: Final = Train().seed
+
+PLAIN_TEXT: Final = "the held-out rows are plain text, which asks nothing"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out question, the expected answer and the one that was given."""
+    """One held-out question, the expected answer and the one that was given.
+
+    `stopped`: it ended itself; else it was cut at evaluate.max_new_tokens.
+    Units: `num_tokens` of the answer with the token that ends it, `expected_tokens` without.
+    """
 
     place: str
     prompt: str
@@ -37,17 +49,25 @@ class Sample:
     stopped: bool
     exact_match: bool
     json_match: bool
+    num_tokens: int
+    expected_tokens: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of one model, by name, and the samples they came from."""
+    """Metrics of one model, by name, and the samples they came from; `no_samples`: why there are none."""
 
     metrics: dict[str, float]
     samples: tuple[Sample, ...]
+    no_samples: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "samples": [asdict(sample) for sample in self.samples]}
+        """As eval.json has it; a number that is not finite is null there."""
+        found: dict[str, Any] = {
+            "metrics": {name: one if math.isfinite(one) else None for name, one in self.metrics.items()},
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+        return found | ({"no_samples": self.no_samples} if self.no_samples else {})
 
 
 def measure(
@@ -59,46 +79,127 @@ def measure(
     *,
     batch_rows: int | Halving,
     batch_tokens: int | Halving,
+    seed: int = SEED,
+    scored: Callable[[int], None] = lambda _: None,
     done: Callable[[int], None] = lambda _: None,
 ) -> Measured:
-    """The recipe's metrics on the first `settings.samples` held-out rows; `end` closes an answer.
+    """The recipe's metrics: loss of all held-out rows, answers to those that `seed` draws; `end` closes one.
 
     `batch_rows` rows pass at once where the loss is measured: the micro batch, so that evaluating takes
-    no more memory than training. `batch_tokens` of prompts and answers are generated at once.
+    no more memory than training. `batch_tokens` of prompts and answers are generated at once. `scored` and
+    `done` hear how many rows were scored and answered.
     """
     metrics: dict[str, float] = {}
-    samples: tuple[Sample, ...] = ()
     if {"loss", "perplexity"} & set(settings.metrics):
-        loss = mean_loss(model, split.rows[: settings.samples], batch_rows)
-        metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    if set(GENERATION_METRICS) & set(settings.metrics):
-        samples = _samples(model, tokenizer, split, settings, end, batch_tokens, done)
-        metrics |= {
-            "exact_match": sum(s.exact_match for s in samples) / len(samples),
-            "json_match": sum(s.json_match for s in samples) / len(samples),
-        }
+        loss = mean_loss(model, split.rows, batch_rows, scored)
+        metrics |= {"loss": loss, "perplexity": _exp(loss)}
+    answers = partial(_samples, model, tokenizer, split, settings, end, batch_tokens, seed, done)
+    if not settings.compares_answers:
+        samples, why = _to_look_at(split, answers)
+        return Measured({name: metrics[name] for name in settings.metrics}, samples, why)
+    samples = answers()
+    metrics |= {
+        "exact_match": sum(s.exact_match for s in samples) / len(samples),
+        "json_match": sum(s.json_match for s in samples) / len(samples),
+    }
     return Measured({name: metrics[name] for name in settings.metrics}, samples)
 
 
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _to_look_at(split: Split, answers: Callable[[], tuple[Sample, ...]]) -> tuple[tuple[Sample, ...], str]:
+    """Answers that no metric needs, or why there are none: a run does not fail for want of them."""
+    if not split.conversations:
+        return (), PLAIN_TEXT
+    try:
+        found = answers()
+    except QloraError as error:
+        return (), f"it failed: {error.problems[0].reason}"
+    return (
+        found,
+        "" if found else "every prompt that was drawn is too long to be answered beside the training",
+    )
+
+
+def reservations(found: Measured, settings: Evaluate) -> list[str]:
+    """What limits these metrics, whatever the model: answers that are too long, or not JSON."""
+    notes = []
+    if math.isinf(found.metrics.get("perplexity", 0.0)):
+        notes.append("perplexity is more than a number can hold: the loss is too high for exp(loss)")
+    if not settings.compares_answers:
+        return notes
+    most, total = settings.max_new_tokens, len(found.samples)
+    longer = [one.expected_tokens for one in found.samples if one.expected_tokens > most]
+    if longer:
+        reach = _reach("exact_match", total - len(longer), total)
+        if "exact_match" not in settings.metrics:
+            reach = "json_match is hard to reach"
+        elif "json_match" in settings.metrics:
+            reach += " and json_match hardly more"
+        long = f"longer than evaluate.max_new_tokens {most}: the longest has {max(longer)} tokens"
+        notes.append(f"{reach}: {_of(len(longer), total)} {long}. Raise it to {max(longer) + 1}.")
+    no_json = sum(json_shape(one.expected) is None for one in found.samples)
+    if no_json and "json_match" in settings.metrics:
+        notes.append(f"{_reach('json_match', total - no_json, total)}: {_of(no_json, total)} not JSON")
+    cut = sum(not one.stopped for one in found.samples)
+    if cut:
+        notes.append(
+            f"{cut} of {total} answers of the tuned model were cut at evaluate.max_new_tokens {most}"
+        )
+    return notes
+
+
+def _reach(metric: str, possible: int, total: int) -> str:
+    return f"{metric} can be {possible / total:.1%} at most" if possible else f"{metric} can only be 0%"
+
+
+def _of(num: int, total: int) -> str:
+    if num == total:
+        return f"all {total} expected answers are" if total > 1 else "the expected answer is"
+    return f"{num} of {total} expected answers {'is' if num == 1 else 'are'}"
+
+
+def scored_rows(split: Split, seed: int) -> Sequence[TokenRow]:
+    """The held-out rows whose loss is measured in the middle of a training: all, or SCORED_ROWS of them."""
+    if len(split.rows) <= SCORED_ROWS:
+        return split.rows
+    return [split.rows[number] for number in draw(len(split.rows), SCORED_ROWS, seed)]
+
+
 @torch.inference_mode()
-def mean_loss(model: Any, rows: Sequence[TokenRow], batch_rows: int | Halving) -> float:
-    """Mean negative log-likelihood per supervised token, over all rows together.
+def mean_loss(
+    model: Any,
+    rows: Sequence[TokenRow],
+    batch_rows: int | Halving,
+    done: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Mean negative log-likelihood per supervised token, over all rows together; `done` hears how many.
 
     Units: nats. Logits exist only for supervised positions.
     """
     was_training = model.training
     model.eval()
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    context, total, count = original_context(causal), 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    context, total, count, num_rows = original_context(causal), 0.0, 0, 0
+    lengths = rows.lengths.tolist() if isinstance(rows, Rows) else [len(row.input_ids) for row in rows]
+    ordered = sorted(range(len(rows)), key=lambda number: lengths[number])
 
-    def cut(rest: Sequence[TokenRow], size: int) -> Iterator[list[TokenRow]]:
-        for group in passes([len(row.input_ids) for row in rest], size, context=context):
+    def cut(rest: Sequence[int], size: int) -> Iterator[list[int]]:
+        for group in passes([lengths[number] for number in rest], size, context=context):
             yield [rest[i] for i in group]
 
+    def take(group: Sequence[int]) -> tuple[float, int, int]:
+        return *_nll(causal, [rows[number] for number in group]), len(group)
+
     try:
-        for nll, num in Halving.of(batch_rows).each(ordered, cut, lambda group: _nll(causal, group)):
-            total, count = total + nll, count + num
+        for nll, num, taken in Halving.of(batch_rows).each(ordered, cut, take):
+            total, count, num_rows = total + nll, count + num, num_rows + taken
+            done(num_rows)
     finally:
         model.train(was_training)
     return total / count
@@ -125,9 +226,13 @@ def _samples(
     settings: Evaluate,
     end: int,
     batch_tokens: int | Halving,
+    seed: int,
     done: Callable[[int], None],
 ) -> tuple[Sample, ...]:
-    asked = prompts(split, tokenizer, settings.samples)
+    if settings.compares_answers:
+        asked = prompts(split, tokenizer, settings.samples, seed)
+    else:
+        asked = _short_prompts(split, tokenizer, settings, Halving.of(batch_tokens).size, seed)
     answers = generate.answer(
         model,
         tokenizer,
@@ -137,10 +242,19 @@ def _samples(
         batch_tokens=batch_tokens,
         done=done,
     )
-    return tuple(_sample(prompt, given) for prompt, given in zip(asked, answers, strict=True))
+    return tuple(_sample(prompt, given, tokenizer) for prompt, given in zip(asked, answers, strict=True))
 
 
-def _sample(prompt: Prompt, given: generate.Answer) -> Sample:
+def _short_prompts(
+    split: Split, tokenizer: Any, settings: Evaluate, most_tokens: int, seed: int
+) -> list[Prompt]:
+    """Prompts that fit with their answer into so many tokens, out of some more than are answered."""
+    asked = prompts(split, tokenizer, 4 * settings.num_answered, seed)
+    short = [one for one in asked if len(one.input_ids) + settings.max_new_tokens <= most_tokens]
+    return [short[number] for number in draw(len(short), settings.num_answered, seed)]
+
+
+def _sample(prompt: Prompt, given: generate.Answer, tokenizer: Any) -> Sample:
     return Sample(
         place=prompt.place,
         prompt=prompt.text,
@@ -150,6 +264,8 @@ def _sample(prompt: Prompt, given: generate.Answer) -> Sample:
         exact_match=given.text.strip() == prompt.expected.strip(),
         json_match=json_shape(given.text) is not None
         and json_shape(given.text) == json_shape(prompt.expected),
+        num_tokens=given.num_tokens,
+        expected_tokens=len(tokenizer(prompt.expected.strip(), add_special_tokens=False)["input_ids"]),
     )
 
 

@@ -18,11 +18,12 @@ _BLOCK: Final = 2**20
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under `path`: all of it, or nothing new. A link there is replaced, not followed.
 
+    Half a surrogate pair, which UTF-8 has no bytes for, is written as in JSON: backslash, u, four digits.
+
     Raises:
         OSError: it cannot be written, of which nothing is left.
-        UnicodeEncodeError: the text holds half a surrogate pair.
     """
-    content = text.encode()
+    content = text.encode("utf-8", "backslashreplace")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("xb") as file:  # its mode is the user's umask, as tempfile's would not be

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jinja2
 
@@ -30,10 +32,50 @@ def format_metric(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name in GENERATION_METRICS else f"{value:.4g}"
 
 
+def measured_on(report: Mapping[str, Any]) -> str:
+    """On how many held-out rows each metric was measured, from the content of report.json."""
+    if not report["metrics"]:
+        return ""
+    names = next(iter(report["metrics"].values()))
+    data = report["data"]
+    rows = data.get("measured_on")  # a report before there was this has one number for both
+    total, answered = (rows["loss"], rows["answers"]) if rows else (data["eval_samples"],) * 2
+    losses = [name for name in names if name not in GENERATION_METRICS]
+    answers = [name for name in names if name in GENERATION_METRICS]
+    held_out = f"{'all ' if rows else ''}{total} held-out rows"
+    if answered == total or not answers:
+        return f"{_joined([*losses, *answers])} on {held_out}"
+    drawn = f"{answered} of {'them' if losses else held_out}, drawn by train.seed"
+    found = [f"{_joined(losses)} on {held_out}"] if losses else []
+    return "; ".join([*found, f"{_joined(answers)} on {drawn}"])
+
+
+def _joined(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def one_line(text: str) -> str:
+    """A text as one line of a terminal can show it: what would move the cursor is written as Python does.
+
+    The two joiners that emoji and some scripts need stay.
+    """
+    return "".join(one.encode("unicode_escape").decode() if _moves(one) else one for one in text)
+
+
+def _moves(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return (kind[0] == "C" and character not in "\u200c\u200d") or kind in ("Zl", "Zp")
+
+
 def template(name: str) -> jinja2.Template:
     """A template of the package; a name that it uses and is not given is an error."""
+    return environment().get_template(name)
+
+
+def environment() -> jinja2.Environment:
+    """What the templates of the package share."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=loader,
         autoescape=jinja2.select_autoescape(("html.j2",)),
         undefined=jinja2.StrictUndefined,
@@ -41,6 +83,11 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["bytes"] = format_bytes
-    environment.globals |= {"format_metric": format_metric, "meanings": MEANINGS, "memory_of": MEMORY}
-    return environment.get_template(name)
+    made.filters["bytes"] = format_bytes
+    made.globals |= {
+        "format_metric": format_metric,
+        "meanings": MEANINGS,
+        "memory_of": MEMORY,
+        "measured_on": measured_on,
+    }
+    return made

@@ -29,7 +29,7 @@ from .activations import (
 )
 from .case import Case
 from .phi3 import LINEARS, Geometry
-from .recipe import GENERATION_METRICS, Recipe
+from .recipe import Recipe
 from .sizes import (
     ADAPTER_BYTES,
     adapter_elements,
@@ -49,6 +49,9 @@ ANSWER_CACHE: Final = 3 * 1024**3 // 2
 
 ANSWER_TOKENS: Final = 16384
 """Tokens of prompts and answers generated at once, pads too, however small their cache is."""
+
+SHOWN_PROMPT: Final = 256
+"""Tokens of a prompt that is answered to be looked at, however little a training pass has."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,17 @@ class Phase:
         return {"name": self.name, "peak_bytes": self.peak_bytes, "parts": parts}
 
 
-def answer_tokens(recipe: Recipe, geometry: Geometry) -> int:
-    """Tokens of prompts and answers that are generated at once, pads too."""
-    return min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
+def answer_tokens(recipe: Recipe, geometry: Geometry, pass_tokens: int) -> int:
+    """Tokens of prompts and answers that are generated at once, pads too.
+
+    Where answers are only to be looked at they should not decide whether a run fits: a quarter of what a
+    training pass has takes less than the pass on all of Phi-3's sizes, with offloaded inputs too.
+    """
+    most = min(ANSWER_TOKENS, ANSWER_CACHE // _kv_bytes(recipe, geometry))
+    settings = recipe.evaluate
+    if settings.compares_answers:
+        return most
+    return min(most, max(pass_tokens // 4, SHOWN_PROMPT + settings.max_new_tokens))
 
 
 def _kv_bytes(recipe: Recipe, geometry: Geometry) -> int:
@@ -346,7 +357,7 @@ def evaluate_phase(case: Case, micro_batch: int) -> Phase:
     """Weights, adapters, the optimizer of a trainer still alive; then the loss, or answers with their cache.
 
     The loss takes the micro batch at once; answers as many prompts as answer_tokens holds. Every row is
-    taken to be as long as the longest.
+    taken to be as long as the longest; `case` is the training's.
     """
     scored = Case(
         case.recipe, case.geometry, micro_batch * case.length, case.length, case.device, training=False
@@ -354,8 +365,7 @@ def evaluate_phase(case: Case, micro_batch: int) -> Phase:
     words = f"loss of {micro_batch} x {case.length} tokens"
     peak = scoring_peak(scored)
     ways = [[Part("working set", row_bytes(scored) + peak.num_bytes, words, "replayed")]]
-    if set(case.recipe.evaluate.metrics) & set(GENERATION_METRICS):
-        ways.append(_answering_parts(case))
+    ways.append(_answering_parts(case))
     fullest = max(ways, key=lambda parts: sum(part.num_bytes for part in parts))
     states = (adapter_part(case, "adapters"), _optimizer_part(case))
     visiting = min(2, case.geometry.num_layers)
@@ -364,18 +374,13 @@ def evaluate_phase(case: Case, micro_batch: int) -> Phase:
 
 def _answering_parts(case: Case) -> list[Part]:
     settings, per_token = case.recipe.evaluate, _kv_bytes(case.recipe, case.geometry)
-    width = case.length + settings.max_new_tokens
-    rows = max(1, min(answer_tokens(case.recipe, case.geometry) // width, settings.samples))
-    batch = Case(
-        case.recipe,
-        case.geometry,
-        rows * case.length,
-        case.length,
-        case.device,
-        training=False,
-        padded=True,
-    )
-    words = f"{rows} x {case.length} tokens"
+    most = answer_tokens(case.recipe, case.geometry, case.tokens)
+    prompt, width = case.length, case.length + settings.max_new_tokens
+    if not settings.compares_answers and width > most:  # longer ones are not looked at
+        prompt, width = max(1, most - settings.max_new_tokens), most
+    rows = max(1, min(most // width, settings.num_answered))
+    batch = Case(case.recipe, case.geometry, rows * prompt, prompt, case.device, training=False, padded=True)
+    words = f"{rows} x {prompt} tokens"
     cache = Part(
         "KV cache", rows * width * per_token, f"{words}, each + {settings.max_new_tokens}", "estimate"
     )

@@ -24,6 +24,7 @@ from . import (
     model,
     phases,
     process,
+    recipe_checks,
     report,
     run_folder,
     speeds,
@@ -130,11 +131,12 @@ def _run(
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
+    recipe_checks.check_base(recipe, checkpoint.geometry)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)
     adapting = _Adapting(recipe, place, display)
-    evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry))
+    evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
     notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
@@ -145,8 +147,8 @@ def _run(
         tuned = adapters.attach(base, recipe)
         resident = residency.install(base.model, recipe)
     process.give_back()
-    for row in adapters.trained_table(tuned):
-        display.say(f"training {row.describe()}")
+    for line in adapters.summarize(adapters.trained_table(tuned)):
+        display.say(f"training {line}")
     place.reserve(adapters.saved_bytes(tuned) + SPARE_BYTES)
 
     measured: dict[str, evaluate.Measured] = {}
@@ -185,6 +187,7 @@ def _run(
             try:
                 with interrupts.at_once(), meter.phase("evaluate tuned"):
                     measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)
+                notes += evaluate.reservations(measured["tuned"], recipe.evaluate)
             except (Interrupted, QloraError, RuntimeError, MemoryError, OSError) as error:
                 trouble = trouble or error
                 notes.append(f"the tuned model was not evaluated to the end: {weights.first_line(error)}")
@@ -205,7 +208,7 @@ def _run(
             base=checkpoint.provenance.to_json(),
             parameters=asdict(model.ParameterCounts.of(tuned)),
             trained=[row.to_json() for row in adapters.trained_table(tuned)],
-            data=_data_json(splits, recipe),
+            data=_data_json(splits, recipe, measured),
             training=asdict(trained),
             metrics={name: found.metrics for name, found in measured.items()},
             memory={
@@ -215,7 +218,7 @@ def _run(
                 "adapted": [event.to_json() for event in adapting.events],
             },
             recipe=adapting.recipe.model_dump(mode="json"),
-            notes=[*notes, *calibration.notes(), *map(str, adapting.events)],
+            notes=[*notes, *trained.notes(), *calibration.notes(), *map(str, adapting.events)],
         )
         if measured:
             place.write_json("eval.json", {name: found.to_json() for name, found in measured.items()})
@@ -259,7 +262,7 @@ def _note_speed(done: report.RunReport, recipe: Recipe, display: Display) -> Non
     tokens, steps = done.training["num_tokens"], done.training["num_steps"]
     if steps < speeds.LEAST_STEPS:
         return
-    row_tokens = tokens // (steps * recipe.train.effective_batch)
+    row_tokens = tokens // done.training["num_rows"]
     reached = done.training["tokens_per_second"]
     try:
         speeds.note(speeds.Speed.of(recipe, done.machine, reached, row_tokens, done.finished_utc))
@@ -422,8 +425,9 @@ def _measure(
 ) -> evaluate.Measured:
     assert splits.eval is not None
     settings = recipe.evaluate
-    num_rows = min(settings.samples, len(splits.eval.rows))
-    with display.steps(f"evaluate {which}", num_rows) as steps:
+    scored = len(splits.eval.rows) if {"loss", "perplexity"} & set(settings.metrics) else 0
+    total = scored + min(settings.num_answered, len(splits.eval.conversations))
+    with display.steps(f"evaluate {which}", total) as steps:
         found = evaluate.measure(
             tuned,
             base.tokenizer,
@@ -432,7 +436,9 @@ def _measure(
             splits.turns.end,
             batch_rows=evaluation.rows,
             batch_tokens=evaluation.tokens,
-            done=lambda count: steps.update(count, "answers"),
+            seed=recipe.train.seed,
+            scored=lambda count: steps.update(count, "rows"),
+            done=lambda count: steps.update(scored + count, "rows and answers"),
         )
     display.say(f"{which}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()))
     return found
@@ -441,14 +447,15 @@ def _measure(
 def _held_out_loss(tuned: Any, splits: data.Splits, recipe: Recipe, at_once: ladder.Halving) -> Any:
     if splits.eval is None or recipe.train.eval_every is None:
         return None
-    rows = splits.eval.rows[: recipe.evaluate.samples]
+    rows = evaluate.scored_rows(splits.eval, recipe.train.seed)
     return lambda: evaluate.mean_loss(tuned, rows, at_once)
 
 
 def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[str]:
     notes = []
-    if device.type == "cpu" and recipe.train.optimizer.startswith("paged"):
-        notes.append("optimizer states stay where they are on a CPU; paging needs CUDA")
+    optimizer, chosen = recipe.train.optimizer, "optimizer" in recipe.train.model_fields_set
+    if device.type == "cpu" and optimizer.startswith("paged") and chosen:
+        notes.append(f"{optimizer}: on a CPU optimizer states stay where they are; paging needs CUDA")
     if device.type == "cpu" and recipe.train.activations == "offload":
         notes.append("layer inputs are copied and gain nothing by it on a CPU; offloading them needs CUDA")
     if device.type == "cpu" and recipe.memory.host:
@@ -462,7 +469,7 @@ def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[st
         notes.append(f"the last step of an epoch has {rows % batch} rows instead of {batch}")
     if splits.eval is None:
         notes.append("data.eval is null: nothing was evaluated")
-    elif len(splits.eval.rows) < recipe.evaluate.samples:
+    elif recipe.evaluate.compares_answers and len(splits.eval.rows) < recipe.evaluate.samples:
         notes.append(
             f"only {len(splits.eval.rows)} held-out rows for evaluate.samples {recipe.evaluate.samples}"
         )
@@ -485,11 +492,15 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
     return notes
 
 
-def _data_json(splits: data.Splits, recipe: Recipe) -> dict[str, Any]:
+def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
     found["system_prompt"] = splits.train.system_prompt
     found["sources"] = splits.sources_json()
     if splits.eval is not None:
-        samples = min(recipe.evaluate.samples, len(splits.eval.rows))
-        found |= {"eval": splits.eval.to_json(), "eval_samples": samples}
+        rows = len(splits.eval.rows)
+        answers = max((len(found.samples) for found in measured.values()), default=0)
+        during = len(evaluate.scored_rows(splits.eval, recipe.train.seed))
+        on = {"loss": rows, "answers": answers, "while_training": during if recipe.train.eval_every else 0}
+        compared = answers if recipe.evaluate.compares_answers else rows
+        found |= {"eval": splits.eval.to_json(), "eval_samples": compared, "measured_on": on}
     return found

@@ -22,6 +22,9 @@ from typing_extensions import Self
 PLAIN_SECONDS: Final = 5.0
 """Time between plain lines, so that a log file of a long run stays readable."""
 
+MEASURED_UPDATES: Final = 3
+"""Updates until the time left is told: a first step took three times as long as the others."""
+
 
 class LossyStream:
     """A text stream for what is only told: what cannot be written to it is dropped.
@@ -84,7 +87,7 @@ class Steps:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_line = -math.inf  # never; 0.0 on this clock is the moment the machine was started
-        self._start = time.monotonic()
+        self._updates: list[tuple[float, int]] = []
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -112,11 +115,20 @@ class Steps:
             self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()
+        self._updates.append((now, step))
         if step == self._total or step <= 1 or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            left = (now - self._start) / max(step, 1) * (self._total - step)
-            line = f"{self._title} {step}/{self._total}  {figures}  {left:.0f} s left"
+            line = f"{self._title} {step}/{self._total}  {figures}{self._left()}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self) -> str:
+        """How long the rest takes, as fast as since the first update: what came before it is no measure."""
+        (begun, first), (now, step) = self._updates[0], self._updates[-1]
+        if step == self._total:
+            return "  0 s left"
+        if len(self._updates) < MEASURED_UPDATES or step == first:
+            return ""
+        return f"  {(now - begun) / (step - first) * (self._total - step):.0f} s left"
 
 
 class Display:

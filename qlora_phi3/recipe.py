@@ -29,6 +29,7 @@ from .recipe_values import (
     auto_or_positive,
     auto_or_size,
     auto_or_switch,
+    check_base,
     check_export,
     check_host,
     check_method,
@@ -52,6 +53,12 @@ def _kind_of_host(value: Any) -> str:
 
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
+
+SCORED_ROWS: Final = 256
+"""Held-out rows whose loss is measured in the middle of a training: it waits for them."""
+
+SHOWN_ANSWERS: Final = 8
+"""Held-out rows that are answered to be looked at, where no metric compares answers."""
 """Metrics that need answers; the others need one forward pass."""
 
 Target = Annotated[
@@ -83,7 +90,7 @@ class _Part(BaseModel):
 class Model(_Part):
     """The base model."""
 
-    base: str = Field(
+    base: Annotated[str, BeforeValidator(check_base)] = Field(
         default="microsoft/Phi-3-mini-4k-instruct",
         min_length=1,
         description="hub id, local folder (./ or / in front), or builtin:smollm2-135m, which needs no hub",
@@ -155,8 +162,8 @@ class Adapter(_Part):
     init: str | None = Field(
         default=None,
         min_length=1,
-        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's, relative to the "
-        "recipe's folder",
+        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's; a relative path "
+        "is as data.train.path's",
     )
 
     @property
@@ -187,7 +194,8 @@ class Source(_Part):
     path: str = Field(
         min_length=1,
         description="a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's "
-        "folder; or org/name, a data set on the hub (./org/name: a folder)",
+        "folder or, on the command line, to the current one; or org/name, a data set on the hub "
+        "(./org/name: a folder)",
     )
     format: Annotated[
         Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
@@ -198,7 +206,7 @@ class Source(_Part):
     ] = Field(
         default="auto",
         description="layout of a row; auto looks at the keys of the first. text: plain text, one document "
-        "a row or .txt file, every token trained on",
+        "a row or .txt file, every token trained on. preference: not yet",
     )
     split: str = Field(default="train", min_length=1, description="split of a hub data set")
     subset: str | None = Field(default=None, min_length=1, description="configuration of a hub data set")
@@ -309,7 +317,7 @@ class Train(_Part):
     """How it is trained."""
 
     task: Annotated[Literal["sft", "dpo"], Today(("sft",))] = Field(
-        default="sft", description="training task"
+        default="sft", description="training task; dpo: not yet"
     )
     engine: Literal["auto", "native", "reference"] = Field(
         default="auto",
@@ -369,15 +377,23 @@ class Train(_Part):
         default="paged_adamw_8bit", description="paged: states move to host memory under pressure (CUDA)"
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="seed of adapter init, data order and dropout")
-    log_every: int = Field(default=1, ge=1, description="steps between lines in metrics.jsonl")
+    log_every: int = Field(
+        default=1,
+        ge=1,
+        description="steps between lines in metrics.jsonl; a line has the tokens and time of all steps since "
+        "the one before, and the mean of their losses",
+    )
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps between losses on the held-out rows"
+        default=None,
+        ge=1,
+        description="steps between losses on the held-out rows, all of them or "
+        f"{SCORED_ROWS} drawn by train.seed",
     )
     save_every: Annotated[int | None, Today((None,))] = Field(
-        default=None, description="steps between verified checkpoints"
+        default=None, description="not yet: steps between verified checkpoints"
     )
     keep_checkpoints: Annotated[int, Today((2,))] = Field(
-        default=2, ge=1, description="newest checkpoints kept"
+        default=2, ge=1, description="not yet: newest checkpoints kept"
     )
 
 
@@ -407,11 +423,26 @@ class Evaluate(_Part):
     """Metrics on the held-out rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
-        default=("loss",), description="out of loss, perplexity, exact_match, json_match"
+        default=("loss",), description="out of loss, perplexity, exact_match, json_match; rouge: not yet"
     )
-    samples: int = Field(default=32, ge=1, description="held-out rows that are answered and compared")
+    samples: int = Field(
+        default=32,
+        ge=1,
+        description="held-out rows that are answered, drawn by train.seed, where a metric compares answers; "
+        f"else up to {SHOWN_ANSWERS} are, to be looked at. The loss is of all rows",
+    )
     max_new_tokens: int = Field(default=128, ge=1, description="longest generated answer in tokens")
     compare_base: bool = Field(default=True, description="measure the base model too, before training")
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a metric needs answers; else they are made for people to look at."""
+        return bool(set(GENERATION_METRICS) & set(self.metrics))
+
+    @property
+    def num_answered(self) -> int:
+        """The most held-out rows that are answered."""
+        return self.samples if self.compares_answers else max(3, min(self.samples, SHOWN_ANSWERS))
 
 
 class Recipe(_Part):
@@ -438,7 +469,7 @@ class Recipe(_Part):
         tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],
         Field(strict=False),
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
-    ] = Field(default=(), description="experiment trackers")
+    ] = Field(default=(), description="not yet: experiment trackers")
 
     def settled(self, *, host: tuple[HostPart, ...] | None = None, **chosen: Any) -> Recipe:
         """The same recipe with keys of `train`, and `memory.host`, replaced by what was chosen, so that it

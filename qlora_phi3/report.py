@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +18,34 @@ from typing import Any, Final
 
 import jinja2
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from . import files, report_page
 from .errors import InputError, OutputError
 from .export import card
-from .pages import MEANINGS, MEMORY, format_metric, template
+from .findings import graded
+from .pages import MEANINGS, MEMORY, format_metric, measured_on, one_line
 from .units import format_bytes
+
+SHOWN_SAMPLES: Final = 3
+"""Answers on the terminal; all are on the page."""
+
+LABEL_WIDTH: Final = 14
+MAX_ERROR: Final = 200
+
+DAMAGED: Final = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    jinja2.TemplateError,
+)
+"""What reading a file that no run wrote can raise."""
 
 VERSIONED: Final = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose version decides what a run computes."""
@@ -67,8 +90,6 @@ def versions() -> dict[str, str]:
 
 def machine(device: str) -> dict[str, Any]:
     """The computer in words; `device` is "cuda" or "cpu"."""
-    import os
-
     found: dict[str, Any] = {
         "device": device,
         "python": platform.python_version(),
@@ -86,57 +107,128 @@ def machine(device: str) -> dict[str, Any]:
 def write(report: RunReport, folder: Path) -> None:
     """Write report.json, report.html and the adapter's README.md into a run folder."""
     content = report.to_json()
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    about = card.About("adapter", report.name, report.base["base"], local=True)
-    (folder / "adapter" / "README.md").write_text(card.render(content, about), encoding="utf-8")
-    (folder / "report.html").write_text(_html(content, folder), encoding="utf-8")
+    from .export import stops  # which reads tokenizers, and torch with them
+
+    files.write_json(folder / "report.json", content)
+    told = {"stop_ids": stops.in_folder(folder / "adapter")}
+    about = card.About("adapter", report.name, report.base["base"], told, local=True)
+    files.write_text(folder / "adapter" / "README.md", card.render(content, about))
+    files.write_text(folder / "report.html", report_page.render(content, folder))
 
 
 def rebuild(folder: Path) -> Path:
     """Make report.html anew from what the run folder holds.
 
     Raises:
-        InputError: the folder holds no report.json, or its files are damaged.
+        InputError: the folder holds no report.json, or its files cannot be read or are damaged.
         OutputError: report.html cannot be written.
     """
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if report["format_version"] != RunReport.format_version:
             raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
-        html = _html(report, folder)
+        html = report_page.render(report, folder)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(str(folder), "holds no report.json.", "Give the folder of a finished run.") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
-        reason = f"its report.json, metrics.jsonl or eval.json is damaged: {error}."
-        raise InputError(str(folder), reason, "Run the recipe again.") from None
+    except OSError as error:
+        where, reason = error.filename or folder, f"cannot be read: {error.strerror}."
+        raise InputError(str(where), reason, "Check its permissions.") from None
+    except DAMAGED as error:
+        reason = f"its report.json, metrics.jsonl or eval.json is damaged: {shown_error(error)}."
+        raise InputError(str(folder), reason, "The adapter in it is not concerned.") from None
     target = folder / "report.html"
     try:
-        target.write_text(html, encoding="utf-8")
+        files.write_text(target, html)
     except OSError as error:
         reason = f"cannot be written: {error.strerror}."
         raise OutputError(str(target), reason, "Check its permissions.") from None
     return target
 
 
+def shown_error(error: Exception) -> str:
+    """What a library says of a damaged file, in one line that is not longer than the rest."""
+    text = one_line(str(error)) or type(error).__name__
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
+
+
 def show(report: RunReport, folder: Path, console: Console) -> None:
-    """The closing tables: before and after, and what it took."""
+    """The closing tables: before and after, some answers, and what it took."""
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     if report.metrics:
-        say(f"{report.name}: base and tuned model on {report.data['eval_samples']} held-out rows")
+        models = " and ".join(report.metrics)
+        say(f"{report.name}: {models} model on held-out rows")
         console.print(_metrics_table(report))
+        say(measured_on(asdict(report)))
+        say("")
+        _show_answers(report_page.read_answers(folder / "eval.json"), console, say)
     say("what it took")
     console.print(_run_table(report))
     for note in report.notes:
-        say(f"note: {note}")
+        say(graded(note))
     say(f"adapter  {folder / 'adapter'}")
     for one in report.exports:
         size = format_bytes(sum(one["files"].values()))
         say(f"{one['target']}  {folder / one['folder']}  {size}")
     say(f"report   {folder / 'report.html'}")
+    say("")
+    for what, how in _next_steps(report, folder):
+        say(f"{what}  {how}")
+
+
+def _next_steps(report: RunReport, folder: Path) -> Iterator[tuple[str, str]]:
+    """What users do after a run, each with what to type or to open."""
+    run, again = shlex.quote(str(folder)), shlex.quote(f"adapter.init={folder / 'adapter'}")
+    yield "next: look at it   ", f"open {folder / 'report.html'} in a browser"
+    yield "      use it       ", f"{folder / 'adapter' / 'README.md'} has the Python that loads and asks it"
+    if not report.exports:
+        yield (
+            "      elsewhere    ",
+            f"python -m qlora_phi3 export {run} --to gguf:q8_0   (llama.cpp; docs/export.md)",
+        )
+    yield "      train more   ", f"python -m qlora_phi3 recipe RECIPE {again}"
+
+
+def _show_answers(answers: report_page.Answers, console: Console, say: Callable[[str], None]) -> None:
+    if not answers.samples:
+        if answers.why_none:
+            say(f"no answers to show: {answers.why_none}")
+            say("")
+        return
+    shown, total = answers.samples[:SHOWN_SAMPLES], len(answers.samples)
+    say(
+        f"answers to held-out rows, {len(shown)} of {total}" + ("; all in report.html" * (len(shown) < total))
+    )
+    say("")
+    for sample in shown:
+        console.print(_answers_table(sample, answers.models, console))
+        say("")
+
+
+def _answers_table(sample: Mapping[str, Any], models: Sequence[str], console: Console) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=LABEL_WIDTH, no_wrap=True)
+    table.add_column(overflow="fold")
+    room = 2 * max(20, console.width - LABEL_WIDTH - 4)
+    rows = {"asked": sample["asked"], "expected": sample["expected"]}
+    for model in models:
+        given = sample[model]
+        label = f"{model} (same)" if given["same"] else f"{model} (cut)" if given["cut"] else model
+        rows[label] = given["text"]
+    for label, text in rows.items():
+        table.add_row(f"  {label}", Text(_cut(text, room, console.encoding)))
+    return table
+
+
+def _cut(text: str, room: int, encoding: str) -> str:
+    """A text for a terminal that writes in `encoding`, in so many columns at most."""
+    # a column is one character at least: what is far beyond need not be looked at
+    line = one_line(text[: 2 * room]).encode(encoding, "backslashreplace").decode(encoding)
+    if len(text) <= 2 * room and cell_len(line) <= room:
+        return line
+    return f"{set_cell_size(line, room - 4).rstrip()} ..."
 
 
 def _metrics_table(report: RunReport) -> Table:
@@ -178,44 +270,9 @@ def _run_table(report: RunReport) -> Table:
     return table
 
 
-def _html(report: dict[str, Any], folder: Path) -> str:
-    lines = _json_lines(folder / "metrics.jsonl")
-    curves = {name: _curve(lines, key) for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
-    return template("report.html.j2").render(
-        report=report,
-        curves={name: points for name, points in curves.items() if points},
-        samples=_samples(folder / "eval.json"),
-    )
-
-
-def _curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, loss) of the lines that have a finite one."""
-    return [
-        (line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])
-    ]
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _samples(path: Path) -> list[Mapping[str, Any]]:
-    """Held-out questions with the answers of each model that was measured, side by side."""
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("tuned") is None:  # the run was stopped before the tuned model had answered
-        return []
-    tuned = found["tuned"].get("samples", [])
-    base = found.get("base", {}).get("samples", [{}] * len(tuned))
-    return [{"base": b.get("answer", ""), **t} for b, t in zip(base, tuned, strict=True)]

@@ -52,19 +52,30 @@ OPTIMIZERS: Final = {
 """Recipe's optimizer -> transformers' name of it."""
 
 
-"""How layers are recomputed: arguments of torch's checkpoint."""
-
-
 @dataclass(frozen=True)
 class Trained:
-    """What the training came to. Units: tokens are non-pad tokens over all epochs; loss in nats."""
+    """What the training came to, over all of its steps, whichever of them `metrics.jsonl` has.
+
+    `num_rows`: how often a row was trained on; an epoch's last step may have fewer than the others.
+    `num_skipped_steps`: those that changed nothing, since float16's loss scaler found an overflow.
+    Units: tokens are non-pad tokens over all epochs; losses, of the first and the last step, in nats.
+    """
 
     num_steps: int
+    num_rows: int
     num_tokens: int
     num_supervised_tokens: int
     first_loss: float
     last_loss: float
     tokens_per_second: float
+    num_skipped_steps: int = 0
+
+    def notes(self) -> list[str]:
+        """What a user should know of it."""
+        if not self.num_skipped_steps:
+            return []
+        skipped = f"{self.num_skipped_steps} of {self.num_steps} steps changed nothing"
+        return [f"{skipped}: their gradients overflowed float16, and the loss scaler left them out"]
 
 
 def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
@@ -88,8 +99,7 @@ def arguments(recipe: Recipe, out: Path, device: torch.device) -> SFTConfig:
         use_cpu=device.type == "cpu",
         activation_checkpointing=stock_recomputes(recipe),
         activation_checkpointing_kwargs=stock.RECOMPUTING if stock_recomputes(recipe) else None,
-        logging_steps=train.log_every,
-        logging_first_step=True,
+        logging_steps=1,  # the watch looks at every step, and chooses those that get a line
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0 and let the run end "well"
         save_strategy="no",
         report_to="none",
@@ -329,13 +339,13 @@ class PhiTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
 
     def _passes(
         self, model: Any, rows: Sequence[TokenRow], num_items: torch.Tensor | int
-    ) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-        """All passes of a step: its loss, and (tokens, supervised tokens) of each pass."""
+    ) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+        """All passes of a step: its loss, and (rows, tokens, supervised tokens) of each pass."""
         total, counts = torch.zeros((), device=self.args.device), []
         for group in self.layout.cut(rows):
             documents = Documents.of(group, self.args.device)
             total += self.backward_of(model, documents, num_items)
-            counts.append((documents.num_tokens, (documents.labels != IGNORE).sum()))
+            counts.append((len(group), documents.num_tokens, (documents.labels != IGNORE).sum()))
         return total, counts
 
     def backward_of(self, model: Any, documents: Documents, num_items: torch.Tensor | int) -> torch.Tensor:
@@ -380,8 +390,32 @@ class _StopWhen(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
             control.should_training_stop = True
 
 
+@dataclass
+class _Counts:
+    """Sums over optimizer steps. Units: seconds without those of held-out losses."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def add(self, other: _Counts) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
-    """Writes a line per logged step, moves the bar, and stops at a loss that is not a number."""
+    """Counts every step, stops at a loss that is not a number, moves the bar, and writes metrics.jsonl.
+
+    A line stands for the steps since the one before: their tokens and time together, the mean of their
+    losses. The first and the last step have one, whatever `train.log_every`.
+    """
 
     def __init__(
         self,
@@ -393,73 +427,95 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
     ) -> None:
         self._recipe, self._meter, self._steps, self._lines = recipe, meter, steps, lines
         self._held_out_loss = held_out_loss
-        self._tokens: list[Any] = []
-        self._supervised: list[Any] = []
-        self._started = self._logged = time.perf_counter()
-        self._history: list[dict[str, Any]] = []
+        self._supervised: list[torch.Tensor] = []
+        self._since, self._all = _Counts(), _Counts()
+        self._losses: tuple[float, float] | None = None
+        self._skipped = 0
+        self._begun = time.perf_counter()
 
-    def count(self, num_tokens: int, num_supervised: torch.Tensor) -> None:
-        """Note the tokens of one pass; sums stay on the device until a line is written."""
-        self._tokens.append(num_tokens)
+    def count(self, num_rows: int, num_tokens: int, num_supervised: torch.Tensor) -> None:
+        """Note what one pass had; what is on the device stays there until a line is written."""
+        self._since.rows += num_rows
+        self._since.tokens += num_tokens
         self._supervised.append(num_supervised)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = self._logged = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        every = self._recipe.train.eval_every
-        if self._held_out_loss is not None and every is not None and state.global_step % every == 0:
-            paused = time.perf_counter()
-            self._write({"step": state.global_step, "eval_loss": self._held_out_loss()})
-            self._logged += time.perf_counter() - paused
+        self._begun = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs:
+        """A step is done; transformers has waited for its loss and norm, two numbers from the device."""
+        if "loss" not in logs:  # the closing summary
             return
-        now = time.perf_counter()
-        tokens, supervised = (sum(int(n) for n in counts) for counts in (self._tokens, self._supervised))
-        steps = state.global_step - (self._history[-1]["step"] if self._history else 0)
+        now, loss, step = time.perf_counter(), logs["loss"], state.global_step
+        self._since.steps += 1
+        self._since.loss += loss
+        self._since.seconds += now - self._begun
+        self._begun = now
+        self._losses = (self._losses[0] if self._losses else loss, loss)
+        self._skipped += bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
+        problem = self._problem(loss, logs.get("grad_norm"))
+        self._show(step, loss)
+        if problem or step in (1, state.max_steps) or step % self._recipe.train.log_every == 0:
+            self._write_line(step, logs)
+        if problem:
+            remedy = "Lower train.learning_rate, or look at the rows with `train.effective_batch=1`."
+            raise RunError(f"step {step}", problem, remedy)
+        every = self._recipe.train.eval_every
+        if self._held_out_loss is not None and every is not None and step % every == 0:
+            self._write({"step": step, "eval_loss": self._held_out_loss()})
+            self._begun = time.perf_counter()
+
+    def _problem(self, loss: float, grad_norm: float | None) -> str:
+        """Which of the two is not a number; float16's loss scaler makes the norm overflow on purpose."""
+        norm_counts = self._recipe.model.compute_dtype != "float16"
+        for name, value in (("loss", loss), ("grad_norm", grad_norm if norm_counts else None)):
+            if value is not None and not math.isfinite(value):
+                return f"{name} is {value}."
+        return ""
+
+    def _show(self, step: int, loss: float) -> None:
+        peak = format_bytes(self._meter.peak_bytes())
+        self._steps.update(step, f"loss {loss:.4f}  {self._since.tokens_per_second:.0f} tok/s  peak {peak}")
+
+    def _write_line(self, step: int, logs: dict[str, Any]) -> None:
+        """The line of the steps since the one before, which then count among all."""
+        since = self._closed()
         line = {
-            "step": state.global_step,
-            "loss": logs["loss"],
+            "step": step,
+            "loss": since.loss / since.steps,
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "tokens_per_second": tokens / (now - self._logged),
-            "step_seconds": (now - self._logged) / max(steps, 1),
+            "tokens": since.tokens,
+            "supervised_tokens": since.supervised,
+            "tokens_per_second": since.tokens_per_second,
+            "step_seconds": since.seconds / since.steps,
             "peak_bytes": self._meter.peak_bytes(),
             **self._meter.now(),
         }
-        self._logged = now
-        self._tokens, self._supervised = [], []
-        self._history.append(line)
         self._write(line)
-        self._check(line)
-        figures = f"loss {line['loss']:.4f}  {line['tokens_per_second']:.0f} tok/s"
-        self._steps.update(state.global_step, f"{figures}  peak {format_bytes(line['peak_bytes'])}")
+
+    def _closed(self) -> _Counts:
+        """The counts since the last line, added to those of all; counting begins anew."""
+        since, self._since = self._since, _Counts()
+        since.supervised = sum(int(num) for num in self._supervised)
+        self._supervised = []
+        self._all.add(since)
+        return since
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
 
-    def _check(self, line: dict[str, Any]) -> None:
-        norm_counts = self._recipe.model.compute_dtype != "float16"  # the loss scaler overflows on purpose
-        for name in ("loss", "grad_norm") if norm_counts else ("loss",):
-            if line[name] is not None and not math.isfinite(line[name]):
-                place = f"step {line['step']}"
-                remedy = "Lower train.learning_rate, or look at the rows with `train.effective_batch=1`."
-                raise RunError(place, f"{name} is {line[name]}.", remedy)
-
     def summary(self) -> Trained:
-        lines = self._history
-        tokens = sum(line["tokens"] for line in lines)
-        seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines if line["tokens"])
+        self._closed()  # steps behind the last line, where the loop ended early
+        assert self._losses is not None, "no step was trained"
         return Trained(
-            num_steps=lines[-1]["step"],
-            num_tokens=tokens,
-            num_supervised_tokens=sum(line["supervised_tokens"] for line in lines),
-            first_loss=lines[0]["loss"],
-            last_loss=lines[-1]["loss"],
-            tokens_per_second=tokens / seconds,
+            num_steps=self._all.steps,
+            num_rows=self._all.rows,
+            num_tokens=self._all.tokens,
+            num_supervised_tokens=self._all.supervised,
+            first_loss=self._losses[0],
+            last_loss=self._losses[1],
+            tokens_per_second=self._all.tokens_per_second,
+            num_skipped_steps=self._skipped,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import phi3_tokenizer, write_chats
 
-from qlora_phi3 import data, evaluate
+from qlora_phi3 import data, evaluate, generate
 from qlora_phi3.data import Split, TokenRow
 from qlora_phi3.engine import attention
+from qlora_phi3.errors import FitError
 from qlora_phi3.evaluate import json_shape, mean_loss, measure
 from qlora_phi3.recipe import Data, Evaluate, Source
 
@@ -259,9 +261,6 @@ def test_shares(parrot: Any, tmp_path: Path) -> None:
         "exact_match": 2 / 5,
         "json_match": 3 / 5,
     }
-    first = measured(parrot, split, "exact_match", "json_match", samples=2)
-    assert first.metrics == {"exact_match": 1 / 2, "json_match": 1 / 2}
-    assert [sample.expected for sample in first.samples] == ["{}", "[]"]
 
 
 @pytest.mark.parametrize(
@@ -277,18 +276,135 @@ def test_shares(parrot: Any, tmp_path: Path) -> None:
 def test_metrics_are_those_asked_for_in_order(parrot: Any, tmp_path: Path, metrics: tuple[str, ...]) -> None:
     found = measured(parrot, answers(tmp_path, "{}", "[]"), *metrics)
     assert list(found.metrics) == list(metrics)
-    generates = bool({"exact_match", "json_match"} & set(metrics))
-    assert len(found.samples) == (2 if generates else 0)
+    assert len(found.samples) == 2 and not found.no_samples
     assert found.to_json()["metrics"] == found.metrics
     assert json.loads(json.dumps(found.to_json()))["samples"] == [vars(sample) for sample in found.samples]
 
 
-@pytest.mark.parametrize("samples", [1, 3, 32])
-def test_loss_and_perplexity_of_the_first_rows(model: Any, split: Split, samples: int) -> None:
-    found = measured(model, split, "loss", "perplexity", samples=samples).metrics
-    expected = loss_of_transformers(model, split.rows[:samples])
-    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("samples", [1, 32])
+def test_the_loss_is_of_all_rows_whatever_is_answered(model: Any, split: Split, samples: int) -> None:
+    heard: list[int] = []
+    settings = Evaluate(metrics=("loss", "perplexity"), samples=samples, max_new_tokens=2)
+    at_once = {"batch_rows": 5, "batch_tokens": 4096}
+    found = measure(model, TOKENIZER, split, settings, END, **at_once, scored=heard.append).metrics
+    assert found["loss"] == pytest.approx(loss_of_transformers(model, split.rows), abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert heard[-1] == len(split.rows) == 12
+
+
+# --- which rows are answered
+
+
+def test_the_seed_draws_the_rows_that_are_answered(parrot: Any, tmp_path: Path) -> None:
+    split = answers(tmp_path, *(str(number) for number in range(40)))
+
+    def drawn(seed: int, samples: int = 5) -> list[int]:
+        settings = Evaluate(metrics=("exact_match",), samples=samples, max_new_tokens=1)
+        at_once = {"batch_rows": 1, "batch_tokens": 4096}
+        found = measure(parrot, TOKENIZER, split, settings, END, **at_once, seed=seed)
+        return [int(sample.expected) for sample in found.samples]
+
+    first, second = drawn(1), drawn(2)
+    assert first == drawn(1) == sorted(first) and len(set(first)) == 5
+    assert first != second and first != list(range(5))
+    assert set(first) < set(drawn(1, samples=9)), "more samples hold the fewer"
+    assert drawn(1, samples=99) == list(range(40))
+
+
+@pytest.mark.parametrize(("samples", "num"), [(1, 3), (5, 5), (32, 8)])
+def test_without_metrics_of_answers_a_few_are_made_to_look_at(
+    parrot: Any, tmp_path: Path, samples: int, num: int
+) -> None:
+    split = answers(tmp_path, *["{}"] * 20)
+    found = measured(parrot, split, "loss", samples=samples, limit=4)
+    assert [sample.answer for sample in found.samples] == ["{}"] * num
+    assert list(found.metrics) == ["loss"] and found.no_samples == ""
+
+
+def test_why_there_are_no_answers_to_look_at(
+    parrot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "Once upon a time."}\n')
+    plain = data.load(Data(train=Source(path=str(path))), TOKENIZER).train
+    assert "plain text" in measured(parrot, plain, "loss").no_samples
+
+    split = answers(tmp_path, "{}")
+    settings = Evaluate(metrics=("loss",), max_new_tokens=64)
+    at_once = {"batch_rows": 1, "batch_tokens": 70}
+    assert "too long" in measure(parrot, TOKENIZER, split, settings, END, **at_once).no_samples
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(generate, "_answer_batch", full)
+    found = measured(parrot, split, "loss")
+    assert found.samples == () and "out of memory" in found.to_json()["no_samples"]
+    with pytest.raises(FitError, match="out of memory"):
+        measured(parrot, split, "loss", "exact_match")
+
+
+def test_a_loss_in_the_middle_of_a_training_is_of_a_bounded_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = answers(tmp_path, *(str(number) for number in range(9)))
+    assert list(evaluate.scored_rows(split, 1)) == list(split.rows)
+    monkeypatch.setattr(evaluate, "SCORED_ROWS", 4)
+    found = [row.place for row in evaluate.scored_rows(split, 1)]
+    assert len(set(found)) == 4 and found != [row.place for row in evaluate.scored_rows(split, 2)]
+
+
+# --- what limits a metric
+
+
+LONG = "x" * 9
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected", "notes"),
+    [
+        (["exact_match", "json_match"], ["{}", '{"a": 1}'], []),
+        (["loss"], [LONG], []),
+        (
+            ["exact_match"],
+            [LONG, LONG + "yz"],
+            [
+                "exact_match can only be 0%: all 2 expected answers are longer than "
+                "evaluate.max_new_tokens 8: the longest has 11 tokens. Raise it to 12."
+            ],
+        ),
+        (
+            ["exact_match", "json_match"],
+            ['{"a": 12}', "[]", "[]", "{}"],
+            [
+                "exact_match can be 75.0% at most and json_match hardly more: 1 of 4 expected answers is "
+                "longer than evaluate.max_new_tokens 8: the longest has 9 tokens. Raise it to 10."
+            ],
+        ),
+        (
+            ["json_match"],
+            ["no", "{}"],
+            ["json_match can be 50.0% at most: 1 of 2 expected answers is not JSON"],
+        ),
+        (["json_match"], ["no"], ["json_match can only be 0%: the expected answer is not JSON"]),
+    ],
+)
+def test_a_metric_that_cannot_be_reached_says_why(
+    parrot: Any, tmp_path: Path, metrics: list[str], expected: list[str], notes: list[str]
+) -> None:
+    found = measured(parrot, answers(tmp_path, *expected), *metrics)
+    settings = Evaluate(metrics=tuple(metrics), max_new_tokens=8)
+    assert evaluate.reservations(found, settings) == notes
+
+
+def test_cut_answers_and_endless_perplexities_are_told(parrot: Any, tmp_path: Path) -> None:
+    found = measured(parrot, answers(tmp_path, "{", "{"), "perplexity", "exact_match", limit=1)
+    found = replace(found, metrics=found.metrics | {"perplexity": evaluate._exp(1000.0)})
+    settings = Evaluate(metrics=("perplexity", "exact_match"), max_new_tokens=1)
+    endless, cut = evaluate.reservations(found, settings)
+    assert "perplexity is more than a number can hold" in endless
+    assert cut == "2 of 2 answers of the tuned model were cut at evaluate.max_new_tokens 1"
+    assert found.to_json()["metrics"] == {"perplexity": None, "exact_match": 1.0}
 
 
 def test_progress_counts_answers(parrot: Any, tmp_path: Path) -> None:

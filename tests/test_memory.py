@@ -172,7 +172,7 @@ def test_answers_need_a_cache() -> None:
     for row_tokens, at_once in ((2048, 1), (1024, 3), (256, 10)):
         plan = memory.predict(settings, MINI, micro_batch=1, row_tokens=row_tokens)
         tokens = at_once * (row_tokens + 128)
-        assert tokens <= phases.answer_tokens(settings, MINI) == 4096 < tokens + row_tokens + 128
+        assert tokens <= phases.answer_tokens(settings, MINI, row_tokens) == 4096 < tokens + row_tokens + 128
         assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
 
 

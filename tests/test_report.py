@@ -223,7 +223,7 @@ def test_the_page_shows_before_and_after(run: tuple[RunReport, Path], folder: Pa
     for metrics in run[0].metrics.values():
         assert [name for name in metrics if name not in text] == []
         assert [v for n, v in metrics.items() if format_metric(n, v) not in text] == []
-    assert "Before and after, on 4 held-out rows" in text
+    assert "Before and after, on held-out rows" in text
     assert "lower is better" in text
 
 
@@ -251,9 +251,22 @@ def test_the_page_draws_the_losses(folder: Path) -> None:
 
 def test_losses_that_are_no_numbers_are_left_out_of_the_curve(folder: Path) -> None:
     lines = metrics_lines(folder)
-    lines[1]["loss"], lines[3]["loss"] = math.nan, math.inf
+    lines[1]["loss"], lines[2]["loss"] = math.nan, math.inf
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [len(curve) for curve in page(folder).curves()] == [4, 2]
+
+
+def test_losses_that_lie_far_apart_have_a_logarithmic_axis(folder: Path) -> None:
+    """So that a held-out loss of 0.02 is not the zero line beside a first loss of 5."""
+    lines = [{"step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 0.5), (3, 0.05))]
+    lines += [{"step": 3, "eval_loss": 0.02}, {"step": 2, "eval_loss": 0.04}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = page(folder)
+    (first, middle, last), held_out = (points for points in found.curves())
+    assert middle[1] - first[1] == pytest.approx(last[1] - middle[1], abs=0.2)
+    assert held_out[0][1] == 210 and held_out[1][1] < 190
+    assert all(f"\n{tick}\n" in found.text for tick in ("0.1", "1"))
+    assert "held-out (dashed) on 4 rows: 0.02 at step 3, 0.04 at step 2" in found.text
 
 
 @pytest.mark.parametrize("losses", [[0.0, 0.0], [5.0, 0.0]])
@@ -284,6 +297,26 @@ def test_without_the_base_there_is_one_column(folder: Path) -> None:
     change(folder, "report.json", lambda r: r["metrics"].pop("base"))
     text = page(folder).text
     assert "tuned" in text and "\nbase\n" not in text
+
+
+def test_the_page_says_how_it_was_trained_and_on_what(folder: Path) -> None:
+    text = page(folder).text
+    for part in ("0.01, ", "rank 4, alpha 8", "chats.jsonl", "learning_rate: 0.01", "max_steps: 6"):
+        assert part in text
+    assert str(Path.home()) not in text and str(folder.parent.parent) not in text
+
+
+def test_wrong_answers_come_first_and_are_counted(folder: Path) -> None:
+    def mark(content: Any) -> None:
+        for number, sample in enumerate(content["tuned"]["samples"]):
+            sample.update(prompt=f"question {number}", exact_match=number != 2, stopped=number != 2)
+
+    change(folder, "eval.json", mark)
+    found = page(folder)
+    assert "tuned: 3 of 4 are exactly as expected, 1 cut at evaluate.max_new_tokens 8" in found.text
+    asked = [at for at in map(found.text.find, ("question 2", "question 0", "question 1", "question 3"))]
+    assert asked == sorted(asked) and found.text.count("differs, cut") == 1
+    assert [row["class"] for row in found.all("tr") if "class" in row] == ["other", *["equal"] * 3]
 
 
 def test_without_metrics_lines_there_is_a_page_too(folder: Path) -> None:
@@ -342,6 +375,13 @@ def test_rebuilding_gives_the_same_page(folder: Path) -> None:
         ("metrics.jsonl", "{"),
         ("metrics.jsonl", "[1]"),
         ("metrics.jsonl", '{"loss": "high"}'),
+        ("metrics.jsonl", '{"step": 1, "loss": true}'),
+        ("metrics.jsonl", '{"step": "1", "loss": 1.0}'),
+        ("metrics.jsonl", '{"step": -1, "loss": 1.0}'),
+        pytest.param("metrics.jsonl", f'{{"step": 1, "loss": {"7" * 400}}}', id="a loss of 400 digits"),
+        pytest.param("metrics.jsonl", f'{{"step": {"7" * 400}, "loss": 1}}', id="a step of 400 digits"),
+        pytest.param("metrics.jsonl", "[" * 100_000, id="deep"),
+        pytest.param("eval.json", "[" * 100_000, id="deep answers"),
         ("eval.json", "["),
         ("eval.json", "[]"),
         ("eval.json", '{"tuned": {"samples": [{}]}}'),
@@ -351,9 +391,12 @@ def test_rebuilding_gives_the_same_page(folder: Path) -> None:
 def test_a_damaged_folder_is_refused(folder: Path, name: str, content: str | bytes) -> None:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = (folder / "report.html").read_bytes()
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged") as caught:
         rebuild(folder)
     assert (folder / "report.html").read_bytes() == before
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+    if name == "metrics.jsonl":
+        assert "metrics.jsonl:1 " in str(caught.value) or "metrics.jsonl:1:" in str(caught.value)
 
 
 def test_a_report_of_another_version_is_refused(folder: Path) -> None:
@@ -365,7 +408,28 @@ def test_a_report_of_another_version_is_refused(folder: Path) -> None:
 def test_a_page_that_cannot_be_written(folder: Path) -> None:
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()
+    before = sorted(folder.iterdir())
     with pytest.raises(OutputError, match=r"report\.html: cannot be written: Is a directory"):
+        rebuild(folder)
+    assert sorted(folder.iterdir()) == before, "nothing unfinished is left"
+
+
+def test_a_page_of_steps_and_text_that_no_run_writes(folder: Path) -> None:
+    """Step 0 twice, and half of a character beyond UTF-16's first plane, which UTF-8 cannot hold."""
+    (folder / "metrics.jsonl").write_text('{"step": 0, "loss": 2.5}\n{"step": 0, "loss": 0.5}\n')
+    change(folder, "eval.json", lambda e: e["tuned"]["samples"][0].update(answer="a\ud800b"))
+    found = page(folder)
+    assert len(found.curves()) == 1 and "a\\ud800b" in found.text
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "metrics.jsonl").unlink()
+    (folder / "eval.json").unlink()
+    (folder / "report.json").unlink()
+    (folder / "report.json").mkdir()
+    with pytest.raises(InputError, match=r"report\.json: cannot be read: Is a directory"):
         rebuild(folder)
 
 
@@ -455,7 +519,8 @@ def test_nothing_is_cut_on_80_columns(run: tuple[RunReport, Path], name: str) ->
     text = shown(done, Path("runs") / name / "2026-01-02T03-04-05Z")
     assert "…" not in text
     whole = [
-        f"{name}: base and tuned model on 4 held-out rows",
+        f"{name}: base and tuned model on held-out rows\n",
+        "loss, perplexity, exact_match and json_match on all 4 held-out rows\n",
         *(format_metric(n, v) for found in done.metrics.values() for n, v in found.items()),
         *report.MEANINGS.values(),
         "123,456,789 (98,765,432)",
@@ -465,6 +530,75 @@ def test_nothing_is_cut_on_80_columns(run: tuple[RunReport, Path], name: str) ->
         f"report   runs/{name}/2026-01-02T03-04-05Z/report.html\n",
     ]
     assert [part for part in whole if part not in text] == []
+
+
+LOSSES, MATCHES = {"loss": 1.0, "perplexity": 2.7}, {"exact_match": 0.5, "json_match": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "on", "said"),
+    [
+        (LOSSES, (40, 8), "loss and perplexity on all 40 held-out rows"),
+        (LOSSES | MATCHES, (40, 40), "loss, perplexity, exact_match and json_match on all 40 held-out rows"),
+        (
+            LOSSES | MATCHES,
+            (40, 32),
+            "loss and perplexity on all 40 held-out rows; "
+            "exact_match and json_match on 32 of them, drawn by train.seed",
+        ),
+        ({"exact_match": 0.5}, (40, 32), "exact_match on 32 of all 40 held-out rows, drawn by train.seed"),
+        ({"loss": 1.0} | MATCHES, None, "loss, exact_match and json_match on 4 held-out rows"),
+    ],
+)
+def test_every_view_says_on_how_many_rows_a_figure_was_measured(
+    run: tuple[RunReport, Path], folder: Path, metrics: Any, on: tuple[int, int] | None, said: str
+) -> None:
+    numbers = {} if on is None else {"measured_on": dict(zip(("loss", "answers"), on, strict=True))}
+    data = {key: value for key, value in run[0].data.items() if key != "measured_on"} | numbers
+    if on is not None:
+        data["measured_on"]["while_training"] = 0
+    done = dataclasses.replace(run[0], metrics={"tuned": metrics}, data=data)
+    write(done, folder)
+    assert f"{said}\n" in shown(done, folder) and f"{said}\n" in page(folder).text
+    assert f"Measured: {said}.\n" in card(folder)[1]
+
+
+EVIL = "Hi\n\tthere\x1b[2J\u202e\x07 [red]x[/] \ud800 " + "слово " * 100
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("models", [["base", "tuned"], ["tuned"]])
+def test_the_terminal_shows_a_few_answers_side_by_side(
+    run: tuple[RunReport, Path], folder: Path, models: list[str], encoding: str
+) -> None:
+    def put(content: Any) -> None:
+        for name in {"base", "tuned"} - set(models):
+            del content[name]
+        for model in models:
+            for number, sample in enumerate(content[model]["samples"]):
+                same = model == "tuned" and number == 0
+                sample.update(answer=f"{model} {number} {EVIL}", exact_match=same, stopped=number != 1)
+
+    change(folder, "eval.json", put)
+    done = dataclasses.replace(run[0], metrics={name: run[0].metrics[name] for name in models})
+    out = io.BytesIO()
+    screen = io.TextIOWrapper(out, encoding, write_through=True)
+    show(done, folder, Console(file=screen, width=80))
+    text = out.getvalue().decode(encoding)
+    block = text[text.index("answers to held-out rows, 3 of 4; all in report.html") : text.index("what it")]
+    counts = {label: block.count(f"\n  {label}") for label in ("asked", "expected", "base", "tuned")}
+    assert counts == {"asked": 3, "expected": 3, "base": 3 if "base" in models else 0, "tuned": 3}
+    assert block.count("tuned (same)") == 1 and block.count("(cut)") == len(models)
+    assert "tuned 0 Hi\\n\\tthere\\x1b[2J\\u202e\\x07 [red]x[/] \\ud800" in block.replace("\n" + " " * 16, "")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", block)
+    assert all(len(line) <= 80 for line in block.splitlines())
+    assert len(block.splitlines()) < 3 * (2 * (2 + len(models)) + 1) + 3, "each text has two lines at most"
+
+
+def test_why_there_are_no_answers_is_said(run: tuple[RunReport, Path], folder: Path) -> None:
+    change(folder, "eval.json", lambda e: [e[name].update(samples=[], no_samples="plain text") for name in e])
+    assert "\nno answers to show: plain text\n" in shown(run[0], folder)
+    assert "None: plain text." in page(folder).text
 
 
 @pytest.mark.parametrize(("kind", "counted"), [("allocated", "peak_bytes"), ("resident", "needed_bytes")])

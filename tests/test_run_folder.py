@@ -113,10 +113,13 @@ def test_room_is_refused_before_and_given_back_after() -> None:
 def test_a_text_is_whole_or_the_old_one() -> None:
     path = Path("report.html")
     files.write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        files.write_text(path, "new \ud800")
+    Path("folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.write_text(Path("folder"), "new")
     assert path.read_text() == "old"
-    assert list(Path.cwd().iterdir()) == [path.absolute()]
+    assert {one.name for one in Path.cwd().iterdir()} == {"report.html", "folder"}
+    files.write_text(path, "half \ud800")
+    assert path.read_text() == "half \\ud800"
 
 
 def test_a_link_is_replaced_and_not_followed() -> None:

@@ -115,7 +115,12 @@ def test_a_run_and_then_its_plan(checkpoints: Callable[[str], Path], tmp_path: P
 class Done:
     """What `_note_speed` reads of a report."""
 
-    training: ClassVar[dict[str, float]] = {"num_tokens": 100, "num_steps": 10, "tokens_per_second": 5.0}
+    training: ClassVar[dict[str, float]] = {
+        "num_tokens": 100,
+        "num_rows": 10,
+        "num_steps": 10,
+        "tokens_per_second": 5.0,
+    }
     machine = CARD
     finished_utc = "2026-01-02T03:04:05+00:00"
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
-from qlora_phi3 import adapters, data, evaluate, model, trainer, weights
+from qlora_phi3 import adapters, data, evaluate, model, progress, trainer, weights
 from qlora_phi3.engine import attention
 from qlora_phi3.errors import RunError
 from qlora_phi3.meter import Meter
@@ -35,16 +36,33 @@ def quiet() -> Display:
     return Display(Console(file=io.StringIO()))
 
 
-def run(recipe: Recipe, out: Path, *, before: Callable[..., None] | None = None) -> list[dict[str, Any]]:
+def run(
+    recipe: Recipe, out: Path, *, before: Callable[..., None] | None = None, **beside: Any
+) -> list[dict[str, Any]]:
     """Train and give back the lines of metrics.jsonl."""
+    summary(recipe, out, before=before, **beside)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(
+    recipe: Recipe,
+    out: Path,
+    *,
+    before: Callable[..., None] | None = None,
+    display: Display | None = None,
+    **beside: Any,
+) -> trainer.Trained:
+    """Train and give back what it came to."""
     out.mkdir(parents=True, exist_ok=True)
     tuned, base, splits = ready(recipe)
     if before is not None:
         before(tuned, base, splits)
-    meter = Meter("cpu")
+    meter, display = Meter("cpu"), display or quiet()
     with meter.phase("train"):
-        trainer.train(tuned, base, splits.train, recipe, out, meter=meter, display=quiet())
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found, _ = trainer.train(
+            tuned, base, splits.train, recipe, out, meter=meter, display=display, **beside
+        )
+    return found
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:
@@ -417,6 +435,51 @@ def test_a_loss_that_is_not_a_number_stops_the_run(recipe: Callable[..., Recipe]
     with pytest.raises(RunError, match=r"step 1: loss is nan"):
         run(recipe(), tmp_path / "a", before=poison)
     assert math.isnan(json.loads((tmp_path / "a" / "metrics.jsonl").read_text())["loss"])
+
+
+EVERY = [1, 3, 10]
+
+
+def test_log_every_decides_the_lines_and_nothing_else(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 rows in steps of 8 and 4, twice: four steps, of which the last has a line of its own."""
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    keys = ["train.max_steps=", "train.epochs=2", "train.effective_batch=8", "train.eval_every=3"]
+    found, lines, said = [], [], []
+    for every in EVERY:
+        out, screen = tmp_path / str(every), io.StringIO()
+        settings = recipe(*keys, f"train.log_every={every}")
+        display = Display(Console(file=screen))
+        found.append(summary(settings, out, display=display, held_out_loss=lambda: 0.5))
+        lines.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+        said.append([line.split("  ")[:2] for line in screen.getvalue().splitlines()])
+    each = [line for line in lines[0] if "loss" in line]
+    tokens = [sum(line[key] for line in each) for key in ("tokens", "supervised_tokens")]
+    for one in found:
+        assert (one.num_steps, one.num_rows, one.num_tokens, one.num_supervised_tokens) == (4, 24, *tokens)
+        assert (one.first_loss, one.last_loss) == (each[0]["loss"], each[-1]["loss"])
+        assert one.tokens_per_second > 0
+    assert [[line["step"] for line in one if "loss" in line] for one in lines] == [
+        [1, 2, 3, 4], [1, 3, 4], [1, 4],
+    ]  # fmt: skip
+    assert all([line["step"] for line in one if "eval_loss" in line] == [3] for one in lines)
+    assert said[0] == said[1] == said[2] and said[0][-1][0] == "train 4/4"
+    rarely = [line for line in lines[-1] if "loss" in line]
+    assert [sum(line[key] for line in rarely) for key in ("tokens", "supervised_tokens")] == tokens
+    assert rarely[1]["loss"] == pytest.approx(sum(line["loss"] for line in each[1:]) / 3)
+
+
+def test_a_step_without_a_line_is_looked_at_too(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    class Poison(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+
+    with pytest.raises(RunError, match=r"step 2: loss is nan"):
+        run(recipe("train.log_every=10"), tmp_path, built=lambda made: made.add_callback(Poison()))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and math.isnan(lines[1]["loss"])
 
 
 def test_held_out_losses_are_written_and_change_nothing(

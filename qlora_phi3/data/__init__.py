@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .mix import draw
     from .read import check_files
     from .rows import Conversation
     from .sources import files_of
@@ -23,6 +24,7 @@ __all__ = [
     "TokenRow",
     "check",
     "check_files",
+    "draw",
     "files_of",
     "load",
     "prepare",
@@ -31,6 +33,7 @@ __all__ = [
 
 _ROOMS = {
     "check_files": "read",
+    "draw": "mix",
     "Conversation": "rows",
     "files_of": "sources",
     "TokenRow": "tokens",

@@ -23,6 +23,7 @@ from ..findings import Finding
 from ..recipe import Data, Evaluate, Fraction, Source, Train
 from .batches import Outcome, mark_all
 from .doctor import Examiner, Places, examine_sizes
+from .mix import Sampler
 from .overlong import Fitted, Fitter
 from .provenance import SourceRead
 from .read import MAX_PROBLEMS, stream_held_out, stream_training
@@ -91,8 +92,8 @@ class Problems:
 class Part:
     """A split in tokens, and what was found in it.
 
-    `rows`: what is trained on, cut or split where the recipe says so, with the first `conversations` behind
-        them; plain text is not kept. `fitted`: how many were dropped, truncated, split.
+    `rows`: what is trained on, cut or split where the recipe says so, and some of the `conversations`
+        behind them, evenly drawn; plain text is not kept. `fitted`: how many were dropped, truncated, split.
     `lengths`, `num_supervised`: of all rows that could be turned into tokens, whatever their length.
     `num_read`: rows, with those that could not be. A row counts as often as its weight takes it.
     `system_prompt`: the system message that all rows begin with; None where none does, or they differ.
@@ -187,14 +188,14 @@ class _Builder:
 
     def __init__(self, name: str, reading: Reading, folder: Path | None) -> None:
         data, tokenizer, turns = reading.data, reading.tokenizer, reading.turns
-        self.name, self.data, self.num_kept = name, data, reading.num_kept
+        self.name, self.data = name, data
         self.fitter = Fitter(data, tokenizer, turns)
         self.examiner = Examiner(tokenizer, turns, data.loss_on, f"data.{name}")
         self.before: Row | None = None
         self.rows, self.fingerprints = RowsBuilder(folder), FingerprintsBuilder()
         self.lengths, self.num_supervised, self.num_read = array("i"), 0, 0
         self.over, self.problems, self.fitted = Places(), Problems(), Fitted()
-        self.conversations: list[Conversation] = []
+        self.conversations = Sampler[Conversation](reading.num_kept)
         self.systems: set[str | None] = set()  # of the rows that are kept; two are as good as all
 
     def add(self, row: Row | None, outcome: Outcome) -> None:
@@ -232,8 +233,8 @@ class _Builder:
             self.rows.add(cut)
             if len(self.systems) < 2:
                 self.systems.add(kept.system if isinstance(kept, Conversation) else None)
-            if isinstance(kept, Conversation) and len(self.conversations) < self.num_kept:
-                self.conversations.append(kept.without_unused())
+            if isinstance(kept, Conversation):
+                self.conversations.add(kept.without_unused())
         if fitted.lost:  # most rows fit, and a sum for each would cost 6 us
             self.fitted = Fitted.sum((self.fitted, fitted.counts))
 
@@ -246,7 +247,7 @@ class _Builder:
         findings += examine_sizes(lengths, self.over, self.data, f"data.{self.name}")
         return Part(
             rows=self.rows.finish(),
-            conversations=self.conversations,
+            conversations=self.conversations.finish(),
             fitted=self.fitted,
             lengths=lengths,
             num_supervised=self.num_supervised,

@@ -14,6 +14,7 @@ from ..findings import Finding
 from ..recipe import Data, Evaluate, Recipe, Train
 from . import cache
 from .doctor import examine_answers, examine_batch, examine_overlap
+from .mix import draw
 from .parts import Part, Reading, build
 from .provenance import SourceRead, changed_since
 from .read import EVALUATE, TRAIN, check_files, name_of
@@ -22,7 +23,7 @@ from .store import Rows
 from .tokens import Turns, prompt_ids
 
 KEPT: Final = 1024
-"""Conversations of a split that are kept as text, for prompts; of the others only tokens are."""
+"""Conversations of a split that are kept as text, evenly drawn; of the others only tokens are."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split, the first conversations that they hold, and what became of longer ones.
+    """Rows of one split, some of the conversations that they hold, and what became of longer ones.
 
     `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
     that were cut. `num_split`: rows of the source that became several. `system_prompt`: the system message
@@ -180,12 +181,11 @@ def check(recipe: Recipe, tokenizer: Any) -> tuple[Splits, list[Finding]]:
     return splits, findings
 
 
-def prompts(split: Split, tokenizer: Any, limit: int) -> list[Prompt]:
-    """The first `limit` conversations as prompts for their last answer."""
-    # `read` refuses text where answers are asked for
-    assert len(split.conversations) >= min(limit, len(split.rows)), "too few conversations were kept"
+def prompts(split: Split, tokenizer: Any, limit: int, seed: int = TRAIN.seed) -> list[Prompt]:
+    """`limit` conversations, drawn by the seed, as prompts for their last answer; none of plain text."""
     found = []
-    for conversation in split.conversations[:limit]:
+    for number in draw(len(split.conversations), limit, seed):
+        conversation = split.conversations[number]
         ids, expected = prompt_ids(conversation, tokenizer)
         before = conversation.messages[: conversation.last_answer]
         asked = next((m for m in reversed(before) if m.role == "user"), before[-1])

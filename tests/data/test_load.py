@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import phi3_tokenizer
 
-from qlora_phi3.data import Split, load, prompts
+from qlora_phi3.data import Split, draw, load, prompts
 from qlora_phi3.data.read import MAX_PROBLEMS
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe import Data, Source
@@ -193,15 +193,16 @@ def split_of(folder: Path, *rows: list[tuple[str, str]]) -> Split:
 
 
 @pytest.mark.parametrize(("limit", "num"), [(1, 1), (2, 2), (9, 2)])
-def test_prompts_are_those_of_the_first_rows(tmp_path: Path, limit: int, num: int) -> None:
+def test_prompts_are_those_of_rows_that_are_drawn(tmp_path: Path, limit: int, num: int) -> None:
     rows = [[("user", f"question {i}"), ("assistant", f"answer {i}")] for i in range(2)]
     split = split_of(tmp_path, *rows)
     found = prompts(split, TOKENIZER, limit)
-    assert [p.text for p in found] == ["question 0", "question 1"][:num]
-    assert [p.expected for p in found] == ["answer 0", "answer 1"][:num]
-    assert [p.place for p in found] == [row.place for row in split.rows][:num]
+    chosen = draw(2, limit, seed=42)
+    assert len(found) == num and [p.text for p in found] == [f"question {i}" for i in chosen]
+    assert [p.expected for p in found] == [f"answer {i}" for i in chosen]
+    assert [p.place for p in found] == [split.rows[i].place for i in chosen]
     assert [TOKENIZER.decode(p.input_ids) for p in found] == [
-        f"<|user|>question {i}<|end|><|assistant|>" for i in range(num)
+        f"<|user|>question {i}<|end|><|assistant|>" for i in chosen
     ]
 
 

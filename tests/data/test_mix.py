@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_phi3.data import load
-from qlora_phi3.data.mix import is_held_out, num_copies
+from qlora_phi3.data.mix import Sampler, draw, is_held_out, num_copies
 from qlora_phi3.data.read import EVALUATE, TRAIN, stream_splits
 from qlora_phi3.data.rows import Conversation, Example, Message, Text
 from qlora_phi3.errors import DataError, Problem
@@ -272,3 +272,32 @@ def test_a_share_is_loaded_as_a_file_would_be(tmp_path: Path) -> None:
     assert splits.eval is not None
     assert len(splits.train.rows) + len(splits.eval.rows) == 50
     assert 0 < len(splits.eval.rows) < 25
+
+
+# --- draws
+
+
+@given(st.integers(0, 40), st.integers(1, 40), SEEDS)
+def test_a_draw_is_in_order_and_part_of_every_larger_one(num: int, limit: int, seed: int) -> None:
+    found = draw(num, limit, seed)
+    assert found == sorted(set(found)) and len(found) == min(num, limit)
+    assert set(found) <= set(draw(num, limit + 1, seed)) <= set(range(num))
+
+
+def test_draws_are_even() -> None:
+    counts = [0] * 10
+    for seed in range(2000):
+        for number in draw(10, 3, seed):
+            counts[number] += 1
+    assert all(abs(count - 600) < 100 for count in counts)
+
+
+@pytest.mark.parametrize(("size", "num"), [(0, 5), (3, 2), (3, 3), (50, 5000)])
+def test_a_stream_is_drawn_from_as_a_whole(size: int, num: int) -> None:
+    kept = Sampler[int](size)
+    for number in range(num):
+        kept.add(number)
+    found = kept.finish()
+    assert found == sorted(set(found)) and len(found) == min(size, num)
+    if num > size > 0:
+        assert abs(sum(found) / size - num / 2) < num / 6, "the end of a file counts as its beginning"
