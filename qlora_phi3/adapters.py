@@ -347,9 +347,18 @@ def save(model: Any, base: Base, folder: Path) -> None:
 
     Raises:
         RunError: a weight is not finite, or reads back differently.
+        OSError, SafetensorError: it cannot be written.
     """
     check_finite(model)
     partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        _write(model, base, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: Any, base: Base, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     # "auto", PEFT's default, asks the hub or any folder of the base's name for its vocabulary
     model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
@@ -358,7 +367,15 @@ def save(model: Any, base: Base, folder: Path) -> None:
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; report.py writes the real card
     check_saved(model, partial)
-    partial.rename(folder)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What `save` will write, about: the trained weights, fused ones of split pairs with their zeros.
+
+    Upper bound: a split pair's fused form has two or three times the rank, its B mostly zeros.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * trained
 
 
 def check_finite(model: nn.Module) -> None:

@@ -15,16 +15,37 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-from . import __version__, fit, memory, meter, phi3, process, speeds, weights
-from .errors import FitError, InputError, ModelError, QloraError
+from . import __version__, endings, fit, memory, meter, phi3, process, progress, speeds, weights
+from .errors import FitError, InputError, ModelError, Problem, QloraError, StopError
+from .interrupts import Interrupted
 from .recipe import Recipe
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 from .run_folder import check_folder
 from .units import format_bytes, parse_bytes
 
+
+class _Commands(TyperGroup):
+    """The commands, whose errors reach `main`: typer would end some of them without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise SystemExit(1) from None  # `| head` has seen enough, and wants to hear nothing
+        except OSError as error:
+            raise endings.failed(error, ctx.invoked_subcommand or "qlora-phi3") from None
+        except KeyboardInterrupt as stop:
+            asked = stop if isinstance(stop, Interrupted) else Interrupted("SIGINT")
+            ended = StopError(ctx.invoked_subcommand or "qlora-phi3", f"stopped by {asked.name}.")
+            ended.exit_code = asked.exit_code
+            raise ended from None
+
+
 app = typer.Typer(
     name="qlora-phi3",
+    cls=_Commands,
     help="Fine-tune the Phi-3 family on consumer GPUs. Begin with `recipe quickstart`.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,13 +57,32 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 
 
 def main() -> None:
-    """Entry point; exits 0 done, 1 failed while running, 2 input refused, 4 does not fit in memory."""
+    """Entry point.
+
+    Exits 0 done, 1 failed while running, 2 input refused, 3 stopped and saved, 4 does not fit in memory,
+    128 and the signal's number where it was stopped with nothing to save.
+    """
+    if sys.stderr is not None:
+        sys.stderr = progress.lossy(sys.stderr)  # what is only told may be lost, nothing else with it
+    code: int | str | None = 0
     try:
         app(prog_name="qlora-phi3")
     except QloraError as error:
+        code = error.exit_code
         for problem in error.problems:
             print(problem, file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+    except SystemExit as end:
+        code = end.code
+    lost = progress.drop_unwritten(sys.stdout)
+    if lost is not None:
+        code = code or 1
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        problem = Problem(
+            "standard output", f"cannot be written: {lost.strerror}.", "What is in files is whole."
+        )
+        print(problem, file=sys.stderr)  # noqa: T201
+    progress.drop_unwritten(sys.stderr)
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -391,10 +431,14 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
     from .progress import Display
 
     done, folder = pipeline.run(found, out, Display())
-    if as_json:
-        _print_json(done.to_json() | {"folder": str(folder)})
-    else:
-        report.show(done, folder, Console())
+    try:
+        if as_json:
+            _print_json(done.to_json() | {"folder": str(folder)})
+        else:
+            report.show(done, folder, progress.Output())
+        sys.stdout.flush()
+    except OSError as error:
+        raise endings.untold(error, folder) from None
 
 
 def _print_json(content: Any) -> None:

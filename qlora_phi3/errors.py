@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 from typing_extensions import Self
 
@@ -37,7 +37,7 @@ class Problem:
 class QloraError(Exception):
     """Base of every error that is printed as a message, without a traceback."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, place: str, reason: str, remedy: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(place, reason, remedy),)
@@ -66,7 +66,7 @@ class QloraError(Exception):
 class InputError(QloraError):
     """The user's input cannot be used: recipe, data, model, adapter or arguments."""
 
-    exit_code = 2
+    exit_code: int = 2
 
 
 class RecipeError(InputError):
@@ -92,4 +92,10 @@ class RunError(QloraError):
 class FitError(QloraError):
     """It does not fit into the memory there is."""
 
-    exit_code = 4
+    exit_code: int = 4
+
+
+class StopError(QloraError):
+    """The process was asked to end, by Ctrl-C or a signal; what was trained until then is saved."""
+
+    exit_code: int = 3

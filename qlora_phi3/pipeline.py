@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from . import (
     __version__,
     adapters,
     data,
+    endings,
     evaluate,
     export,
     ladder,
@@ -30,12 +31,17 @@ from . import (
     weights,
 )
 from .engine import attention, native, residency
-from .errors import FitError, InputError, Problem, RecipeError, RunError
+from .errors import FitError, InputError, Problem, QloraError, RecipeError, RunError, StopError
+from .interrupts import WAITING, Interrupted, Interrupts
 from .meter import Meter
+from .metrics_log import MetricsLog
 from .progress import Display
-from .recipe import Recipe, Source
+from .recipe import Recipe
 from .recipe_file import dump_recipe
 from .units import format_bytes, parse_bytes
+
+SPARE_BYTES: Final = 16 * 2**20
+"""Disk space beside the adapter's weights: tokenizer, answers, report; Phi-3's tokenizer has 3.5 MB."""
 
 
 def run(
@@ -43,25 +49,39 @@ def run(
 ) -> tuple[report.RunReport, Path]:
     """Fine-tune as the recipe says, into `out` (default: runs/<name>/<UTC time>).
 
+    What ends a run before the first step leaves nothing behind; from then on nothing is removed, and the
+    adapter is saved before anything else is done with it.
+
     Raises:
-        InputError: recipe, data, model or folder cannot be used -> nothing is left behind.
-        RunError: the training failed -> the folder keeps what was measured until then.
-        FitError: memory did not suffice, and `memory.on_oom` could or should not help -> likewise.
+        InputError: recipe, data, model or folder cannot be used.
+        RunError: the run failed, or something of it could not be written.
+        FitError: memory did not suffice, and `memory.on_oom` could or should not help.
+        StopError: the process was asked to end, by Ctrl-C, SIGTERM or SIGHUP.
     """
     display = display or Display()
     _one_process()
     data.check_files(recipe.data)
-    with run_folder.create(out or run_folder.default(recipe)) as folder:
+    place: run_folder.RunFolder | None = None
+    with Interrupts().watched() as interrupts:
         try:
-            done = _run(recipe, folder, display)
-        except FitError as error:
-            raise _with_plan(error, folder) from None
-        except RuntimeError as error:
-            if not ladder.ran_out(error):
+            with run_folder.claim(out, recipe.name) as place:
+                done = _run(recipe, place, display, interrupts)
+            return _exported(done, recipe, place.path, display), place.path
+        except Interrupted as asked:
+            raise endings.stopped(asked, place) from None
+        except InputError as error:
+            if place is None or not place.training_began:
                 raise
-            found = FitError(str(folder), f"out of memory: {weights.first_line(error)}")
-            raise _with_plan(found, folder) from None
-    return _exported(done, recipe, folder, display), folder
+            raise RunError.of((*error.problems, endings.kept(place))) from None
+        except (FitError, RunError) as error:
+            raise endings.with_bearings(error, place) from None
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or ladder.ran_out(error)):
+                raise
+            found = FitError(recipe.name, f"out of memory: {weights.first_line(error)}")
+            raise endings.with_bearings(found, place) from None
+        except OSError as error:
+            raise endings.with_bearings(endings.failed(error, recipe.name), place) from None
 
 
 def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
@@ -78,11 +98,10 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     try:
         export.export_all(folder, wanted, say=display.say, finished=made.append)
     except (InputError, RunError) as error:
-        left = [target for target in wanted if target not in {one.target for one in made}]
-        remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in left)}`."
-        missing = "only its exports are missing" if not made else f"{len(left)} of its exports are missing"
-        rest = Problem(str(folder), f"the run is whole, {missing}.", remedy)
-        raise RunError.of((*error.problems, rest)) from None
+        raise RunError.of((*error.problems, _unexported(folder, wanted, made))) from None
+    except Interrupted as asked:
+        stop = Problem(str(folder), f"stopped by {asked.name}.")
+        raise StopError.of((stop, _unexported(folder, wanted, made))) from None
     finally:
         if made:
             folders = [one.to_json() | {"folder": f"exports/{one.folder.name}"} for one in made]
@@ -91,87 +110,149 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     return done
 
 
-def _run(recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
+def _unexported(folder: Path, wanted: list[str], made: list[export.Exported]) -> Problem:
+    left = [target for target in wanted if target not in {one.target for one in made}]
+    remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in left)}`."
+    missing = "only its exports are missing" if not made else f"{len(left)} of its exports are missing"
+    return Problem(str(folder), f"the run is whole, {missing}.", remedy)
+
+
+def _run(
+    recipe: Recipe, place: run_folder.RunFolder, display: Display, interrupts: Interrupts
+) -> report.RunReport:
     device = model.device_for_run()
     meter = Meter(device.type)
 
-    tokenizer = model.load_tokenizer(weights.locate_tokenizer(recipe.model, display.say))
+    tokenizer_folder = weights.locate_tokenizer(recipe.model, display.say)
+    before = weights.stamps(tokenizer_folder)
+    tokenizer = model.load_tokenizer(tokenizer_folder)
     splits, findings = data.check(recipe, tokenizer)
     for finding in findings:
         display.say(str(finding))
-    checkpoint = weights.locate(recipe.model, display.say)
+    checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
-    write_inputs(recipe, plan, folder)
-    adapting = _Adapting(recipe, folder, display)
+    write_inputs(recipe, plan, place)
+    adapting = _Adapting(recipe, place, display)
     evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
     notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
         base = model.load(checkpoint, recipe.model, device, attention.register(), display.say)
+        weights.check_unchanged(checkpoint, before)
         torch.manual_seed(recipe.train.seed)
         tuned = adapters.attach(base, recipe)
         resident = residency.install(base.model, recipe)
     process.give_back()
     for line in adapters.summarize(adapters.trained_table(tuned)):
         display.say(f"training {line}")
+    place.reserve(adapters.saved_bytes(tuned) + SPARE_BYTES)
 
     measured: dict[str, evaluate.Measured] = {}
     if splits.eval is not None and recipe.evaluate.compare_base:
         with meter.phase("evaluate base"), tuned.disable_adapter():
             measured["base"] = _measure("base", tuned, base, splits, recipe, display, evaluation)
 
-    with meter.phase("train"):
-        trained, calibration = trainer.train(
-            tuned,
-            base,
-            splits.train,
-            recipe,
-            folder,
-            meter=meter,
-            display=display,
-            resident=resident,
-            held_out_loss=_held_out_loss(tuned, splits, recipe, evaluation.rows),
-            adapted=adapting.settle,
+    with interrupts.deferred():  # from here on a signal waits until what there is has been written
+        interrupts.check()
+        place.training_began = True
+        log = MetricsLog(place.path / "metrics.jsonl")
+        with interrupts.deferred(WAITING):
+            with meter.phase("train"):
+                trained, calibration = trainer.train(
+                    tuned,
+                    base,
+                    splits.train,
+                    recipe,
+                    place.path,
+                    meter=meter,
+                    display=display,
+                    resident=resident,
+                    held_out_loss=_held_out_loss(tuned, splits, recipe, evaluation.rows),
+                    adapted=adapting.settle,
+                    log=log,
+                    stop=lambda: interrupts.asked is not None,
+                )
+            with meter.phase("save"):
+                trouble: BaseException | None = _save(tuned, base, place, log, display)
+
+        process.give_back()
+        planned = trainer.num_steps(recipe, len(splits.train.rows))
+        during = "saving"
+        if splits.eval is not None and interrupts.asked is None:
+            during = "answering held-out rows"
+            try:
+                with interrupts.at_once(), meter.phase("evaluate tuned"):
+                    measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)
+                notes += evaluate.reservations(measured["tuned"], recipe.evaluate)
+            except (Interrupted, QloraError, RuntimeError, MemoryError, OSError) as error:
+                trouble = trouble or error
+                notes.append(f"the tuned model was not evaluated to the end: {weights.first_line(error)}")
+        if interrupts.asked is not None:
+            notes.append(f"stopped by {interrupts.asked.name} after {trained.num_steps} of {planned} steps")
+        if log.trouble is not None:
+            notes.append(f"metrics.jsonl lacks lines: {log.trouble.strerror or log.trouble}")
+        notes += splits.changed()
+
+        done = report.RunReport(
+            name=recipe.name,
+            description=recipe.description,
+            toolkit_version=__version__,
+            finished_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            engine={"name": recipe.train.engine, "reason": why},
+            machine=report.machine(device.type),
+            versions=report.versions(),
+            base=checkpoint.provenance.to_json(),
+            parameters=asdict(model.ParameterCounts.of(tuned)),
+            trained=[row.to_json() for row in adapters.trained_table(tuned)],
+            data=_data_json(splits, recipe, measured),
+            training=asdict(trained),
+            metrics={name: found.metrics for name, found in measured.items()},
+            memory={
+                "predicted": plan.to_json(),
+                "measured": meter.to_json(),
+                "calibration": calibration.to_json(),
+                "adapted": [event.to_json() for event in adapting.events],
+            },
+            recipe=adapting.recipe.model_dump(mode="json"),
+            notes=[*notes, *trained.notes(), *calibration.notes(), *map(str, adapting.events)],
         )
-
-    process.give_back()
-    if splits.eval is not None:
-        with meter.phase("evaluate tuned"):
-            measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)
-        write_json(folder / "eval.json", {name: found.to_json() for name, found in measured.items()})
-        notes += evaluate.reservations(measured["tuned"], recipe.evaluate)
-
-    with meter.phase("save"):
-        adapters.save(tuned, base, folder / "adapter")
-
-    done = report.RunReport(
-        name=recipe.name,
-        description=recipe.description,
-        toolkit_version=__version__,
-        finished_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        engine={"name": recipe.train.engine, "reason": why},
-        machine=report.machine(device.type),
-        versions=report.versions(),
-        base=checkpoint.provenance.to_json(),
-        parameters=asdict(model.ParameterCounts.of(tuned)),
-        trained=[row.to_json() for row in adapters.trained_table(tuned)],
-        data=_data_json(splits, recipe, measured),
-        training=asdict(trained),
-        metrics={name: found.metrics for name, found in measured.items()},
-        memory={
-            "predicted": plan.to_json(),
-            "measured": meter.to_json(),
-            "calibration": calibration.to_json(),
-            "adapted": [event.to_json() for event in adapting.events],
-        },
-        recipe=adapting.recipe.model_dump(mode="json"),
-        notes=[*notes, *trained.notes(), *calibration.notes(), *map(str, adapting.events)],
-    )
-    report.write(done, folder)
+        if measured:
+            place.write_json("eval.json", {name: found.to_json() for name, found in measured.items()})
+        report.write(done, place.path)
+    if interrupts.asked is not None:
+        raise endings.saved(interrupts.asked, place, trained.num_steps, planned, during)
+    if trouble is not None:
+        raise trouble
     _note_speed(done, adapting.recipe, display)
     return done
+
+
+def _save(
+    tuned: Any, base: model.Base, place: run_folder.RunFolder, log: MetricsLog, display: Display
+) -> RunError | None:
+    """Save the adapter, in another folder where the run's can no longer be written: then the error says so.
+
+    Raises:
+        RunError: there is no place to save it.
+    """
+    wanted, moved = place.path, None
+    place.release()
+    try:
+        place.restore()
+        adapters.save(tuned, base, place.path / "adapter")
+    except (OSError, SafetensorError) as error:
+        display.say(f"{wanted} cannot be written: {weights.first_line(error)}")
+        try:
+            place.move()
+            adapters.save(tuned, base, place.path / "adapter")
+        except (OSError, SafetensorError) as last:
+            reason = f"the adapter cannot be written here or elsewhere: {weights.first_line(last)}."
+            raise RunError(str(place.path), reason, "Free some space, and train again.") from None
+        moved = endings.elsewhere(wanted, place, error)
+    log.complete(place.path / "metrics.jsonl")
+    return moved
 
 
 def _note_speed(done: report.RunReport, recipe: Recipe, display: Display) -> None:
@@ -230,14 +311,14 @@ class _Adapting:
     """What changed where memory ran out: said, kept for the report, in training written into the recipe."""
 
     recipe: Recipe
-    folder: Path
+    place: run_folder.RunFolder
     display: Display
     events: list[ladder.Adapted] = field(default_factory=list)
 
     def settle(self, event: ladder.Adapted, recipe: Recipe) -> None:
         """Training goes on with `recipe`."""
         self.recipe = recipe
-        _write_recipe(recipe, self.folder)
+        self.place.write_text("recipe.yaml", dump_recipe(recipe))
         self._note(event)
 
     def evaluation(self, answer_tokens: int) -> _Evaluation:
@@ -259,18 +340,6 @@ class _Adapting:
     def _note(self, event: ladder.Adapted) -> None:
         self.events.append(event)
         self.display.say(str(event))
-
-
-def _with_plan(error: FitError, folder: Path) -> FitError:
-    """The error, and the part of the plan that it is about, where there is one."""
-    path = folder / "plan.json"
-    if not path.exists():
-        return error
-    plan = json.loads(path.read_text(encoding="utf-8"))
-    fullest = max(plan["phases"], key=lambda phase: phase["peak_bytes"])
-    parts = ", ".join(f"{part['name']} {format_bytes(part['bytes'])}" for part in fullest["parts"])
-    reason = f"predicted {format_bytes(fullest['peak_bytes'])} of tensors in {fullest['name']}: {parts}."
-    return FitError.of((*error.problems, Problem(str(path), reason)))
 
 
 def device_kind(device: torch.device) -> Literal["cuda", "cpu"]:
@@ -330,18 +399,11 @@ def _hold_to_budget(recipe: Recipe, plan: memory.Plan, device: torch.device) -> 
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def write_inputs(recipe: Recipe, plan: memory.Plan, folder: Path) -> None:
+def write_inputs(recipe: Recipe, plan: memory.Plan, place: run_folder.RunFolder) -> None:
     """The settled recipe and the prediction, before anything is trained."""
-    _write_recipe(recipe, folder)
-    write_json(folder / "plan.json", plan.to_json())
-
-
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    place.plan = plan.to_json()
+    place.write_text("recipe.yaml", dump_recipe(recipe))
+    place.write_json("plan.json", place.plan)
 
 
 def _one_process() -> None:
@@ -428,22 +490,12 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
     return notes
 
 
-def _source_json(used_for: str | int, source: Source) -> list[dict[str, Any]]:
-    """What a source was, for others: files by name and hash, hub data sets by id and revision."""
-    known = {"used_for": "training rows" if used_for == "train" else "held-out rows"}
-    if source.is_hub:
-        return [{**known, "name": source.path, "split": source.split, "revision": source.revision}]
-    files = data.files_of(Path(source.path))
-    return [{**known, "name": path.name, "sha256": data.sha256(path)} for path in files]
-
-
 def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
-    found["sources"] = [
-        one for path, source in recipe.data.sources() for one in _source_json(path[1], source)
-    ]
+    found["sources"] = splits.sources_json()
     if splits.eval is not None:
-        rows, answers = len(splits.eval.rows), len(measured["tuned"].samples)
+        rows = len(splits.eval.rows)
+        answers = max((len(found.samples) for found in measured.values()), default=0)
         during = len(evaluate.scored_rows(splits.eval, recipe.train.seed))
         on = {"loss": rows, "answers": answers, "while_training": during if recipe.train.eval_every else 0}
         compared = answers if recipe.evaluate.compares_answers else rows

@@ -1,13 +1,19 @@
 """What a run says while it runs: a live bar on a terminal, plain lines elsewhere; always on stderr.
 
-Owns the look of progress. Knows nothing of training.
+Owns the look of progress, and that nobody fails because it cannot be shown: a log's full disk or a lost pipe
+must not cost hours of training. Knows nothing of training.
 """
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+import sys
 import time
+from contextlib import suppress
 from types import TracebackType
-from typing import Final
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,6 +26,59 @@ MEASURED_UPDATES: Final = 3
 """Updates until the time left is told: a first step took three times as long as the others."""
 
 
+class LossyStream:
+    """A text stream for what is only told: what cannot be written to it is dropped.
+
+    A full disk may have room again later, so each write is tried.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Output(Console):
+    """Standard output, which does not end the process where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def lossy(stream: TextIO) -> TextIO:
+    """The stream itself, or around it one that never fails."""
+    return stream if isinstance(stream, LossyStream) else cast(TextIO, LossyStream(stream))
+
+
+def drop_unwritten(stream: TextIO | None) -> OSError | None:
+    """Flush a standard stream before Python does at its end; what cannot be written is dropped, and why told.
+
+    Python itself would end with exit code 120 and a traceback.
+    """
+    try:
+        if stream is not None:
+            getattr(stream, "_stream", stream).flush()
+    except ValueError:  # closed: nothing is left in it
+        return None
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno() if stream is not None else -1)
+            os.close(nowhere)
+        return error
+    return None
+
+
 class Steps:
     """Progress over a known number of steps, each with a short text of figures."""
 
@@ -27,7 +86,7 @@ class Steps:
         self._console, self._title, self._total = console, title, total
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = 0.0
+        self._last_line = -math.inf  # never; 0.0 on this clock is the moment the machine was started
         self._updates: list[tuple[float, int]] = []
 
     def __enter__(self) -> Self:
@@ -76,7 +135,7 @@ class Display:
     """Where a run talks to: sentences and progress, on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or _console()
 
     def say(self, text: str) -> None:
         """One sentence about what happens now."""
@@ -85,3 +144,7 @@ class Display:
     def steps(self, title: str, total: int) -> Steps:
         """Progress over `total` steps, to be used with `with`."""
         return Steps(self.console, title, total)
+
+
+def _console() -> Console:
+    return Console(stderr=True) if sys.stderr is None else Console(file=lossy(sys.stderr))

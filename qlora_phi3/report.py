@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import report_page
+from . import files, report_page
 from .errors import InputError, OutputError
 from .export import card
 from .findings import graded
@@ -106,22 +106,10 @@ def machine(device: str) -> dict[str, Any]:
 def write(report: RunReport, folder: Path) -> None:
     """Write report.json, report.html and the adapter's README.md into a run folder."""
     content = report.to_json()
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _replace(folder / "report.json", text)
+    files.write_json(folder / "report.json", content)
     about = card.About("adapter", report.name, report.base["base"], local=True)
-    _replace(folder / "adapter" / "README.md", card.render(content, about))
-    _replace(folder / "report.html", report_page.render(content, folder))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole, or leave the one that is there; a lone surrogate is written in digits."""
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    files.write_text(folder / "adapter" / "README.md", card.render(content, about))
+    files.write_text(folder / "report.html", report_page.render(content, folder))
 
 
 def rebuild(folder: Path) -> Path:
@@ -146,7 +134,7 @@ def rebuild(folder: Path) -> Path:
         raise InputError(str(folder), reason, "The adapter in it is not concerned.") from None
     target = folder / "report.html"
     try:
-        _replace(target, html)
+        files.write_text(target, html)
     except OSError as error:
         reason = f"cannot be written: {error.strerror}."
         raise OutputError(str(target), reason, "Check its permissions.") from None

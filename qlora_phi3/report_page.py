@@ -37,7 +37,8 @@ class Answers:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return ("base", "tuned") if any("base" in sample for sample in self.samples) else ("tuned",)
+        """Those that answered: no base that is not compared, no tuned one of a run that was stopped."""
+        return tuple(name for name in ("base", "tuned") if any(name in one for one in self.samples))
 
     def count(self, model: str, key: str) -> int:
         """Answers of a model that have `key`: "same" as expected, or "cut" at the limit."""

@@ -1,77 +1,273 @@
-"""The folder that a run is written into: where it is, whether it can be used, and leaving nothing behind.
+"""The folder of a run: claimed before anything is written, and cleaned of this run's own files only.
 
-Owns refusing folders that hold something and cleaning up after refused input. No torch.
+Owns which folder a run has, that no other run has it too, room on its disk for what must not be lost, and
+what becomes of it when a run ends early: before training began nothing is left, afterwards nothing is
+removed. No torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import json
+import os
+import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
-from .errors import InputError, OutputError
-from .recipe import Recipe
+from . import files
+from .errors import OutputError, RunError
+from .units import format_bytes
 
-REMEDY = "Choose another folder with --out."
+REMEDY: Final = "Choose another folder with --out."
+CLAIM: Final = ".claim.json"
+"""Made before anything else and gone at the end; who makes it, O_EXCL, has the folder."""
+RESERVE: Final = ".reserve"
+"""Holds disk space for what is written at the end."""
+
+_TRIES: Final = 100
+_LINK: Final = "is a link that leads nowhere."
 
 
-def default(recipe: Recipe) -> Path:
-    """runs/<name>/<UTC time>, new."""
+def default(name: str) -> Path:
+    """runs/<name>/<UTC time>; `claim` adds -2, -3, ... where another run has it."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return Path("runs") / recipe.name / now.strftime("%Y-%m-%dT%H-%M-%SZ")
+    return Path("runs") / name / now.strftime("%Y-%m-%dT%H-%M-%SZ")
+
+
+class RunFolder:
+    """A claimed folder; what is written through it is this run's own. `plan`: the content of plan.json."""
+
+    def __init__(self, path: Path, made: list[Path]) -> None:
+        self.path = path
+        self.training_began = False
+        self.plan: dict[str, Any] | None = None
+        self._claimed, self._made = path, made
+        self._texts: dict[str, str] = {}
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of this run, whole or not at all.
+
+        Raises:
+            RunError: it cannot be written -> the file, and why.
+        """
+        self._texts[name] = text
+        try:
+            files.write_text(self.path / name, text)
+        except OSError as error:
+            raise self.cannot_write(name, error) from None
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON document of this run; errors as `write_text`."""
+        self.write_text(name, files.json_text(content))
+
+    def cannot_write(self, name: str, error: OSError) -> RunError:
+        """The error in words, with what is safe and what is not."""
+        reason = f"cannot be written: {error.strerror or error}."
+        if not self.training_began:
+            remedy = "Free some space or choose another folder with --out; nothing was trained yet."
+        elif (self.path / "adapter").is_dir():
+            remedy = f"The training is not lost: the adapter is in {self.path / 'adapter'}."
+        else:
+            remedy = "Free some space, or look at the disk."
+        return RunError(str(self.path / name), reason, remedy)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take disk space for what is written at the end, so that a disk filling up meanwhile costs nothing.
+
+        Raises:
+            RunError: there is not so much.
+        """
+        path = self._claimed / RESERVE
+        try:
+            with path.open("wb") as file:
+                _allocate(file.fileno(), num_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise self.cannot_write(RESERVE, error) from None
+            free = format_bytes(shutil.disk_usage(self.path).free)
+            reason = f"{format_bytes(num_bytes)} are needed for the adapter and the report ({error.strerror})"
+            remedy = "Free some space or choose another folder with --out; nothing was trained yet."
+            raise RunError(str(self.path), f"{reason}; {free} are free on its disk.", remedy) from None
+
+    def release(self) -> None:
+        """Give the reserved space back, right before it is used."""
+        with contextlib.suppress(OSError):
+            (self._claimed / RESERVE).unlink()
+
+    def restore(self) -> None:
+        """Make the folder again where somebody removed it, with the texts that it had.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name, text in self._texts.items():
+            if not (self.path / name).is_file():
+                files.write_text(self.path / name, text)
+
+    def move(self) -> Path:
+        """Go on in a folder elsewhere, since this one can no longer be written; returns that.
+
+        Raises:
+            OSError: there is no place that can be.
+        """
+        left, problem = self.path, OSError(errno.EIO, "no other folder can be written")
+        for parent in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+            try:
+                found = Path(tempfile.mkdtemp(prefix=f"{left.name}-", dir=parent))
+                found.chmod(0o777 & ~_umask())
+                self.path = found
+                self.restore()
+                return self.path
+            except OSError as error:
+                self.path, problem = left, error
+        raise problem
+
+    def remove(self) -> None:
+        """Undo all that this run made, and nothing else."""
+        for name in (*self._texts, RESERVE, CLAIM):
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # not ours alone any more
+                folder.rmdir()
+
+    def close(self) -> None:
+        """End the claim; what the run wrote stays."""
+        for name in (RESERVE, CLAIM):
+            with contextlib.suppress(OSError):
+                (self._claimed / name).unlink()
 
 
 @contextlib.contextmanager
-def create(folder: Path) -> Iterator[Path]:
-    """An empty folder to write a run into; removed again when the input turns out unusable.
+def claim(wanted: Path | None, name: str) -> Iterator[RunFolder]:
+    """The folder `wanted`, or runs/`name`/<UTC time>, for one run alone.
+
+    However the body ends, before `training_began` all that the run made is removed, afterwards nothing is.
 
     Raises:
-        OutputError: it holds something already, or cannot be written to.
+        OutputError: `wanted` holds something already, another run has it, or it cannot be written to.
     """
-    check_folder(folder)
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    run = _claim(wanted) if wanted is not None else _claim_default(default(name))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        _remove(folder, created)
-        reason = f"cannot be written to: {error.strerror}."
-        raise OutputError(str(folder), reason, REMEDY) from None
-    try:
-        yield folder
-    except InputError:
-        _remove(folder, created)
+        yield run
+    except BaseException:
+        run.close() if run.training_began else run.remove()
         raise
+    run.close()
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything or cannot be made; whether it can be written, the run tries.
+def _claim_default(folder: Path) -> RunFolder:
+    for number in range(1, _TRIES):
+        with contextlib.suppress(_Taken):
+            run = _claim(folder if number == 1 else folder.with_name(f"{folder.name}-{number}"))
+            if run.path.absolute() not in run._made:  # a run that came too late made it for us
+                run._made.insert(0, run.path.absolute())
+            return run
+    raise OutputError(str(folder), f"and {_TRIES - 2} more like it are there already.", REMEDY)
+
+
+class _Taken(OutputError):
+    """The folder is another's."""
+
+
+def _claim(folder: Path) -> RunFolder:
+    check_folder(folder)
+    made: list[Path] = []
+    try:
+        _make(folder.absolute(), made)
+        with (folder / CLAIM).open("x", encoding="utf-8") as file:
+            json.dump({"process": os.getpid(), "host": platform.node()}, file)
+    except FileExistsError:
+        _unmake(made)
+        raise _Taken(str(folder), "another run writes into it.", REMEDY) from None
+    except OSError as error:
+        _unmake(made)
+        raise OutputError(str(folder), f"cannot be written to: {error.strerror}.", REMEDY) from None
+    run = RunFolder(folder, made)
+    try:
+        check_folder(folder, but=CLAIM)  # again: it was another's a moment ago, perhaps
+    except OutputError:
+        run.remove()
+        raise
+    return run
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make a folder and its parents; `made` gets those that were not there, the innermost first."""
+    if folder.is_dir():
+        return
+    for _ in range(_TRIES):
+        _make(folder.parent, made)
+        try:
+            folder.mkdir()
+        except FileNotFoundError:  # another run removed the parent in between: it was its own, and empty
+            continue
+        except FileExistsError:
+            if folder.is_dir():
+                return
+            raise
+        made.insert(0, folder)
+        return
+
+
+def _unmake(made: list[Path]) -> None:
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def check_folder(folder: Path, but: str = "") -> None:
+    """Refuse a folder that holds anything `but` one file or cannot be made; whether it can be written, the
+    run tries.
 
     Raises:
         OutputError: another run, other files, or no folder at all.
     """
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
         if not there.is_dir():
-            reason = "is a file." if there == folder else f"cannot be made: {there} is a file."
+            what = "is a file." if there.exists() else _LINK
+            reason = what if there == folder else f"cannot be made: {there} {what}"
             raise OutputError(str(folder), reason, REMEDY)
-        if there == folder and any(folder.iterdir()):
-            reason = "holds another run." if (folder / "recipe.yaml").exists() else "is not empty."
-            raise OutputError(str(folder), reason, REMEDY)
+        found = {path.name for path in folder.iterdir()} - {but} if there == folder else set()
+        if found:
+            run = found & {"recipe.yaml", CLAIM}
+            raise _Taken(str(folder), "holds another run." if run else "is not empty.", REMEDY)
     except OSError as error:
         raise OutputError(str(folder), f"cannot be used: {error.strerror}.", REMEDY) from None
 
 
-def _remove(folder: Path, created: list[Path]) -> None:
-    """Undo `create`: its contents, and the parents that it made."""
-    if folder in created:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        for child in folder.iterdir():
-            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
-    for parent in created[1:]:
-        with contextlib.suppress(OSError):
-            parent.rmdir()
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere too.
+
+    Raises:
+        OSError: it cannot be told, as of a name that is too long.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        return
+    block = b"\0" * 2**20
+    for at in range(0, num_bytes, len(block)):
+        os.write(descriptor, block[: num_bytes - at])
+
+
+def _umask() -> int:
+    before = os.umask(0o077)
+    os.umask(before)
+    return before

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from .engine.residency import Residency
 from .errors import FitError, RunError
 from .ladder import Adapted, Ladder, RandomState, RanOut, tried
 from .meter import Meter
+from .metrics_log import MetricsLog
 from .model import Base, check_dtypes
 from .phi3 import Geometry
 from .progress import Display, Steps
@@ -139,23 +140,30 @@ def train(
     held_out_loss: Callable[[], float] | None = None,
     adapted: Callable[[Adapted, Recipe], None] = lambda event, recipe: None,
     built: Callable[[PhiTrainer], None] = lambda trainer: None,
+    log: MetricsLog | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Trained, Calibration]:
-    """Train the adapters of `model` in place and write `metrics.jsonl` into `out`.
+    """Train the adapters of `model` in place and write `metrics.jsonl` into `out`, or into `log`.
 
     `resident` is what of the model is on the host. `adapted` hears where memory ran out, and the recipe as it
     went on from there. `built` gets the trainer
-    before it starts, for who wants to watch it.
+    before it starts, for who wants to watch it. `stop` is asked after each step: whether to end here.
 
     Raises:
         RunError: a loss or gradient norm is not a number -> the step it came with.
         FitError: memory ran out where nothing smaller helps, or is not wanted -> the step.
     """
     total = num_steps(recipe, len(split.rows))
-    with display.steps("train", total) as steps, (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+    with display.steps("train", total) as steps, log or MetricsLog(out / "metrics.jsonl") as lines:
         watch = _Watch(recipe, meter, steps, lines, held_out_loss)
         trainer = build(model, base, split, recipe, out, watch, adapted, resident)
+        trainer.add_callback(_StopWhen(stop))
         built(trainer)
-        found = tried(trainer.train)
+        try:
+            found = tried(trainer.train)
+        finally:
+            with suppress(OSError):  # somebody removed it, or put something into it
+                (out / "checkpoints").rmdir()  # transformers makes it; saving steps is not available yet
     if isinstance(found, RanOut):
         # its passes have a ladder of their own: what is left are the gradients' norm and the states
         place, reason = f"step {trainer.state.global_step + 1}", "out of memory in the optimizer's step"
@@ -164,7 +172,6 @@ def train(
     _unwrap(trainer)
     if trainer.native is not None:
         trainer.native.remove()
-    (out / "checkpoints").rmdir()  # transformers makes it; saving steps is not available yet
     return watch.summary(), trainer.calibration
 
 
@@ -370,6 +377,17 @@ class _Before(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._call()
+
+
+class _StopWhen(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
+    """Ends the training after a step when it is asked to."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked():
+            control.should_training_stop = True
 
 
 @dataclass

@@ -61,8 +61,15 @@ class Checkpoint:
     provenance: Provenance
 
 
-def locate(settings: Model, say: Say = lambda _: None) -> Checkpoint:
+Stamps = dict[str, tuple[int, int, int]]
+"""Of files by name: which file it is (inode), its size, and when it was last written."""
+
+
+def locate(settings: Model, say: Say = lambda _: None, tokenizer: Path | None = None) -> Checkpoint:
     """Find the checkpoint of `model.base` on disk, downloading it where needed, and check it.
+
+    `tokenizer` is what `locate_tokenizer` found: of the hub, the same commit is taken again, since a branch
+    may have moved meanwhile.
 
     Raises:
         ModelError: not found, unreachable, not Phi-3, or not safe to load.
@@ -73,7 +80,8 @@ def locate(settings: Model, say: Say = lambda _: None) -> Checkpoint:
     elif Path(base).is_absolute():
         folder, source, revision = _local_folder(base), "folder", None
     else:
-        folder, source = _download(base, settings.revision, say), "hub"
+        wanted = settings.revision if tokenizer is None else tokenizer.name
+        folder, source = _download(base, wanted, say), "hub"
         revision = folder.name
     _check_files(folder, base if source == "folder" else f"model.base: {base}")
     config = read_config(folder)
@@ -101,6 +109,31 @@ def locate_tokenizer(settings: Model, say: Say = lambda _: None) -> Path:
         folder = _download(base, settings.revision, say, TOKENIZER_PATTERNS)
     read_config(folder)
     return folder
+
+
+def stamps(folder: Path) -> Stamps:
+    """Which files a checkpoint's folder holds now; compared later, they tell whether one was changed."""
+    found: Stamps = {}
+    for path in folder.iterdir():
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model") and path.is_file():
+            status = path.stat()
+            found[path.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def check_unchanged(checkpoint: Checkpoint, before: Stamps) -> None:
+    """Compare a checkpoint's files with their stamps from before the first was read.
+
+    What is recorded of them, hashes included, is then what was loaded.
+
+    Raises:
+        ModelError: one was changed, replaced or removed meanwhile.
+    """
+    now = stamps(checkpoint.folder)
+    changed = sorted(name for name, stamp in before.items() if now.get(name) != stamp)
+    if changed:
+        reason = f"{changed[0]} was changed or removed while the base was being loaded."
+        raise ModelError(str(checkpoint.folder), reason, "Run again when nothing writes to it.")
 
 
 def known_geometry(settings: Model) -> phi3.Geometry | None:
@@ -270,7 +303,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, cut to one line of at most 300 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -107,8 +107,8 @@ def test_metrics_stand_equal_in_all_three_places(finished: tuple[Path, Path]) ->
         "load",
         "evaluate base",
         "train",
-        "evaluate tuned",
         "save",
+        "evaluate tuned",
     ]
 
 

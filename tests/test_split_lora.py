@@ -81,7 +81,7 @@ def by_hand(model: Any, geometry: phi3.Geometry, scale: float) -> nn.Module:
     return found
 
 
-def train(model: Any, make: Callable[..., Any], steps: int = 50) -> list[float]:
+def train(model: Any, make: Callable[..., Any], steps: int = 15) -> list[float]:
     """Losses of full-batch steps with clipping and two accumulated passes."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make(parameters, lr=2e-4, weight_decay=0.1)
@@ -111,17 +111,29 @@ def optimizers() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
-@pytest.mark.parametrize("geometry", ["untied", "gqa"])
 @pytest.mark.parametrize(
-    "adapter",
-    [{}, {"targets": ["q", "v", "up"]}, {"method": "rslora", "targets": ["qkv_proj", "down"]}],
+    ("optimizer", "geometry", "adapter"),  # every pair of two
+    [
+        ("adamw_torch", "untied", {}),
+        ("adamw_torch", "gqa", {"targets": ["q", "v", "up"]}),
+        ("adamw_torch", "gqa", {"method": "rslora", "targets": ["qkv_proj", "down"]}),
+        ("adamw_8bit", "gqa", {}),
+        ("adamw_8bit", "untied", {"targets": ["q", "v", "up"]}),
+        ("adamw_8bit", "untied", {"method": "rslora", "targets": ["qkv_proj", "down"]}),
+        ("paged_adamw_8bit", "gqa", {}),
+        ("paged_adamw_8bit", "gqa", {"targets": ["q", "v", "up"]}),
+        ("paged_adamw_8bit", "untied", {"method": "rslora", "targets": ["qkv_proj", "down"]}),
+    ],
     ids=str,
 )
 def test_it_trains_as_separate_adapters_do(
     checkpoints: Callable[[str], Path], optimizer: str, geometry: str, adapter: dict[str, Any]
 ) -> None:
-    """Rank 64 makes tensors of 4096 elements and more, from which on bitsandbytes' states are 8-bit."""
+    """Rank 64 makes tensors of 4096 elements and more, from which on bitsandbytes' states are 8-bit.
+
+    Fifteen steps: a fault shows in the first, and beyond thirty the last bits of some processors' products
+    have grown to 2e-5 by way of the 8-bit states.
+    """
     base = load_base(checkpoints(geometry))
     rank = 32 if geometry == "gqa" else 64
     torch.manual_seed(3)

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import sha256
     from .mix import draw
     from .read import check_files
     from .rows import Conversation
@@ -30,11 +29,9 @@ __all__ = [
     "load",
     "prepare",
     "prompts",
-    "sha256",
 ]
 
 _ROOMS = {
-    "sha256": "cache",
     "check_files": "read",
     "draw": "mix",
     "Conversation": "rows",

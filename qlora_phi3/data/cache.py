@@ -19,8 +19,10 @@ from typing import Final
 
 from .. import builtin, entries
 from ..errors import DataError
+from ..files import sha256
 from ..recipe import Fraction
 from .parts import Part, Reading, build
+from .provenance import read_whole
 from .read import check_source
 
 MIN_BYTES: Final = 16 * 2**20
@@ -29,7 +31,6 @@ MAX_BYTES: Final = 8 * 2**30
 """All entries together; those used least recently go first. A million chats of 150 tokens are 0.7 GB."""
 
 _LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "pyarrow")
-_BLOCK: Final = 2**20
 
 
 def root() -> Path:
@@ -40,7 +41,8 @@ def root() -> Path:
 def key(reading: Reading) -> str | None:
     """Name of the entry for what is read; None for data that is not cached.
 
-    The files' bytes are hashed, 1 s for a million chats: their times may lie after a copy or a checkout.
+    `reading.read` gets what the files are. Their bytes are hashed, 1 s for a million chats: their times may
+    lie after a copy or a checkout.
     All settings of `data` count, also those that come later, and so does the code of this folder. Data sets
     on the hub are not cached: nothing here tells whether they changed.
     """
@@ -50,11 +52,12 @@ def key(reading: Reading) -> str | None:
     large = sum(path.stat().st_size for path in files) >= MIN_BYTES
     if backend is None or not large or any(source.is_hub for source in reading.sources):
         return None
+    reading.read[:] = [read_whole(path) for path in files]
     parts = {
         "sources": [source.model_dump(mode="json") for source in reading.sources],
         "splits": reading.splits,
         "lots": _lots(reading),
-        "files": [[str(path), sha256(path)] for path in files],
+        "files": [[str(path), one.sha256] for path, one in zip(files, reading.read, strict=True)],
         "data": data.model_dump(mode="json", exclude={"train", "eval", "packing"}),
         "used for": [reading.train.task, *reading.evaluate.metrics],  # `read` refuses rows without use
         "num_kept": reading.num_kept,
@@ -80,11 +83,11 @@ def fetch(key: str, reading: Reading) -> dict[str, Part]:
     found = _load(entry, reading.splits)
     if found is not None:
         return found
+    keyed = [one.sha256 for one in reading.read]
     with _unfinished() as folder:
-        before = _stamps(reading)
         made = build(reading, folder)
         sound = not any(part.problems.first for part in made.values())
-        if sound and _stamps(reading) == before:
+        if sound and [one.sha256 for one in reading.read] == keyed:  # else they were changed meanwhile
             _publish(made, folder, entry)
     return made
 
@@ -102,11 +105,6 @@ def _files(reading: Reading) -> list[Path]:
         return [path for source in reading.sources for path in check_source(source)]
     except DataError:  # it is told when it is read
         return []
-
-
-def _stamps(reading: Reading) -> list[tuple[int, int]]:
-    """Changed when a file was written to while it was read."""
-    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in _files(reading)]
 
 
 def _load(entry: Path, splits: tuple[str, ...]) -> dict[str, Part] | None:
@@ -138,12 +136,3 @@ def _publish(made: Mapping[str, Part], folder: Path, entry: Path) -> None:
         for name, part in made.items():
             part.save(folder / name)
         entries.publish(folder, entry, MAX_BYTES)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ..errors import DataError, Problem
 from ..recipe import Source
+from .provenance import Record, SourceRead
 from .sources import Row, without_nulls
 
 TIMEOUT_SECONDS: Final = 10.0
@@ -20,12 +21,15 @@ TIMEOUT_SECONDS: Final = 10.0
 _NETWORK: Final = "Check the network, or download the data set elsewhere and give its folder: ./name."
 
 
-def rows_of(source: Source) -> Iterator[Row]:
-    """Rows of `source` in the data set's order; what cannot be read comes as a last Problem."""
+def rows_of(source: Source, record: Record = lambda read: None) -> Iterator[Row]:
+    """Rows of `source` in the data set's order; what cannot be read comes as a last Problem.
+
+    `record` gets the commit that is read.
+    """
     place = place_of(source)
     number = 0
     try:
-        for row in _open(source, place):
+        for row in _open(source, place, record):
             number += 1
             yield f"{place}: row {number}", without_nulls(row)
     except DataError as error:
@@ -44,7 +48,7 @@ def place_of(source: Source) -> str:
     return f"{source.path}{subset}[{source.split}]"
 
 
-def _open(source: Source, place: str) -> Any:
+def _open(source: Source, place: str, record: Record) -> Any:
     """The data set as an iterable, at the commit that the look-up found.
 
     Raises:
@@ -56,6 +60,7 @@ def _open(source: Source, place: str) -> Any:
         reason = "is a folder here too, which would be read in the data set's place."
         raise DataError(place, reason, "Write ./org/name for the folder, or start from another one.")
     commit = _look_up(source, place)
+    record(SourceRead(source.path, split=source.split, revision=commit or source.revision))
     try:
         return datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=commit, streaming=True

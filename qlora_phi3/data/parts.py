@@ -25,6 +25,7 @@ from .batches import Outcome, mark_all
 from .doctor import Examiner, Places, examine_sizes
 from .mix import Sampler
 from .overlong import Fitted, Fitter
+from .provenance import SourceRead
 from .read import MAX_PROBLEMS, stream_held_out, stream_training
 from .repeats import Fingerprints, FingerprintsBuilder
 from .rows import Conversation, Example, Message, Preference, Row, Text
@@ -41,7 +42,7 @@ _ARRAYS: Final = "part.npz"
 class Reading:
     """One pass over the sources of data.`name`, "train" or "eval", and all that its outcome depends on.
 
-    `num_kept`: conversations of a split that are kept as text.
+    `num_kept`: conversations of a split that are kept as text. `read`: gets what was read of the sources.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Reading:
     tokenizer: Any
     turns: Turns
     num_kept: int
+    read: list[SourceRead] = field(default_factory=list)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -65,7 +67,8 @@ class Reading:
     def stream(self) -> Iterator[tuple[str, Example | Problem]]:
         """Every row with its split."""
         rows = stream_training if self.name == "train" else stream_held_out
-        return rows(self.data, self.train, self.evaluate)
+        self.read.clear()
+        return rows(self.data, self.train, self.evaluate, self.read.append)
 
 
 @dataclass

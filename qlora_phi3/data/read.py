@@ -17,6 +17,7 @@ from ..recipe_checks import NO_ANSWERS, NO_LAST_ANSWER
 from . import hub
 from .formats import convert, detect
 from .mix import is_held_out, num_copies
+from .provenance import Record, SourceRead
 from .rows import Conversation, Example, Message, Preference, Text
 from .sources import files_of, rows_of
 
@@ -44,6 +45,10 @@ MAX_PROBLEMS: Final = 20
 TRAIN: Final = Train()
 EVALUATE: Final = Evaluate()
 """What rows are for, where nobody says it."""
+
+
+def unrecorded(read: SourceRead) -> None:
+    """For who does not ask what was read."""
 
 
 def check_files(data: Data) -> None:
@@ -76,13 +81,13 @@ def name_of(sources: Source | tuple[Source, ...]) -> str:
     return sources.path if isinstance(sources, Source) else ", ".join(source.path for source in sources)
 
 
-def stream(source: Source) -> Iterator[Example | Problem]:
+def stream(source: Source, record: Record = unrecorded) -> Iterator[Example | Problem]:
     """Rows of one source in its order, each once; a malformed row comes as the Problem it has.
 
-    All rows have the format of the first, or the named one.
+    All rows have the format of the first, or the named one. `record` gets what was read.
     """
     name: str | None = None if source.format == "auto" else source.format
-    rows = hub.rows_of(source) if source.is_hub else rows_of(check_source(source))
+    rows = hub.rows_of(source, record) if source.is_hub else rows_of(check_source(source), record)
     for place, row in islice(rows, source.limit):
         if isinstance(row, Problem):
             yield row
@@ -109,20 +114,24 @@ def stream_splits(
     yield from stream_held_out(data, train, evaluate)
 
 
-def stream_held_out(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+def stream_held_out(
+    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
-        for row, copies in _weighted(source, data, train, evaluate, held_out=True):
+        for row, copies in _weighted(source, data, train, evaluate, record, held_out=True):
             yield from [("eval", row)] * copies
 
 
-def stream_training(data: Data, train: Train, evaluate: Evaluate) -> Iterator[tuple[str, Example | Problem]]:
+def stream_training(
+    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.train`'s sources, held-out share included."""
     share = data.eval.fraction if isinstance(data.eval, Fraction) else 0.0
     found = {"train": 0, "eval": 0}
     broken = False
     for source in data.train_sources:
-        for row, copies in _weighted(source, data, train, evaluate, held_out=share > 0):
+        for row, copies in _weighted(source, data, train, evaluate, record, held_out=share > 0):
             if isinstance(row, Problem):
                 broken = True
                 yield "train", row
@@ -147,11 +156,11 @@ def _empty_sides(share: float, train: int, eval: int) -> Iterator[Problem]:
 
 
 def _weighted(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, *, held_out: bool
+    source: Source, data: Data, train: Train, evaluate: Evaluate, record: Record, *, held_out: bool
 ) -> Iterator[tuple[Example | Problem, int]]:
     """Rows of a source, each with how often it is taken; ends with a Problem where none is."""
     taken = rows = 0
-    for row in _useful(source, data, train, evaluate, held_out=held_out):
+    for row in _useful(source, data, train, evaluate, record, held_out=held_out):
         copies = 1 if isinstance(row, Problem) else num_copies(row, source.weight, train.seed)
         taken, rows = taken + copies, rows + 1
         yield row, copies
@@ -161,10 +170,10 @@ def _weighted(
 
 
 def _useful(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, *, held_out: bool
+    source: Source, data: Data, train: Train, evaluate: Evaluate, record: Record, *, held_out: bool
 ) -> Iterator[Example | Problem]:
     """Rows of a source as long as the run can use them; ends with a Problem at the first it cannot."""
-    for row in stream(source):
+    for row in stream(source, record):
         refusal = _refusal(row, data, train, evaluate, held_out=held_out)
         yield refusal or row
         if refusal:

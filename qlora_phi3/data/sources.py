@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, Problem, shown
+from .provenance import Record, SourceFile
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
@@ -75,18 +76,25 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def rows_of(files: list[Path]) -> Iterator[Row]:
-    """Rows of all files in turn; a file that breaks off gives a last Problem, and the next file follows."""
+def rows_of(files: list[Path], record: Record = lambda read: None) -> Iterator[Row]:
+    """Rows of all files in turn; a file that breaks off gives a last Problem, and the next file follows.
+
+    `record` gets what was read of each file, once it has been, or once nobody wants more rows.
+    """
     for file in files:
-        yield from _rows(file)
+        yield from _rows(file, record)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, record: Record) -> Iterator[Row]:
     empty = True
     try:
-        for row in READERS[path.suffix.lower()](path) if path.stat().st_size else ():
-            empty = False
-            yield row
+        with SourceFile(path) as file:
+            try:
+                for row in READERS[path.suffix.lower()](file) if file.num_bytes else ():
+                    empty = False
+                    yield row
+            finally:
+                record(file.record())
     except DataError as error:
         empty = False
         yield from ((problem.place, problem) for problem in error.problems)
@@ -97,9 +105,9 @@ def _rows(path: Path) -> Iterator[Row]:
         yield str(path), Problem(str(path), "holds no rows.", "Write at least one conversation into it.")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(file: SourceFile) -> Iterator[Row]:
     """One JSON object a line; a bad line does not stop the next."""
-    for place, line in _lines(path):
+    for place, line in _lines(file):
         if not line.strip():
             continue
         try:  # JSON counts columns from the last newline: none may be left
@@ -109,11 +117,10 @@ def _jsonl(path: Path) -> Iterator[Row]:
         yield place, value
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def _lines(file: SourceFile) -> Iterator[tuple[str, bytes]]:
     """(place, bytes) of every line; a BOM is dropped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    for number, line in enumerate(file.lines(), start=1):
+        yield f"{file}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def text_of(line: bytes, place: str) -> str:
@@ -149,18 +156,18 @@ def _decoded(decode: Callable[[], Any], place: str, remedy: str, what: str = "")
         raise DataError(place, f"{what}not valid JSON: {why}.", remedy) from None
 
 
-def _json_list(path: Path) -> Iterator[Row]:
+def _json_list(file: SourceFile) -> Iterator[Row]:
     """The objects of one JSON list, decoded one by one; the text is held, not all its values."""
-    text = "".join(text_of(line, place) for place, line in _lines(path))
+    text = "".join(text_of(line, place) for place, line in _lines(file))
     decoder, at, number = json.JSONDecoder(), _skip(text, 0), 0
     if at == len(text):
         return
-    _check_list(text[at], path)
+    _check_list(text[at], file)
     at = _skip(text, at + 1)
     closed = text.startswith("]", at)
     while not closed:
         number += 1
-        place = f"{path}: row {number}"
+        place = f"{file}: row {number}"
         value, at = _decoded(partial(decoder.raw_decode, text, at), place, _AGAIN)
         yield place, value
         at = _skip(text, at)
@@ -169,21 +176,21 @@ def _json_list(path: Path) -> Iterator[Row]:
             at = _skip(text, _after(",", text, at, place))
     at = _skip(text, at + 1)
     if at < len(text):
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        where = f"{file}:{text.count(chr(10), 0, at) + 1}"
         raise DataError(where, "has more text after the list's end.", "Write one list: [{...}, {...}].")
 
 
-def _check_list(first: str, path: Path) -> None:
+def _check_list(first: str, file: SourceFile) -> None:
     if first != "[":
         found = "a JSON object, not a list of rows" if first == "{" else "not a JSON list of rows"
         remedy = "Write [{...}, {...}]; if it has one object a line, name it .jsonl."
-        raise DataError(str(path), f"is {found}.", remedy)
+        raise DataError(str(file), f"is {found}.", remedy)
 
 
-def _document(path: Path) -> Iterator[Row]:
+def _document(file: SourceFile) -> Iterator[Row]:
     """The whole file as one row of plain text, its line ends as they are."""
-    text = "".join(text_of(line, place) for place, line in _lines(path))
-    yield str(path), {"text": text}
+    text = "".join(text_of(line, place) for place, line in _lines(file))
+    yield str(file), {"text": text}
 
 
 def _skip(text: str, at: int) -> int:
@@ -200,13 +207,13 @@ def _after(mark: str, text: str, at: int, place: str) -> int:
     raise DataError(place, f"not valid JSON after this row: {reason}.", _AGAIN)
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(file: SourceFile) -> Iterator[Row]:
     """Records under a header; its place is the line it begins in. After a broken quote nothing is read."""
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 131,072 characters, is for the whole process
-    lines = (text_of(line, place) for place, line in _lines(path))
+    lines = (text_of(line, place) for place, line in _lines(file))
     reader, header = csv.reader(lines, strict=True), None
     while True:
-        place = f"{path}:{reader.line_num + 1}"
+        place = f"{file}:{reader.line_num + 1}"
         try:
             cells = next(reader)
         except StopIteration:
@@ -259,23 +266,23 @@ def _record(header: list[str], cells: list[str], place: str) -> dict[str, Any] |
     return record
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(file: SourceFile) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            repeated = _repeated(file.schema_arrow.names)
+        with pq.ParquetFile(file.hashed()) as table:
+            repeated = _repeated(table.schema_arrow.names)
             if repeated:
-                raise DataError(str(path), f"has two columns {shown(repeated[0])}.", "Rename or remove one.")
-            for batch in file.iter_batches(batch_size=_BATCH):
+                raise DataError(str(file), f"has two columns {shown(repeated[0])}.", "Rename or remove one.")
+            for batch in table.iter_batches(batch_size=_BATCH):
                 for i in range(batch.num_rows):
                     number += 1
-                    place = f"{path}: row {number}"
+                    place = f"{file}: row {number}"
                     yield place, _parquet_row(batch, i, place)
     except (pa.ArrowException, OSError) as error:  # OSError: a page that cannot be decoded
-        place = f"{path}: row {number + 1}" if number else str(path)
+        place = f"{file}: row {number + 1}" if number else str(file)
         reason = f"not a whole Parquet file: {str(error).splitlines()[0].rstrip('.')}."
         raise DataError(place, reason, _AGAIN) from None
 
@@ -301,7 +308,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-READERS: Final[dict[str, Callable[[Path], Iterator[Row]]]] = {
+READERS: Final[dict[str, Callable[[SourceFile], Iterator[Row]]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json_list,

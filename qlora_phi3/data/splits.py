@@ -16,6 +16,7 @@ from . import cache
 from .doctor import examine_batch, find
 from .mix import draw
 from .parts import Part, Reading, build
+from .provenance import SourceRead, changed_since
 from .read import EVALUATE, TRAIN, check_files, name_of
 from .rows import Conversation
 from .store import Rows
@@ -76,11 +77,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training rows, held-out rows if any, and how the template frames a turn."""
+    """Training rows, held-out rows if any, how the template frames a turn, and what was read for them.
+
+    `sources`: "train" or "eval", and a file or data set.
+    """
 
     train: Split
     eval: Split | None
     turns: Turns
+    sources: tuple[tuple[str, SourceRead], ...] = ()
+
+    def changed(self) -> list[str]:
+        """A sentence for each file that is not any more what was read of it."""
+        return changed_since(one for _, one in self.sources)
+
+    def sources_json(self) -> list[dict[str, Any]]:
+        """What was read, for others: files by name and hash, data sets on the hub by id and commit."""
+        used = {"train": "training rows", "eval": "held-out rows"}
+        return [{"used_for": used[name], **one.to_json()} for name, one in self.sources]
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Prepared:
     parts: Mapping[str, Part]
     data: Data
     turns: Turns
+    sources: tuple[tuple[str, SourceRead], ...] = ()
 
     def splits(self) -> Splits:
         """What a run uses.
@@ -103,7 +118,7 @@ class Prepared:
         if problems:
             raise DataError.of(problems)
         found = {name: _split(part, names[name], data) for name, part in self.parts.items()}
-        return Splits(found["train"], found.get("eval"), self.turns)
+        return Splits(found["train"], found.get("eval"), self.turns, self.sources)
 
     def findings(self, effective_batch: int) -> list[Finding]:
         """All that the doctor has to say."""
@@ -125,11 +140,13 @@ def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate
     check_files(data)
     turns, num_kept = Turns.of(tokenizer), max(evaluate.samples, KEPT)
     parts: dict[str, Part] = {}
+    sources: list[tuple[str, SourceRead]] = []
     for name in ("train", "eval") if data.eval_sources else ("train",):
         reading = Reading(name, data, train, evaluate, tokenizer, turns, num_kept)
         key = cache.key(reading)
         parts |= build(reading) if key is None else cache.fetch(key, reading)
-    return Prepared(parts, data, turns)
+        sources += [(name, one) for one in reading.read]
+    return Prepared(parts, data, turns, tuple(sources))
 
 
 def load(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Splits:

@@ -16,6 +16,7 @@ from conftest import CHATML_TEMPLATE, chatml_tokenizer, phi3_tokenizer, write_ch
 from qlora_phi3 import entries
 from qlora_phi3.data import Prepared, cache, parts, prepare, prompts
 from qlora_phi3.data.tokens import Turns
+from qlora_phi3.files import sha256
 from qlora_phi3.recipe import Data, Evaluate, Fraction, Source, Train
 
 PHI3 = phi3_tokenizer()
@@ -184,15 +185,20 @@ def test_rows_stay_readable_when_their_entry_goes(data: Data) -> None:
 
 
 def test_a_file_that_changes_while_it_is_read(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hashed for the entry's name, and once more while its rows are taken: what is kept and what is
+    recorded are the rows'."""
+
     def change(reading: parts.Reading, *rest: Any) -> dict[str, parts.Part]:
-        found = parts.build(reading, *rest)
         with Path(reading.sources[-1].path).open("a") as file:
             file.write("\n")
-        return found
+        return parts.build(reading, *rest)
 
     monkeypatch.setattr(cache, "build", change)
-    prepare(data, PHI3)
+    found = prepare(data, PHI3)
     assert list(cache.root().iterdir()) == []
+    for _, source in found.sources:
+        assert source.path is not None
+        assert source.sha256 == sha256(Path(source.path))
 
 
 def test_a_cache_that_cannot_be_written(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""How a run ended before its time, in words: what happened, what is saved where, and how to go on.
+
+Owns the messages of stopped and failed runs, and the plan that an out-of-memory error shows. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import FitError, Problem, QloraError, RunError, StopError
+from .interrupts import Interrupted
+from .run_folder import RunFolder
+from .units import format_bytes
+
+Failed = TypeVar("Failed", bound=QloraError)
+
+
+def is_saved(place: RunFolder) -> bool:
+    """Whether the adapter is there under its name: it is written whole or not at all."""
+    return (place.path / "adapter").is_dir()
+
+
+def kept(place: RunFolder) -> Problem:
+    """What a run that had begun to train leaves."""
+    adapter = place.path / "adapter"
+    if is_saved(place):
+        return Problem(
+            str(adapter), "is the trained adapter, saved whole.", f"Use it, or `export {place.path}`."
+        )
+    left = [name for name in ("metrics.jsonl", "plan.json", "recipe.yaml") if (place.path / name).is_file()]
+    what = f"{', '.join(left)} were kept" if left else "nothing was kept"
+    return Problem(str(place.path), f"{what}; no adapter was saved.")
+
+
+def with_bearings(error: Failed, place: RunFolder | None) -> Failed:
+    """The error, the part of the plan that it is about, and what the run leaves."""
+    if place is None:
+        return error
+    more = [_planned(place)] if isinstance(error, FitError) and place.plan is not None else []
+    more += [kept(place)] if place.training_began else []
+    return type(error).of((*error.problems, *more))
+
+
+def _planned(place: RunFolder) -> Problem:
+    assert place.plan is not None
+    fullest = max(place.plan["phases"], key=lambda phase: phase["peak_bytes"])
+    parts = ", ".join(f"{part['name']} {format_bytes(part['bytes'])}" for part in fullest["parts"])
+    reason = f"predicted {format_bytes(fullest['peak_bytes'])} of tensors in {fullest['name']}: {parts}."
+    path = place.path / "plan.json"
+    return Problem(str(path) if path.is_file() and place.training_began else "memory plan", reason)
+
+
+def failed(error: OSError, what: str) -> RunError:
+    """An error of the operating system in words; `what` stands where it names no file."""
+    place = os.fsdecode(error.filename) if error.filename is not None else what
+    return RunError(place, f"{error.strerror or error}.")
+
+
+def stopped(asked: Interrupted, place: RunFolder | None) -> StopError:
+    """A run that was ended at once; its exit code is the shell's for such a signal."""
+    where = str(place.path) if place is not None else "the run"
+    if place is None or not place.training_began:
+        error = StopError(where, f"stopped by {asked.name} before training began: nothing is left of it.")
+    else:
+        error = StopError.of((Problem(where, f"stopped at once by {asked.name}."), kept(place)))
+    if place is None or not is_saved(place):
+        error.exit_code = asked.exit_code
+    return error
+
+
+def saved(asked: Interrupted, place: RunFolder, trained: int, planned: int, during: str) -> StopError:
+    """A run that was ended and has saved what it had trained."""
+    how_far = (
+        f"after step {trained} of {planned}"
+        if trained < planned
+        else f"while {during}, after all {planned} steps"
+    )
+    adapter = place.path / "adapter"
+    remedy = f"Go on from it in another run with adapter.init={adapter}; its learning rate begins anew."
+    if trained >= planned:
+        remedy = f"Use it, or `export {place.path}`."
+    first = Problem(str(place.path), f"stopped by {asked.name} {how_far}.")
+    return StopError.of(
+        (
+            first,
+            Problem(
+                str(adapter),
+                "is the adapter as trained so far."
+                if trained < planned
+                else "is the trained adapter, saved whole.",
+                remedy,
+            ),
+        )
+    )
+
+
+def elsewhere(wanted: Path, place: RunFolder, error: Any) -> RunError:
+    """A run whose folder could not be written at its end, and which went on in another."""
+    reason = f"could not be written at the end of the training: {getattr(error, 'strerror', None) or error}."
+    return RunError(str(wanted), reason, f"The whole run, adapter included, is in {place.path.absolute()}.")
+
+
+def untold(error: OSError, folder: Path) -> RunError:
+    """A run that is whole, whose closing words could not be printed."""
+    reason = f"cannot be written: {error.strerror or error}."
+    return RunError("standard output", reason, f"The run itself is whole, in {folder}; see its report.html.")
