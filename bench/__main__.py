@@ -8,7 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, context, data, engine, gpu, kernels, merge, quality, quickstart, report, startup
+from qlora_phi3 import installed
+
+installed.check_python()
+try:
+    from . import compare, context, data, engine, gpu, kernels, merge, quality, quickstart, report, startup
+except ImportError as error:
+    installed.stop(error)
 
 CASES = {
     "compare": compare,

@@ -45,18 +45,13 @@ def hardware() -> str:
 
 def _hardware_row(base: str, quantization: str, lengths: tuple[int, ...]) -> str:
     path = next(p for p in list_recipes() if p.stem == "phi3-mini-chat-8gb")
-    overrides = [
-        f"model.base={base}",
-        f"model.quantization={quantization}",
-        "train.micro_batch=1",
-        "train.activations=recompute",
-        "data.eval=",
-    ]
-    recipe = load_recipe(path, [*overrides, "evaluate.metrics=[loss]", "data.max_length=2048"])
-    peaks = [
-        memory.predict(recipe, phi3.VARIANTS[base], micro_batch=1, row_tokens=n).peak_bytes for n in lengths
-    ]
-    card = fit.smallest_card(recipe, phi3.VARIANTS[base])
+    keys = [f"model.base={base}", f"model.quantization={quantization}", "train.micro_batch=1"]
+    keys += ["train.activations=recompute", "data.eval=", "evaluate.metrics=[loss]"]
+    # rows are packed up to max_length: a shorter row alone would make no smaller pass
+    found = {n: load_recipe(path, [*keys, f"data.max_length={n}"]) for n in (*lengths, 2048)}
+    geometry = phi3.VARIANTS[base]
+    peaks = [memory.predict(found[n], geometry, micro_batch=1).peak_bytes for n in lengths]
+    card = fit.smallest_card(found[2048], geometry)
     cells = " | ".join(format_bytes(peak) for peak in peaks)
     return f"| {base.split('/')[1]} | {'NF4' if quantization == 'nf4' else 'bf16'} | {cells} | {card} GB |"
 

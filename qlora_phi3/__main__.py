@@ -1,6 +1,14 @@
 """`python -m qlora_phi3`."""
 
-from .cli import main
+from __future__ import annotations
+
+from . import installed
 
 if __name__ == "__main__":
-    main()
+    installed.check_python()
+    try:
+        from .cli import main
+
+        main()
+    except ImportError as error:
+        installed.stop(error)

@@ -19,12 +19,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import layouts, loftq, phi3
+from . import layouts, loftq, phi3, recipe_checks
 from .errors import ModelError, RunError
+from .layouts.files import give_usual_modes
 from .layouts.names import linear_shapes
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
 from .split_lora import DiagonalB, blocks, split
+from .strict_yaml import dotted_path
 from .weights import Checkpoint, first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -211,16 +213,13 @@ def keep_dtype(model: nn.Module) -> None:
 
 
 def check_rank(settings: Adapter, geometry: phi3.Geometry) -> None:
-    """A rank above a matrix's smaller side adds parameters and nothing that they could express.
+    """Refuse a rank that `recipe_checks.rank_problems` finds too high.
 
     Raises:
         ModelError: the rank is above the smaller side of a linear, a projection, the embedding or the head.
     """
-    for part in settings.parts:
-        limit = min(geometry.pair_shape(part))
-        if settings.rank > limit:
-            reason = f"{settings.rank} is above {limit}, the smaller side of {part}."
-            raise ModelError("adapter.rank", reason, f"Choose {limit} or less.")
+    for path, reason, remedy in recipe_checks.rank_problems(settings, geometry):
+        raise ModelError(dotted_path(path), reason, remedy)
 
 
 def check_targets(model: nn.Module, targets: Sequence[str], num_layers: int) -> None:
@@ -367,6 +366,7 @@ def _write(model: Any, base: Base, partial: Path) -> None:
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; report.py writes the real card
     check_saved(model, partial)
+    give_usual_modes(partial)
 
 
 def saved_bytes(model: nn.Module) -> int:

@@ -7,26 +7,39 @@ that needs it, so that everything else answers at once.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-from . import __version__, endings, fit, memory, meter, phi3, process, progress, speeds, weights
-from .errors import FitError, InputError, ModelError, Problem, QloraError, StopError
+from . import __version__, endings, fit, meter, phi3, plan_text, process, progress, speeds, weights
+from .commands import Commands, TakesKeys
+from .errors import (
+    MAX_SHOWN,
+    FitError,
+    InputError,
+    ModelError,
+    Problem,
+    QloraError,
+    StopError,
+    is_file,
+    is_folder,
+    shown,
+)
 from .interrupts import Interrupted
 from .recipe import Recipe
+from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 from .run_folder import check_folder
 from .units import format_bytes, parse_bytes
 
 
-class _Commands(TyperGroup):
+class _Commands(Commands):
     """The commands, whose errors reach `main`: typer would end some of them without a word."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -52,6 +65,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+MOST_ROOM: Final = 1024**4
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -94,7 +109,7 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=TakesKeys)
 def recipe(
     name: Annotated[
         str | None, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
@@ -132,7 +147,7 @@ def recipe(
         _run(found, out, as_json)
 
 
-@app.command()
+@app.command(cls=TakesKeys)
 def plan(
     name: Annotated[
         str, typer.Argument(help="Name of a recipe, or path of a YAML file.", metavar="NAME|PATH")
@@ -141,34 +156,51 @@ def plan(
     vram: Annotated[
         str | None, typer.Option(help="A card's memory, 8GiB: does it fit, and if not, what to change.")
     ] = None,
+    parts: Annotated[bool, typer.Option("--parts", help="Print what the memory is made of, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict a recipe's memory, card by card. Exit code 4 when it does not fit --vram."""
     found = load_recipe(find_recipe(name), overrides or ())
-    geometry = weights.known_geometry(found.model)
+    geometry = _sizes(found)
     if geometry is None:
-        reason = "its sizes are known once it is downloaded."
+        reason = "whether it is a Phi-3, and of which sizes, is known once its config.json is downloaded."
         raise ModelError(found.model.base, reason, "Run the recipe, or name a checkpoint that is here.")
     room = _room(vram) if vram is not None else None
     changes = fit.advise(found, geometry, room) if room is not None else ()
-    present = meter.card_bytes()
-    sizes = [*fit.SHOWN_GIB, *([present / 1024**3] if present else [])]
-    cards = [fit.card(found, geometry, gib) for gib in sizes]
+    on_card = fit.card(found, geometry, room / 1024**3) if room is not None else None
     predicted = fit.planned(found, geometry)
     if as_json:
-        answer = _answer_json(predicted, room, changes) if room is not None else None
-        figures = {"plan": predicted.to_json(), "cards": [one.to_json() for one in cards], "vram": answer}
+        answer = (
+            plan_text.answer_json(on_card, predicted, room or 0, changes) if on_card is not None else None
+        )
+        cards = [one.to_json() for one in _cards(found, geometry)]
+        figures = {"plan": predicted.to_json(), "cards": cards, "vram": answer}
         measured = [speed.to_json() for speed in speeds.alike(found)]
         _print_json({"recipe": found.model_dump(mode="json"), **figures, "measured": measured})
     else:
-        _show_plan(found, predicted, cards)
-        if vram is not None:
-            _show_answer(vram, predicted, room or 0, changes)
+        if vram is not None and on_card is not None:
+            plan_text.show_answer(vram, on_card, geometry, predicted, changes)
+        else:
+            plan_text.show_cards(found, geometry, _cards(found, geometry))
+        plan_text.show_least(found, geometry, predicted)
+        plan_text.show_merge(predicted)
+        plan_text.show_times(found)
+        if parts:
+            plan_text.show_parts(predicted)
+        else:
+            typer.echo("part by part: --parts")
     if changes != ():
         raise typer.Exit(FitError.exit_code)
 
 
-@app.command()
+def _cards(found: Recipe, geometry: phi3.Geometry) -> list[fit.Card]:
+    """The usual ones, and the one that is here."""
+    present = meter.card_bytes()
+    sizes = [*fit.SHOWN_GIB, *([present / 1024**3] if present else [])]
+    return [fit.card(found, geometry, gib) for gib in sizes]
+
+
+@app.command(cls=TakesKeys)
 def doctor(
     name: Annotated[
         str | None,
@@ -226,7 +258,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="merged: bf16 or fp16.")] = None,
     kind: Annotated[str | None, typer.Option(help="ollama: the GGUF's kind; q8_0.")] = None,
     num_ctx: Annotated[
-        int | None, typer.Option(min=1, help="ollama: context in tokens; at most 4096.")
+        int | None, typer.Option(min=1, help="ollama: context in tokens; 4096 or what the base has.")
     ] = None,
     repo: Annotated[str | None, typer.Option(help="hub: where to, you/name.")] = None,
     what: Annotated[str | None, typer.Option(help="hub: adapter or merged.")] = None,
@@ -242,7 +274,7 @@ def export(
     told = {"layout": layout, "merge_base": merge_base, "dtype": dtype, "kind": kind, "num_ctx": num_ctx}
     told |= {"repo": repo, "what": what, "dry_run": dry_run or None, "gate": False if no_gate else None}
     options = exports.check(to, {name: value for name, value in told.items() if value is not None})
-    if not run.is_dir():
+    if not is_folder(run, ModelError):
         raise ModelError(str(run), "no such folder.", "Give a run folder, or the folder of an adapter.")
     process.quiet()
 
@@ -316,7 +348,20 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
     check_files(found.data)
     if out is not None:
         check_folder(out)
-    return weights.known_geometry(found.model)
+    return _sizes(found)
+
+
+def _sizes(found: Recipe) -> phi3.Geometry | None:
+    """The base's sizes where they are known without a download; refused where the recipe asks for more."""
+    init = found.adapter.init
+    if init is not None and not is_folder(Path(init), ModelError) and not is_file(Path(init), ModelError):
+        raise ModelError(
+            f"adapter.init: {init}", "no such file or folder.", "Give an adapter's, or remove it."
+        )
+    geometry = weights.known_geometry(found.model)
+    if geometry is not None:
+        check_base(found, geometry)
+    return geometry
 
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
@@ -328,100 +373,39 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
                 "recipe": found.model_dump(mode="json"),
                 "plan": plan.to_json() if plan else None,
                 "smallest_card_gib": _card(found),
+                "base_checked": geometry is not None,
             }
         )
         return
-    console = Console()
-    console.print(f"{found.name}: the recipe is valid; nothing was run", highlight=False, markup=False)
-    if plan is None:
-        reason = f"no memory plan yet: the sizes of {found.model.base} are known once it is downloaded"
-        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+    if plan is None or geometry is None:
+        typer.echo(f"{found.name}: the recipe's keys are valid; its base is not checked; nothing was run")
+        typer.echo(
+            f"no memory plan yet: whether {found.model.base} is a Phi-3, and of which sizes, is known "
+            "once its config.json is downloaded"
+        )
         return
-    _print_plan(plan, console)
+    typer.echo(f"{found.name}: the recipe is valid; nothing was run")
+    plan_text.show_least(found, geometry, plan)
     card = _card(found)
-    console.print(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
+    typer.echo(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
+    typer.echo("card by card: `plan NAME`; part by part: `plan NAME --parts`")
 
 
 def _room(vram: str) -> int:
+    """Bytes of a card."""
+    several = re.fullmatch(r"\s*\d+\s*[x*\u00d7]\s*(.+)", vram)
+    if several is not None:
+        raise InputError(
+            "--vram", f"{shown(vram)}: a run takes one GPU only.", f"Write {several[1][:MAX_SHOWN]}."
+        )
     try:
-        return parse_bytes(vram)
+        room = parse_bytes(vram)
     except ValueError as error:
-        raise InputError("--vram", f"{vram!r} {error}.") from None
-
-
-def _answer_json(predicted: memory.Plan, room: int, changes: tuple[fit.Change, ...] | None) -> dict[str, Any]:
-    return {
-        "bytes": room,
-        "fits": changes == (),
-        "headroom_bytes": room - predicted.needed_bytes,
-        "changes": [change.to_json() for change in changes] if changes is not None else None,
-    }
-
-
-def _show_answer(
-    vram: str, predicted: memory.Plan, room: int, changes: tuple[fit.Change, ...] | None
-) -> None:
-    needed = f"needs {format_bytes(predicted.needed_bytes)} of {format_bytes(room)}"
-    typer.echo(f"{vram} fits: {'yes' if changes == () else 'no'} ({needed}, predicted)")
-    if changes is None:
-        typer.echo("no change of the recipe's keys makes it fit: choose a smaller model.base")
-    elif changes:
-        typer.echo("change these keys:")
-        for change in changes:
-            typer.echo(f"  {change.override}  -> needs {format_bytes(change.needed_bytes)}")
-
-
-def _show_plan(found: Recipe, predicted: memory.Plan, cards: list[fit.Card]) -> None:
-    console = Console()
-    _print_plan(predicted, console)
-    table = Table(title=f"{found.name} on cards", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("card", "fits", "headroom", "auto becomes", "max_length*", "micro batch*"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for one in cards:
-        largest = [str(number) if number is not None else "-" for number in (one.max_length, one.micro_batch)]
-        fits = "yes" if one.fits else "no"
-        way, kept = one.way, f" but {one.way.kept_layers}" if one.way.activations != "keep" else ""
-        auto = f"{way.activations}{kept if way.kept_layers else ''}, {way.micro_batch}" if one.fits else "-"
-        name = f"{one.gib} GB" if one.gib in fit.SHOWN_GIB else "here"
-        table.add_row(name, fits, format_bytes(one.headroom_bytes), auto, *largest)
-    console.print(table)
-    for one in cards:
-        if one.gib not in fit.SHOWN_GIB:
-            console.print(f"here: this computer's card, {one.gib:.1f} GiB in all", highlight=False)
-    auto = "auto: train.activations (but so many layers that keep theirs), train.micro_batch"
-    console.print(auto, highlight=False, soft_wrap=True)
-    console.print("* the largest, with everything else as in the recipe", highlight=False)
-    for speed in speeds.alike(found):
-        console.print(f"measured here: {speed.words}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_plan(plan: memory.Plan, console: Console) -> None:
-    """Parts down, phases across, and how each part is computed."""
-    title = f"predicted memory: micro batch {plan.micro_batch}, rows of {plan.row_tokens} tokens"
-    table = Table("part", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    # the others take less than training, and a terminal is narrow
-    phases = [one for one in plan.phases if one.name in ("load", "train", "evaluate")]
-    for phase in phases:
-        table.add_column(phase.name, justify="right", no_wrap=True)
-    table.add_column("how")
-    parts: dict[str, str] = {}
-    for part in (part for phase in phases for part in phase.parts):
-        parts.setdefault(part.name, part.formula)
-    for name, formula in parts.items():
-        sizes = [{part.name: part.num_bytes for part in phase.parts}.get(name) for phase in phases]
-        table.add_row(name, *(format_bytes(size) if size is not None else "" for size in sizes), formula)
-    table.add_section()
-    table.add_row("peak", *(format_bytes(phase.peak_bytes) for phase in phases), "of tensors")
-    for beside in plan.outside:
-        empty = ["" for _ in phases[1:]]
-        table.add_row(beside.name, *empty, format_bytes(beside.num_bytes), beside.formula)
-    console.print(table)
-    console.print(f"the device needs {format_bytes(plan.needed_bytes)}", highlight=False)
-    host = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in plan.host)
-    if host:
-        console.print(f"the computer's own memory beside it: {host}, and the data", highlight=False)
-    merging = format_bytes(plan.merge.peak_bytes + memory.IMPORTS_BYTES)
-    console.print(f"merging the adapter, where an export does: {merging} of the computer's", highlight=False)
+        raise InputError("--vram", f"{shown(vram)} {error}.") from None
+    if room > MOST_ROOM:
+        reason = f"{shown(vram)} is {format_bytes(room)}, more than any card has."
+        raise InputError("--vram", reason, "Write the memory on the card's box, 12GB for example.")
+    return room
 
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:

@@ -6,13 +6,20 @@ exceptions with a traceback.
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Final
 
 from typing_extensions import Self
 
 MAX_SHOWN: Final = 60
+
+MAX_PART: Final = 2000
+"""Characters of a place or a reason that are printed; a path may be long, a file's content longer."""
 
 
 def shown(value: object) -> str:
@@ -30,8 +37,19 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.place}: {self.reason}"
-        return f"{text} {self.remedy}" if self.remedy else text
+        """One line, whatever names and values hold: no escape sequence of theirs reaches a terminal."""
+        place, reason, remedy = (_printable(part) for part in (self.place, self.reason, self.remedy))
+        return f"{place}: {reason} {remedy}".rstrip()
+
+
+def _printable(text: str) -> str:
+    """Text with control and format characters as Python writes them, cut where it is endless."""
+    cut = text if len(text) <= MAX_PART else f"{text[:MAX_PART]}..."
+    if cut.isprintable():
+        return cut
+    return "".join(
+        one if one.isprintable() or unicodedata.category(one) == "Zs" else ascii(one)[1:-1] for one in cut
+    )
 
 
 class QloraError(Exception):
@@ -99,3 +117,29 @@ class StopError(QloraError):
     """The process was asked to end, by Ctrl-C or a signal; what was trained until then is saved."""
 
     exit_code: int = 3
+
+
+def is_file(path: Path, error: type[InputError] = InputError) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        InputError, of the kind given: the system does not tell, as of a name that is too long.
+    """
+    found = _stat(path, error)
+    return found is not None and S_ISREG(found.st_mode)
+
+
+def is_folder(path: Path, error: type[InputError] = InputError) -> bool:
+    """Whether a folder is there; otherwise as `is_file`."""
+    found = _stat(path, error)
+    return found is not None and S_ISDIR(found.st_mode)
+
+
+def _stat(path: Path, error: type[InputError]) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in it
+        reason = f"cannot be looked up: {getattr(failure, 'strerror', None) or failure}."
+        raise error(str(path), reason, "Check the path, and who may read the folders above.") from None

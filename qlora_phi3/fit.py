@@ -29,7 +29,8 @@ SHORTEST: Final = 128
 class Card:
     """A recipe on one card, and what `auto` becomes there.
 
-    `max_length` and `micro_batch` are the largest that fit, each by itself.
+    `max_length` and `micro_batch` are the largest that fit, each by itself. `needed_bytes` is what a run
+    takes there, in its `way`; where it does not fit, the least it can do with.
 
     Units: `headroom_bytes` is below zero where it does not fit; `max_length` in tokens, None where none fits.
     """
@@ -40,6 +41,11 @@ class Card:
     max_length: int | None
     micro_batch: int | None
     way: memory.Way
+    needed_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.gib * 1024**3)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +55,7 @@ class Card:
             "largest_max_length": self.max_length,
             "largest_micro_batch": self.micro_batch,
             "chosen": self.way.keys,
+            "needed_bytes": self.needed_bytes,
         }
 
 
@@ -67,12 +74,17 @@ def planned(recipe: Recipe, geometry: Geometry) -> memory.Plan:
     """The plan of a recipe on a card; `auto` as the least it can become: one row, offloaded, in slices, with
     frozen weights on the host."""
     explicit = recipe.train.micro_batch
+    found = least(recipe, geometry)
+    return memory.predict(found, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
+
+
+def least(recipe: Recipe, geometry: Geometry) -> Recipe:
+    """The recipe with `auto` as what takes the least memory of a card."""
     if recipe.train.activations == "auto":
         recipe = recipe.settled(activations="offload")
     if recipe.train.slice_columns == "auto" and memory.can_slice(recipe, geometry, "cuda"):
         recipe = recipe.settled(slice_columns=memory.SLICE_COLUMNS)
-    recipe = recipe.settled(host=memory.host_choices(recipe, geometry, "cuda")[-1])
-    return memory.predict(recipe, geometry, micro_batch=explicit if isinstance(explicit, int) else 1)
+    return recipe.settled(host=memory.host_choices(recipe, geometry, "cuda")[-1])
 
 
 def smallest_card(recipe: Recipe, geometry: Geometry) -> int | None:
@@ -89,7 +101,11 @@ def card(recipe: Recipe, geometry: Geometry, gib: float) -> Card:
     largest = largest_micro_batch(recipe, geometry, room)
     # as a run chooses where nothing else is on the card
     way = _ways(recipe, geometry).fastest(memory.usable_bytes(room - memory.CONTEXT_BYTES))
-    return Card(gib, headroom >= 0, headroom, longest, largest, way)
+    needed = room - headroom
+    if headroom >= 0:
+        there = memory.predict(recipe.settled(**way.keys), geometry, micro_batch=way.micro_batch)
+        needed = there.needed_bytes
+    return Card(gib, headroom >= 0, headroom, longest, largest, way, needed)
 
 
 @lru_cache(maxsize=1)

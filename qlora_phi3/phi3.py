@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from .errors import ModelError
+from . import config_values
+from .errors import ModelError, shown
 
 LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The four linears of a decoder layer, in the order of the forward pass."""
@@ -208,13 +209,18 @@ VARIANTS: Final[dict[str, Geometry]] = {
 }
 """Geometry of the known checkpoints, so that a plan needs no download."""
 
-_REFUSED: Final = {
+OTHERS: Final = {
     "phi3small": "Phi-3-small is another architecture (block-sparse attention, its own tokenizer)",
     "phi3_v": "Phi-3-vision is another architecture",
     "phimoe": "Phi-3.5-MoE is another architecture",
     "phi4mm": "Phi-4-multimodal is another architecture",
+    "phi4flash": "Phi-4-mini-flash is another architecture",
+    "phi4-siglip": "Phi-4-reasoning-vision is another architecture",
     "phi": "Phi-1 and Phi-2 are another architecture",
 }
+"""model_type of a checkpoint with Phi in its name that is no `Phi3ForCausalLM` -> what to say of it."""
+
+TAKE_INSTEAD: Final = "Choose a Phi3ForCausalLM checkpoint, for example microsoft/Phi-3-mini-4k-instruct."
 
 
 def check_architecture(config: Mapping[str, Any], place: str) -> None:
@@ -224,13 +230,12 @@ def check_architecture(config: Mapping[str, Any], place: str) -> None:
         ModelError: `model_type` is not "phi3", or `architectures` names another class.
     """
     model_type = config.get("model_type")
-    remedy = "Choose a Phi3ForCausalLM checkpoint, for example microsoft/Phi-3-mini-4k-instruct."
     if model_type != "phi3":
-        reason = _REFUSED.get(str(model_type), "only the Phi-3 architecture is supported")
-        raise ModelError(place, f"model_type is {model_type!r}: {reason}.", remedy)
-    architectures = config.get("architectures") or ["Phi3ForCausalLM"]
-    if "Phi3ForCausalLM" not in architectures:
-        raise ModelError(place, f"architectures is {architectures}, not Phi3ForCausalLM.", remedy)
+        reason = OTHERS.get(str(model_type), "only the Phi-3 architecture is supported")
+        raise ModelError(place, f"model_type is {shown(model_type)}: {reason}.", TAKE_INSTEAD)
+    named = config.get("architectures")
+    if named and "Phi3ForCausalLM" not in (named if isinstance(named, list) else [named]):
+        raise ModelError(place, f"architectures is {shown(named)}, not Phi3ForCausalLM.", TAKE_INSTEAD)
 
 
 def _check_heads(config: Mapping[str, Any], place: str) -> None:
@@ -247,28 +252,23 @@ def geometry_from_config(config: Mapping[str, Any], place: str = "config.json") 
     """Read the sizes out of a checkpoint's config.json, of either transformers 4 or 5 spelling.
 
     Raises:
-        ModelError: another architecture, or a size is missing or not a positive whole number.
+        ModelError: another architecture, or values that no Phi-3 has: all of them at once.
     """
     check_architecture(config, place)
-    sizes = {
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_heads": "num_attention_heads",
-        "vocab_size": "vocab_size",
-    }
-    found = {name: config.get(key) for name, key in sizes.items()}
-    found["num_kv_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    sizes["num_kv_heads"] = "num_key_value_heads"
-    bad = [sizes[n] for n, v in found.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
-    if bad:
-        raise ModelError(place, f"{', '.join(bad)} must be positive whole numbers.", "Download it again.")
+    faults = config_values.faults(config)
+    if faults:
+        raise ModelError(place, f"{'; '.join(faults)}.", "Download it again, or mend it.")
     _check_heads(config, place)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     positions = config.get("max_position_embeddings", 4096)
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     return Geometry(
-        **found,  # type: ignore[arg-type]  # checked just above
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         rotary_fraction=config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0,
         sliding_window=config.get("sliding_window"),

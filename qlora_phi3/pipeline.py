@@ -24,6 +24,7 @@ from . import (
     model,
     phases,
     process,
+    recipe_checks,
     report,
     run_folder,
     speeds,
@@ -130,6 +131,7 @@ def _run(
     for finding in findings:
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
+    recipe_checks.check_base(recipe, checkpoint.geometry)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)
@@ -492,6 +494,7 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
 
 def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    found["system_prompt"] = splits.train.system_prompt
     found["sources"] = splits.sources_json()
     if splits.eval is not None:
         rows = len(splits.eval.rows)

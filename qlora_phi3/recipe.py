@@ -29,6 +29,7 @@ from .recipe_values import (
     auto_or_positive,
     auto_or_size,
     auto_or_switch,
+    check_base,
     check_export,
     check_host,
     check_method,
@@ -89,7 +90,7 @@ class _Part(BaseModel):
 class Model(_Part):
     """The base model."""
 
-    base: str = Field(
+    base: Annotated[str, BeforeValidator(check_base)] = Field(
         default="microsoft/Phi-3-mini-4k-instruct",
         min_length=1,
         description="hub id, local folder (./ or / in front), or builtin:smollm2-135m, which needs no hub",
@@ -161,8 +162,8 @@ class Adapter(_Part):
     init: str | None = Field(
         default=None,
         min_length=1,
-        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's, relative to the "
-        "recipe's folder",
+        description="adapter to go on from: a folder or file of PEFT's, loralib's or MLX's; a relative path "
+        "is as data.train.path's",
     )
 
     @property
@@ -193,7 +194,8 @@ class Source(_Part):
     path: str = Field(
         min_length=1,
         description="a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's "
-        "folder; or org/name, a data set on the hub (./org/name: a folder)",
+        "folder or, on the command line, to the current one; or org/name, a data set on the hub "
+        "(./org/name: a folder)",
     )
     format: Annotated[
         Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"],
@@ -204,7 +206,7 @@ class Source(_Part):
     ] = Field(
         default="auto",
         description="layout of a row; auto looks at the keys of the first. text: plain text, one document "
-        "a row or .txt file, every token trained on",
+        "a row or .txt file, every token trained on. preference: not yet",
     )
     split: str = Field(default="train", min_length=1, description="split of a hub data set")
     subset: str | None = Field(default=None, min_length=1, description="configuration of a hub data set")
@@ -315,7 +317,7 @@ class Train(_Part):
     """How it is trained."""
 
     task: Annotated[Literal["sft", "dpo"], Today(("sft",))] = Field(
-        default="sft", description="training task"
+        default="sft", description="training task; dpo: not yet"
     )
     engine: Literal["auto", "native", "reference"] = Field(
         default="auto",
@@ -388,10 +390,10 @@ class Train(_Part):
         f"{SCORED_ROWS} drawn by train.seed",
     )
     save_every: Annotated[int | None, Today((None,))] = Field(
-        default=None, description="steps between verified checkpoints"
+        default=None, description="not yet: steps between verified checkpoints"
     )
     keep_checkpoints: Annotated[int, Today((2,))] = Field(
-        default=2, ge=1, description="newest checkpoints kept"
+        default=2, ge=1, description="not yet: newest checkpoints kept"
     )
 
 
@@ -421,7 +423,7 @@ class Evaluate(_Part):
     """Metrics on the held-out rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
-        default=("loss",), description="out of loss, perplexity, exact_match, json_match"
+        default=("loss",), description="out of loss, perplexity, exact_match, json_match; rouge: not yet"
     )
     samples: int = Field(
         default=32,
@@ -467,7 +469,7 @@ class Recipe(_Part):
         tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],
         Field(strict=False),
         Today(((),), "Every logged step is in the run folder's metrics.jsonl."),
-    ] = Field(default=(), description="experiment trackers")
+    ] = Field(default=(), description="not yet: experiment trackers")
 
     def settled(self, *, host: tuple[HostPart, ...] | None = None, **chosen: Any) -> Recipe:
         """The same recipe with keys of `train`, and `memory.host`, replaced by what was chosen, so that it

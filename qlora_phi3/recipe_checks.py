@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from . import phi3
-from .recipe import GENERATION_METRICS, Evaluate, Fraction, Recipe, Source
+from . import base_names, phi3
+from .errors import Problem, RecipeError, shown
+from .recipe import GENERATION_METRICS, Adapter, Evaluate, Fraction, Recipe, Source
 
 KeyProblem = tuple[tuple[str | int, ...], str, str]
 """(path of keys, reason, remedy)."""
@@ -121,6 +122,12 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
             "Write 0.03 for 3% of the steps, or 100 for 100 steps.",
         ),
         (
+            len(set(evaluate.metrics)) < len(evaluate.metrics),
+            ("evaluate", "metrics"),
+            f"names a metric twice: {', '.join(evaluate.metrics)}.",
+            "Keep one.",
+        ),
+        (
             data.eval is None and not set(evaluate.metrics) <= set(Evaluate().metrics),
             ("evaluate", "metrics"),
             f"{', '.join(evaluate.metrics)} asked for, but data.eval is null.",
@@ -134,15 +141,63 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
         ),
     )
     found = [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
+    found += _base_problems(recipe)
+    known = phi3.VARIANTS.get(recipe.model.base)
+    found += beyond_base(recipe, known) if known is not None else []
     for key, source in data.sources():
         found += _source_problems(source, key)
     return found + _text_problems(recipe)
+
+
+def beyond_base(recipe: Recipe, geometry: phi3.Geometry) -> list[KeyProblem]:
+    """What a recipe asks of its base that a model of these sizes does not have."""
+    most, data, evaluate = geometry.max_positions, recipe.data, recipe.evaluate
+    found = list(rank_problems(recipe.adapter, geometry))
+    if data.max_length > most:
+        reason = f"{data.max_length} is beyond the {most} positions of {recipe.model.base}."
+        found.append((("data", "max_length"), reason, f"Set it to {most} or less, or take a base with more."))
+    answers = data.eval is not None and set(GENERATION_METRICS) & set(evaluate.metrics)
+    if answers and evaluate.max_new_tokens >= most:
+        reason = f"{evaluate.max_new_tokens} leaves no room for a prompt in the {most} positions of "
+        remedy = f"Set it to {most // 2} or less."
+        found.append((("evaluate", "max_new_tokens"), f"{reason}{recipe.model.base}.", remedy))
+    return found
+
+
+def rank_problems(settings: Adapter, geometry: phi3.Geometry) -> Iterator[KeyProblem]:
+    """A rank above a matrix's smaller side adds parameters and nothing that they could express."""
+    limits = {part: min(geometry.pair_shape(part)) for part in settings.parts}
+    part = min(limits, key=limits.__getitem__, default="")
+    if part and settings.rank > (limit := limits[part]):
+        reason = f"{settings.rank} is above {limit}, the smaller side of {part}."
+        yield ("adapter", "rank"), reason, f"Choose {limit} or less."
+
+
+def check_base(recipe: Recipe, geometry: phi3.Geometry) -> None:
+    """Refuse what `beyond_base` finds, once the sizes of a folder or of a download are known.
+
+    Raises:
+        RecipeError: all of it.
+    """
+    found = [Problem(".".join(map(str, path)), *why) for path, *why in beyond_base(recipe, geometry)]
+    if found:
+        raise RecipeError.of(found)
 
 
 def _named_twice(targets: Sequence[str]) -> bool:
     """Whether a projection is meant by two names, as q is by [qkv_proj, q]."""
     meant = [p for name in targets for p in (phi3.inside(name) if name in phi3.LINEARS else (name,))]
     return len(set(meant)) < len(meant)
+
+
+def _base_problems(recipe: Recipe) -> Iterator[KeyProblem]:
+    """A base whose name tells that it cannot be one, so that nobody plans for it or downloads it first."""
+    refused = base_names.refusal(recipe.model.base)
+    if refused is not None:
+        yield ("model", "base"), f"{shown(recipe.model.base)} {refused[0]}", refused[1]
+    if recipe.model.revision is not None and not base_names.is_revision(recipe.model.revision):
+        reason, remedy = base_names.NO_REVISION
+        yield ("model", "revision"), f"{shown(recipe.model.revision)} {reason}", remedy
 
 
 def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:
@@ -152,6 +207,9 @@ def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[Key
         if value != Source.model_fields[name].default:
             reason = f"{value!r} is for a data set on the hub; {source.path} is a file or folder."
             yield (*key, name), reason, "Remove it, or give the data set as org/name."
+    if source.is_hub and source.revision is not None and not base_names.is_revision(source.revision):
+        reason, remedy = base_names.NO_REVISION
+        yield (*key, "revision"), f"{shown(source.revision)} {reason}", remedy
 
 
 def _text_problems(recipe: Recipe) -> list[KeyProblem]:

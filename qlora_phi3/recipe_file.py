@@ -1,36 +1,35 @@
 """From a recipe's name or path, and overrides, to a checked Recipe; and back to YAML.
 
 Owns where recipes are found, how `key=value` overrides apply, what relative paths are relative to, and
-how a refusal is worded: file:line, dotted path, found value, allowed values, nearest name.
+how a refusal is placed: file:line, dotted path. What it says is recipe_words' matter.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
-import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from . import strict_yaml
-from .errors import OutputError, Problem, RecipeError
+from .errors import MAX_SHOWN, OutputError, Problem, RecipeError, is_file, is_folder
 from .recipe import ARMS, Recipe
 from .recipe_checks import cross_problems
 from .recipe_values import is_hub_id
+from .recipe_words import Part, join, keys, nearest, show, word
 from .strict_yaml import dotted_path
 
 KeyPath = strict_yaml.Path
-Part = type[BaseModel] | None
 
 COMMAND_LINE: Final = "command line"
 MAX_BYTES: Final = 1_000_000
-MAX_SHOWN: Final = 60
+
+MAX_PROBLEMS: Final = 20
+"""Problems that are told; a file that is no recipe may have as many as lines."""
 
 SOURCE_KEYS: Final[tuple[KeyPath, ...]] = (("data", "train"), ("data", "eval"))
 """Keys of a source or a list of them, whose paths are relative to the recipe's folder, or to the working
@@ -59,20 +58,20 @@ def find_recipe(name_or_path: str) -> Path:
     """File of a recipe: a path as it is, else one that comes with the toolkit.
 
     Raises:
-        RecipeError: no such file, or no such name -> the nearest one.
+        RecipeError: no such file, or no such name -> the nearest one; a path that cannot be looked up.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if is_file(path, RecipeError):
         return path
     names = {found.stem: found for found in list_recipes()}
     if name_or_path in names:
         return names[name_or_path]
-    hint = _nearest(path.stem, names)
+    hint = nearest(path.stem, names)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        reason = "is a folder." if path.is_dir() else "no such file."
-        remedy = _join(hint, "List the recipes with `python -m qlora_phi3 recipe`.")
+        reason = "is a folder." if is_folder(path, RecipeError) else "no such file."
+        remedy = join(hint, "List the recipes with `python -m qlora_phi3 recipe`.")
         raise RecipeError(name_or_path, reason, remedy)
-    remedy = _join(hint, f"Known: {', '.join(names)}; or give the path of a YAML file.")
+    remedy = join(hint, f"Known: {', '.join(names)}; or give the path of a YAML file.")
     raise RecipeError(name_or_path, "no recipe of this name.", remedy)
 
 
@@ -85,7 +84,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     source = _Source(str(path), strict_yaml.parse(_read(path), str(path)))
     source.anchor_paths(path.parent, under=())
     problems = source.document.problems
-    for text in overrides:
+    for text in _joined(overrides):
         try:
             source.override(text)
         except RecipeError as error:
@@ -98,8 +97,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if not source.document.refused:  # it would read as null, and be blamed for what null contradicts
             problems += [Problem(source.place(key), *why) for key, *why in cross_problems(recipe)]
     if problems:
-        raise RecipeError.of(sorted(problems, key=source.line_of))
+        raise RecipeError.of(_capped(sorted(problems, key=source.line_of), source.unworded))
     return recipe
+
+
+def _capped(problems: list[Problem], unworded: int) -> list[Problem]:
+    """As many as one reads; the rest is counted."""
+    left = max(len(problems) - MAX_PROBLEMS, 0) + unworded
+    rest = [Problem("and", f"{left} more problem{'s' if left > 1 else ''} like these.")] if left else []
+    return [*problems[:MAX_PROBLEMS], *rest]
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -146,18 +152,8 @@ def _with_absolute_paths(path: Path) -> str:
 def document_keys() -> str:
     """Every key with default and help text as a Markdown table, from the fields themselves."""
     rows = ["| key | default | what it does |", "|---|---|---|"]
-    rows += [f"| `{key}` | {default} | {text} |" for key, default, text in _keys(Recipe, "")]
+    rows += [f"| `{key}` | {default} | {text} |" for key, default, text in keys(Recipe, "")]
     return "\n".join(rows) + "\n"
-
-
-def _keys(part: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
-    for name, info in part.model_fields.items():
-        parts = set(_parts(info.annotation))
-        if len(parts) == 1:
-            yield from _keys(parts.pop(), f"{prefix}{name}.")
-        else:
-            default = "*required*" if info.is_required() else f"`{_show(info.default)}`"
-            yield f"{prefix}{name}", default, info.description or ""
 
 
 def _read(path: Path) -> str:
@@ -172,6 +168,32 @@ def _read(path: Path) -> str:
         raise RecipeError(str(path), f"cannot be read: {error.strerror}.", "Check the path.") from None
 
 
+_KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def _joined(overrides: Sequence[str]) -> list[str]:
+    """Overrides, with `key = value` as the one that it was meant to be."""
+    found: list[str] = []
+    for text in overrides:
+        before = found[-1] if found else ""
+        lone = "=" not in text and "." in before and _KEY.fullmatch(before) and not _KEY.fullmatch(text)
+        open_end = before.endswith("=") and before.count("=") == 1 and "=" not in text
+        if lone or open_end or (text.startswith("=") and _KEY.fullmatch(before)):
+            found[-1] = f"{before} {text}"
+        else:
+            found.append(text)
+    return found
+
+
+def _how_to_override(text: str) -> str:
+    spaced = re.fullmatch(rf"({_KEY.pattern})(?:\s*=\s*|\s+)([^\s=]+)", text)
+    if spaced is not None:
+        return f"Write {spaced[1]}={spaced[3][:MAX_SHOWN]}, without spaces."
+    if _KEY.fullmatch(text) and "." in text:
+        return f"Write {text[:MAX_SHOWN]}=VALUE, for example train.learning_rate=1e-4."
+    return "Write for example train.learning_rate=1e-4."
+
+
 @dataclass
 class _Source:
     """Values of a recipe with the place each came from."""
@@ -179,6 +201,7 @@ class _Source:
     name: str
     document: strict_yaml.Document
     overridden: set[KeyPath] = field(default_factory=set)
+    unworded: int = 0
 
     def place(self, path: KeyPath) -> str:
         """`file:line: dotted.path`, or the command line; a key that stands nowhere has its parent's place."""
@@ -199,9 +222,8 @@ class _Source:
     def override(self, text: str) -> None:
         """Apply `a.b=value`; relative paths are meant from the working folder."""
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            remedy = "Write for example train.learning_rate=1e-4."
-            raise RecipeError(COMMAND_LINE, f"{_show(text)} is not key=value.", remedy)
+        if not equals or not _KEY.fullmatch(key):
+            raise RecipeError(COMMAND_LINE, f"{show(text)} is not key=value.", _how_to_override(text))
         path: KeyPath = tuple(key.split("."))
         parsed = strict_yaml.parse_value(value, COMMAND_LINE, path)
         self._parent_of(path)[path[-1]] = parsed
@@ -219,7 +241,7 @@ class _Source:
             if not isinstance(target, dict):
                 parent = dotted_path(path[:length])
                 place = f"{COMMAND_LINE}: {dotted_path(path)}"
-                raise RecipeError(place, f"{parent} is {_show(target)} and has no keys below it.")
+                raise RecipeError(place, f"{parent} is {show(target)} and has no keys below it.")
         return target
 
     def _forget(self, path: KeyPath) -> None:
@@ -257,25 +279,42 @@ class _Source:
         parent, value = self.at(path[:-1]), self.at(path)
         if not isinstance(value, str) or not value or (path == BASE_KEY and not _is_folder_name(value)):
             return
-        if path not in (BASE_KEY, INIT_KEY) and is_hub_id(value) and not (folder / value).exists():
+        if path not in (BASE_KEY, INIT_KEY) and is_hub_id(value) and not _exists(folder / value):
             return
         try:
             parent[path[-1]] = str((folder / Path(value).expanduser()).resolve())
         except (RuntimeError, OSError) as error:  # ~nobody, or links that go in circles
-            reason = f"{_show(value)} leads nowhere: {error}"
+            reason = f"{show(value)} leads nowhere: {error}"
             self.document.problems.append(Problem(self.place(path), reason, "Write the path out."))
+            self.document.refused.add(path)
 
     def explain(self, error: ValidationError) -> list[Problem]:
-        """Word pydantic's errors: what was found, what is allowed, what was probably meant."""
-        return [
-            Problem(self.place(path), *_word(detail, owner, below))
-            for detail in error.errors()
+        """Word pydantic's errors: what was found, what is allowed, what was probably meant.
+
+        The first MAX_PROBLEMS of the file: looking for the nearest of many names takes its time.
+        """
+        found = [
+            (self.place(path), detail, owner, below)
+            for detail in error.errors(include_url=False)
             for path, owner, below in [_locate(detail["loc"])]
             if detail["type"] == "extra_forbidden" or not self._is_refused(path)
+        ]
+        found.sort(key=lambda one: self.line_of(Problem(one[0], "")))
+        self.unworded = max(len(found) - MAX_PROBLEMS, 0)
+        return [
+            Problem(place, *word(detail, owner, below))
+            for place, detail, owner, below in found[:MAX_PROBLEMS]
         ]
 
     def _is_refused(self, path: KeyPath) -> bool:
         return any(path[:length] in self.document.refused for length in range(len(path) + 1))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_folder_name(base: str) -> bool:
@@ -300,95 +339,5 @@ def _locate(location: KeyPath) -> tuple[KeyPath, Part, Part]:
     return path, owner, below
 
 
-def _parts(annotation: Any) -> Iterable[type[BaseModel]]:
-    """The parts that an annotation names, inside unions and tuples too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _parts(inner)
-
-
 def _part(annotation: Any) -> Part:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _word(error: ErrorDetails, owner: Part, below: Part) -> tuple[str, str]:
-    """Reason and remedy of one pydantic error."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    found, name = _show(value), str(error["loc"][-1])
-    if kind == "extra_forbidden" and owner:
-        return "unknown key.", _join(_meant_key(name, owner), _listed(owner.model_fields))
-    if kind == "missing" and owner:
-        return f"is missing: {owner.model_fields[name].description}.", "Add it."
-    if kind == "not_available":
-        today = ", ".join(_show(value) for value in context.get("today", ()))
-        return f"{found} is not available yet.", context.get("hint") or f"Today: {today}."
-    if kind == "declined":
-        return f"{found} {error['msg']}.", _join(context["instead"], _listed(context["allowed"]))
-    if kind in ("literal_error", "target"):
-        allowed = context.get("allowed") or re.findall(r"'([^']*)'", context["expected"])
-        what = error["msg"] if kind == "target" else "is not allowed"
-        nearest = _nearest(str(value), context.get("known", allowed))
-        return f"{found} {what}.", _join(nearest, _listed(allowed))
-    needs = _NEEDS[kind].format(**context) if kind in _NEEDS else error["msg"]
-    return f"found {found}, {needs}.", _how_to_write(kind, value, below)
-
-
-def _how_to_write(kind: str, value: Any, below: Part) -> str:
-    if kind == "model_type" and below:
-        return f"They are {', '.join(below.model_fields)}."
-    if kind == "tuple_type" and isinstance(value, str):
-        return f"Write [{value}]."
-    if kind == "string_type" and isinstance(value, (int, float)):
-        return "Quote it."
-    return ""
-
-
-_NEEDS: Final = {
-    "int_type": "needs a whole number",
-    "float_type": "needs a number",
-    "bool_type": "needs true or false",
-    "string_type": "needs text",
-    "tuple_type": "needs a list",
-    "finite_number": "needs a finite number",
-    "model_type": "needs keys of its own",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be {le} or less",
-    "string_pattern_mismatch": "must be letters, digits, '.', '_' or '-', and begin with a letter or digit",
-    "string_too_short": "must not be empty",
-    "string_too_long": "must have at most {max_length} characters",
-}
-"""Kind of a pydantic error -> what the key needs; any other kind keeps pydantic's words."""
-
-
-def _meant_key(name: str, owner: type[BaseModel]) -> str:
-    """The same name in another part, or the nearest in this one."""
-    homes = [key.rpartition(".")[0] for key, _, _ in _keys(Recipe, "") if key.split(".")[-1] == name]
-    if homes or name in Recipe.model_fields:
-        return f"It belongs to {homes[0]}." if any(homes) else "It belongs to the top level."
-    return _nearest(name, owner.model_fields)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    return f"Allowed: {', '.join(names)}."
-
-
-def _join(*sentences: str) -> str:
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
-def _show(value: Any) -> str:
-    """A value as it would stand in the YAML, shortened; text always in quotes."""
-    if isinstance(value, str):
-        text = repr(value)
-    else:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-        text = text.strip().removesuffix("...").strip()
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from . import phi3
+from . import base_names, phi3
 from .units import HOW_TO_WRITE, parse_bytes
 
 Method = Literal["lora", "rslora", "dora", "loftq"]
@@ -24,7 +24,7 @@ K_QUANTS: Final = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2
 
 EXPORTS: Final = (
     *("adapter", "loralib", "mlx", "vllm", "merged", "gguf-lora", "ollama"),
-    *(f"gguf:{kind}" for kind in (*GGUF_KINDS, *K_QUANTS)),
+    *(f"gguf:{kind}" for kind in GGUF_KINDS),
 )
 """What a run can write for other programs. Pushing to the hub is for the command line alone."""
 
@@ -64,6 +64,11 @@ def check_version(value: Any) -> Any:
     if type(value) is int and value == 1:
         return value
     raise PydanticCustomError("expected", "needs 1, the only format so far")
+
+
+def check_base(value: Any) -> Any:
+    """A known name as Microsoft writes it: caches and tables tell capitals apart, the hub does not."""
+    return base_names.canonical(value) if isinstance(value, str) else value
 
 
 def auto_or_positive(value: Any) -> Any:
@@ -151,12 +156,25 @@ def check_targets(value: Any) -> Any:
     return value
 
 
+_LLAMA_CPP_S: Final = re.compile(r"(?:gguf:)?(q\d_k\w*|[it]q\d\w*)", re.IGNORECASE)
+"""Kinds of GGUF that only llama.cpp's own quantizer makes."""
+
+
 def check_export(name: Any) -> Any:
+    """What a run can make: a k-quant is refused here and not when the training is done."""
     if not isinstance(name, str):
         raise PydanticCustomError("string_type", "needs text")
-    if name not in EXPORTS:
-        raise PydanticCustomError("target", "is no export", {"allowed": list(EXPORTS)})
-    return name
+    if name in EXPORTS:
+        return name
+    known = {"allowed": list(EXPORTS)}
+    kind = _LLAMA_CPP_S.fullmatch(name)
+    if kind is None:
+        raise PydanticCustomError("target", "is no export", known)
+    instead = f"Write gguf:f16, then run `llama-quantize NAME-f16.gguf NAME.gguf {kind[1].upper()}`."
+    raise PydanticCustomError("declined", _NEEDS_LLAMA_CPP, known | {"instead": instead})
+
+
+_NEEDS_LLAMA_CPP: Final = "is a kind that llama.cpp's own quantizer makes, and no Python package"
 
 
 def check_host(value: Any) -> Any:

@@ -30,6 +30,7 @@ _REFUSED: Final = {
 }
 _REMEDIES: Final = {
     r"'\t'": "Use spaces instead of the tab.",
+    "could not find expected ':'": "Put a space after the colon, or mend the indentation.",
     "mapping values are not allowed": "Quote the text if it holds a colon, or mend the indentation.",
     "cannot start any token": "Quote the text.",
     "single document": "Keep one.",

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 _POWERS: Final = {"": 3, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 HOW_TO_WRITE: Final = "a size such as 8GiB, 8GB, 512MiB or 8, which is GiB"
 
 

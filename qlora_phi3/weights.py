@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import builtin, phi3
-from .errors import ModelError
+from . import base_names, builtin, phi3
+from .errors import ModelError, is_folder
 from .recipe import Model
 
 Say = Callable[[str], None]
@@ -140,7 +140,8 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
     """Sizes of a base without downloading anything: a known checkpoint or a local folder, else None.
 
     Raises:
-        ModelError: the folder's config.json is missing or refused, or no such built-in model.
+        ModelError: the folder's config.json is missing or refused, no such built-in model, or a name that
+            tells of another architecture.
     """
     if Path(settings.base).is_absolute():
         folder = _local_folder(settings.base)
@@ -148,6 +149,8 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
         return phi3.geometry_from_config(read_config(folder), str(folder / "config.json"))
     if settings.base.startswith("builtin:"):
         builtin.check_name(settings.base.removeprefix("builtin:"))
+    else:
+        _check_name(settings)
     return phi3.VARIANTS.get(settings.base)
 
 
@@ -206,26 +209,40 @@ def check_auto_map(config: Mapping[str, Any], path: Path) -> None:
             raise ModelError(str(path), reason, "Choose a checkpoint without code.")
 
 
+def _check_name(settings: Model) -> None:
+    """Refuse what the hub cannot have, or has in another architecture, before it is asked."""
+    found = base_names.refusal(settings.base)
+    if found is not None:
+        raise ModelError(f"model.base: {settings.base}", *found)
+    if settings.revision is not None and not base_names.is_revision(settings.revision):
+        raise ModelError(f"model.revision: {settings.revision}", *base_names.NO_REVISION)
+
+
 def _local_folder(base: str) -> Path:
     folder = Path(base)
-    if not folder.is_dir():
+    if not is_folder(folder, ModelError):
         raise ModelError(base, "no such folder.", "Give a folder with config.json, or a hub id.")
     return folder
 
 
 def _check_files(folder: Path, place: str) -> None:
-    if not any(folder.glob("*.safetensors")):
-        other = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise ModelError(place, f"cannot be read: {error.strerror}.", "Check its permissions.") from None
+    if not any(name.endswith(".safetensors") for name in names):
+        other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         reason = f"holds {other[0]} but no safetensors." if other else "holds no *.safetensors."
         raise ModelError(place, reason, "Convert it to safetensors with its own tools first.")
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
+    if "adapter_config.json" in names:
+        adapter = folder / "adapter_config.json"
         reason = "stands beside the base: transformers would load the base that this adapter names instead."
         raise ModelError(str(adapter), reason, "Give the folder of a base without an adapter in it.")
 
 
 def _download(base: str, revision: str | None, say: Say, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     """Snapshot folder of a hub model, named after its commit; from the local hub cache when offline."""
+    _check_name(Model(base=base, revision=revision))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -296,6 +313,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(str(path), "is missing.", "Give a folder that holds a whole checkpoint.") from None
+    except RecursionError:
+        raise ModelError(str(path), "cannot be read: nested too deeply.", "Download it again.") from None
     except (OSError, ValueError) as error:
         raise ModelError(str(path), f"cannot be read: {first_line(error)}", "Download it again.") from None
     if not isinstance(found, dict):

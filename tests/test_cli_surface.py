@@ -165,13 +165,13 @@ def test_the_list_as_json() -> None:
 def test_a_dry_run_prints_the_plan_uncut() -> None:
     text = output("recipe", "phi3-mini-chat-8gb", "--dry-run")
     assert "the recipe is valid" in text and "smallest card: 4 GB" in text
-    assert [word for word in ("linears", "adapters", "gradients", "peak") if word not in text] == []
+    assert "the least it can do with: 3.33 GiB: " in text and "plan NAME --parts" in text
     assert "…" not in text
 
 
 def test_a_dry_run_as_json() -> None:
     found = json.loads(output("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json", "adapter.rank=8"))
-    assert set(found) == {"recipe", "plan", "smallest_card_gib"}
+    assert set(found) == {"recipe", "plan", "smallest_card_gib", "base_checked"} and found["base_checked"]
     assert found["recipe"]["adapter"]["rank"] == 8
     assert found["plan"]["peak_bytes"] == max(phase["peak_bytes"] for phase in found["plan"]["phases"])
 
@@ -179,9 +179,10 @@ def test_a_dry_run_as_json() -> None:
 @pytest.mark.parametrize("base", ["someone/phi3", "someone/a-very-long-name-" + "x" * 60])
 def test_a_dry_run_of_an_unknown_hub_id_has_no_plan_yet(base: str) -> None:
     text = output("recipe", "quickstart", "--dry-run", f"model.base={base}")
-    assert f"no memory plan yet: the sizes of {base} are known once it is downloaded\n" in text
+    assert "its base is not checked" in text and "the recipe is valid" not in text
+    assert f"no memory plan yet: whether {base} is a Phi-3, and of which sizes, is known once " in text
     found = json.loads(output("recipe", "quickstart", "--dry-run", "--json", f"model.base={base}"))
-    assert found["plan"] is None and found["smallest_card_gib"] is None
+    assert (found["plan"], found["smallest_card_gib"], found["base_checked"]) == (None, None, False)
 
 
 def test_a_dry_run_plans_a_local_folder(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -356,6 +357,54 @@ def test_a_dry_run_refuses_the_same_without_torch(place: Path) -> None:
     assert listing(place) == before
 
 
+BEYOND = {
+    # a recipe with overrides: words of the one message; tiny.yaml's base has 512 positions
+    "another architecture": (
+        ["quickstart", "model.base=microsoft/Phi-3-small-8k-instruct"],
+        ["model.base: "],
+    ),
+    "a misspelt name": (
+        ["quickstart", "model.base=microsoft/Phi-3-mini-instruct"],
+        ["Did you mean microsoft/"],
+    ),
+    "no revision": (["quickstart", "model.revision=../.."], ["'../..' is no commit, branch or tag."]),
+    "rows beyond a known base": (
+        ["phi3-mini-chat-8gb", "data.max_length=8192"],
+        ["command line: data.max_length: 8192 is beyond the 4096 positions of microsoft/", "Set it to 4096"],
+    ),
+    "rows beyond a folder's": (
+        ["tiny.yaml", "data.max_length=2048"],
+        ["data.max_length: 2048 is beyond the 512 positions of /", "Set it to 512 or less"],
+    ),
+    "answers beyond a folder's": (
+        ["tiny.yaml", "evaluate.metrics=[exact_match]", "evaluate.max_new_tokens=512"],
+        ["evaluate.max_new_tokens: 512 leaves no room for a prompt in the 512 positions of /"],
+    ),
+    "a rank above a matrix": (
+        ["quickstart", "adapter.rank=9999"],
+        ["adapter.rank: 9999 is above 192, the smaller side of k.", "192 or less"],
+    ),
+    "a rank above a folder's": (["tiny.yaml", "adapter.rank=33"], ["adapter.rank: 33 is above 32, "]),
+    "an adapter that is not there": (
+        ["tiny.yaml", "adapter.init=none"],
+        ["adapter.init: /", "/none: no such file or folder."],
+    ),
+    "a metric twice": (["tiny.yaml", "evaluate.metrics=[loss, loss]"], ["evaluate.metrics: ", "twice"]),
+}
+
+
+def test_nothing_that_cannot_run_is_planned_or_called_valid(place: Path) -> None:
+    ways = (["plan"], ["recipe", "--dry-run"], ["recipe"], ["doctor"])
+    commands = [[way[0], *arguments, *way[1:]] for way in ways for arguments, _ in BEYOND.values()]
+    before = listing(place)
+    for (answer, heavy), (_, words) in zip(
+        several(commands, cwd=place), list(BEYOND.values()) * len(ways), strict=True
+    ):
+        check_refused(answer, *words)
+        assert heavy == []
+    assert listing(place) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -367,6 +416,81 @@ def test_a_dry_run_refuses_the_same_without_torch(place: Path) -> None:
 )
 def test_what_the_command_line_does_not_know(arguments: list[str], message: str) -> None:
     check_refused(command(*arguments), message, "--help", lines=4)  # after the usage and an empty line
+
+
+LONG = "x" * 300
+UNUSUAL = {
+    # arguments of `recipe`: words of the one message
+    (LONG,): "cannot be looked up: File name too long.",
+    (f"{LONG}/a.yaml",): "cannot be looked up: File name too long.",
+    ("loop/a.yaml",): "cannot be looked up: ",
+    ("tiny.yaml", f"model.base=./{LONG}"): "cannot be looked up: File name too long.",
+    ("tiny.yaml", f"adapter.init={LONG}"): "cannot be looked up: File name too long.",
+    ("tiny.yaml", f"model.base=org/{LONG}"): "is neither a hub id nor a folder.",
+    ("\x1b[31mred",): r"\x1b[31mred: no recipe of this name.",
+    ("\x1b]0;title\x07.yaml",): r"\x1b]0;title\x07.yaml: no such file.",
+    ("gnp\u202elmay.yaml",): r"gnp\u202elmay.yaml: no such file.",
+    ("a\nb.yaml",): r"a\nb.yaml: no such file.",
+    ("tiny.yaml", 'model.base="./\\e[2J"'): r"/\x1b[2J: no such folder.",
+    ("tiny.yaml", 'model.base="a/\\e[2J"'): r"is neither a hub id nor a folder.",
+    ("tiny.yaml", 'adapter.init="./\\e[2J"'): r"/\x1b[2J: no such file or folder.",
+    ("tiny.yaml", "train.\x1b[2J=1"): r"'train.\x1b[2J=1' is not key=value.",
+    ("tiny.yaml", f"train.{'y' * 100_000}=1"): "unknown key.",
+    (
+        "tiny.yaml",
+        f"description={'y' * 100_000}",
+        f"model.quantization={'z' * 100_000}",
+    ): "zzz... is not allowed.",
+}
+
+
+def test_unusual_names_are_told_in_one_plain_line(place: Path) -> None:
+    (place / "loop").symlink_to("loop")
+    commands = [["recipe", *arguments, "--dry-run"] for arguments in UNUSUAL]
+    for (answer, _), words in zip(several(commands, place), UNUSUAL.values(), strict=True):
+        check_refused(answer, words)
+        assert answer.stderr.removesuffix("\n").isprintable() and len(answer.stderr) < 3000
+    (place / "loop").unlink()
+
+
+ELSEWHERE = {
+    # what is typed: the whole of one message's beginning, and words of its remedy
+    ("train", "x.yaml"): ("train: the command is `recipe`.", "Write `recipe NAME` to train"),
+    ("Chat", "runs/x"): ("Chat: is not available yet.", "`export RUN --to ollama`"),
+    ("evaluate", "runs/x", "--data", "y"): ("evaluate: is not available yet.", "evaluate.metrics"),
+    ("serve",): ("serve: is not available yet.", "docs/export.md"),
+    ("merge", "runs/x"): ("merge: the command is `export`.", "Write `export RUN --to merged`"),
+    ("resume", "runs/x"): ("resume: is not available yet.", "adapter.init=RUN/adapter"),
+    ("quickstart",): ("quickstart: is a recipe.", "Write `recipe quickstart`"),
+    ("mine.yaml", "--dry-run"): ("mine.yaml: is a recipe.", "Write `recipe mine.yaml`"),
+    ("recipe", "quickstart", "--train.epochs=3"): ("--train.epochs: is no option", "Write train.epochs=3, "),
+    ("plan", "quickstart", "--train.epochs", "3"): ("--train.epochs: is no option", "Write train.epochs=3, "),
+    ("doctor", "quickstart", "--epochs", "--json"): ("--epochs: is no option", "Write train.epochs=VALUE, "),
+    ("recipe", "quickstart", "--lora-r=8"): ("--lora-r: is no option", "Write adapter.rank=8, "),
+    ("recipe", "quickstart", "--train.lr=8"): ("--train.lr: is no option", "Write train.learning_rate=8, "),
+}
+
+
+def test_commands_and_options_of_other_tools_are_answered(tmp_path: Path) -> None:
+    for (answer, heavy), words in zip(several(ELSEWHERE, tmp_path), ELSEWHERE.values(), strict=True):
+        check_refused(answer, *words)
+        assert answer.stderr.startswith(words[0]) and "schema" not in answer.stderr
+        assert heavy == []
+
+
+@pytest.mark.parametrize("module", ["qlora_phi3", "bench"])
+def test_a_python_without_our_packages_is_told_apart(module: str, tmp_path: Path) -> None:
+    """As after a forgotten `activate`: no site-packages."""
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        (sys.executable, "-S", "-m", module, "--help"),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+    )
+    check_refused(done, "qlora_phi3: the package ", f" is not installed in this Python ({sys.executable}).")
+    assert "activate`." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,12 @@ def test_generated_parts_code_and_marked_sentences_need_no_row() -> None:
     )
     assert unheld(page, defaultdict(set)) == []
     assert unheld(page + "\nOthers took 1.5 GiB.\n", defaultdict(set)) == ["1.5 GiB: Others took 1.5 GiB."]
+
+
+def test_shorter_rows_need_less_in_the_table_of_cards() -> None:
+    part = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- generated: hardware -->")[1]
+    rows = [line for line in part.split("<!-- end -->")[0].splitlines() if "GiB" in line]
+    assert len(rows) == 10
+    for row in rows:
+        sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", row)]
+        assert len(set(sizes)) == 3 and sizes == sorted(sizes), row

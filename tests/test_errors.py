@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qlora_phi3.errors import (
@@ -15,6 +17,8 @@ from qlora_phi3.errors import (
     QloraError,
     RecipeError,
     RunError,
+    is_file,
+    is_folder,
     shown,
 )
 
@@ -34,6 +38,36 @@ def test_a_problem_reads_place_reason_remedy(problem: Problem, text: str) -> Non
     error = RecipeError(problem.place, problem.reason, problem.remedy)
     assert str(error) == text
     assert error.problems == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("gnp\u202ejpg", r"gnp\u202ejpg"),
+        ("\x9b2J\u2028\udc80", r"\x9b2J\u2028\udc80"),
+        ("日本 ü\u3000😀", "日本 ü\u3000😀"),
+    ],
+)
+def test_no_name_writes_to_the_terminal(name: str, shown: str) -> None:
+    assert str(Problem(name, name, name)) == f"{shown}: {shown} {shown}"
+    assert str(ModelError(name, "is bad.")) == f"{shown}: is bad."
+
+
+def test_endless_names_are_cut() -> None:
+    assert len(str(Problem("x" * 10**6, "y" * 10**6, "z"))) < 5000
+
+
+def test_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert is_file(tmp_path / "file") and not is_folder(tmp_path / "file")
+    assert is_folder(tmp_path) and not is_file(tmp_path)
+    assert not is_file(tmp_path / "file" / "below") and not is_folder(tmp_path / "none")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / ("x" * 300), tmp_path / "loop", Path("a\0b")):
+        with pytest.raises(ModelError, match="cannot be looked up: "):
+            is_file(path, ModelError)
 
 
 def test_one_error_carries_all_problems_in_order() -> None:

@@ -183,8 +183,44 @@ def test_another_head_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [None, 0, -1, "3072", 3072.0])
 def test_sizes_must_be_positive_whole_numbers(value: Any) -> None:
-    with pytest.raises(ModelError, match="hidden_size must be positive whole numbers"):
+    with pytest.raises(ModelError, match=r"hidden_size is .*needs a positive whole number"):
         geometry_from_config({**MINI_CONFIG, "hidden_size": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    {
+        "num_hidden_layers": [10**9, 10**400, True],
+        "vocab_size": [10**400, [1]],
+        "architectures": [5, "x", {"a": 1}, [5]],
+        "num_key_value_heads": ["4", -1, 1.5],
+        "max_position_embeddings": [None, 0, "long", 10**400, float("inf")],
+        "original_max_position_embeddings": ["x", 0.5],
+        "sliding_window": ["x", 0],
+        "rope_theta": ["abc", 0, float("nan"), 10**400],
+        "partial_rotary_factor": ["x", float("nan"), 2],
+        "rope_scaling": ["x", [1], {"short_factor": "x"}, {"type": 5}, {"long_factor": [None]}],
+        "rope_parameters": ["x", {"rope_theta": "abc"}, {"partial_rotary_factor": float("nan")}],
+        "tie_word_embeddings": ["no", 1],
+        "pad_token_id": ["x", 32064, 10**400, -40000],
+        "eos_token_id": ["x", [None, "x"], {}],
+        "rms_norm_eps": ["x", 0, float("nan")],
+        "initializer_range": ["x", -1.0],
+        "hidden_act": [None, 5],
+        "attention_dropout": [2, "x"],
+    }.items(),
+)
+def test_values_that_no_checkpoint_has(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ModelError, match=key) as refused:
+            geometry_from_config({**MINI_CONFIG, key: value}, place="some/config.json")
+        assert len(str(refused.value)) < 300
+
+
+def test_a_padding_token_that_is_left_out_is_the_library_s_own() -> None:
+    small = {key: value for key, value in MINI_CONFIG.items() if key != "pad_token_id"} | {"vocab_size": 320}
+    with pytest.raises(ModelError, match="pad_token_id is 32000 where it is left out"):
+        geometry_from_config(small)
 
 
 def test_every_missing_size_is_named_at_once() -> None:

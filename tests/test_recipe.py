@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from qlora_phi3 import phi3, strict_yaml
+from qlora_phi3 import phi3, recipe_words, strict_yaml
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe import (
     ARMS,
@@ -339,7 +339,7 @@ REFUSED: dict[str, dict[str, str]] = {
 """Key -> YAML text -> part of the message, beside the found value."""
 
 REFUSED_ITEMS = {
-    "data.train": {"a.jsonl": f"{KEYS}. They are path, format, ", "null": KEYS},
+    "data.train": {"a.jsonl": f"{KEYS}. Write {{path: a.jsonl}}.", "3": f"{KEYS}. They are path, format, "},
     "data.eval": {"[{path: x}]": KEYS},
     "adapter.targets": {
         "nope": "'nope' is not a Phi-3 projection. Allowed: q, k, v, o, gate, up, down, qkv_proj,",
@@ -476,6 +476,15 @@ def test_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
 @pytest.mark.parametrize(("key", "text"), cases(LATER_ITEMS))
 def test_items_not_available_yet(tmp_path: Path, key: str, text: str) -> None:
     assert refusal(tmp_path, key, f"[{text}]", item=True).startswith(f"'{text}' is not available yet. ")
+
+
+def test_what_is_not_available_is_marked_where_keys_are_listed() -> None:
+    listed = {key: text for key, _, text in recipe_words.keys(Recipe, "")}
+    for key, text in [(key, text) for key, texts in (LATER | LATER_ITEMS).items() for text in texts]:
+        words = listed[key.replace("data.eval.", "data.train.")]
+        assert words.startswith("not yet: ") or words.endswith(f"{text}: not yet"), key
+    properties = Recipe.model_json_schema()["$defs"]["Train"]["properties"]
+    assert properties["save_every"]["description"].startswith("not yet: ")
 
 
 @pytest.mark.parametrize("name", ["q", "o", "q_proj", "qkv_proj"])

@@ -57,8 +57,8 @@ def refusals(path: Path, *overrides: str) -> list[str]:
 MODEL_KEYS = "base, revision, quantization, double_quant, compute_dtype, cache"
 ADAPTER_KEYS = "method, rank, alpha, dropout, targets, split_fused, init"
 PATH_HELP = (
-    "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder; "
-    "or org/name, a data set on the hub (./org/name: a folder)"
+    "a JSONL, JSON, CSV, Parquet or .txt file or a folder of them, relative to the recipe's folder or, "
+    "on the command line, to the current one; or org/name, a data set on the hub (./org/name: a folder)"
 )
 TRAIN_HELP = "training rows; or a list of such sources, with weights"
 SOURCE_KEYS = "path, format, split, subset, revision, limit, weight"
@@ -69,6 +69,51 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("train: {lr: 1}", "train.lr: unknown key. Here that is train.learning_rate."),
+        ("adapter: {lora_r: 8}", "adapter.lora_r: unknown key. Here that is adapter.rank."),
+        ("load_in_4bit: true", "load_in_4bit: unknown key. Here that is model.quantization."),
+        (
+            "train: {Batch-Size: 8}",
+            "train.Batch-Size: unknown key. "
+            "Here that is train.effective_batch (rows a step) or train.micro_batch (rows a pass).",
+        ),
+        (
+            "train: {gradient_accumulation_steps: 8}",
+            "train.gradient_accumulation_steps: unknown key. "
+            "Here train.effective_batch has the rows of a whole step, in passes of train.micro_batch.",
+        ),
+        ("output_dir: o", "output_dir: unknown key. It is --out DIR on the command line."),
+        (
+            "model: {base:builtin:smollm2-135m}",
+            "model.base:builtin:smollm2-135m: unknown key. "
+            "Put a space after the colon: `base: builtin:smollm2-135m`.",
+        ),
+        (
+            "model: base:a/b",
+            "model: found 'base:a/b', needs keys of its own. Put a space after the colon: `base: a/b`.",
+        ),
+        (
+            "model: microsoft/phi-4",
+            "model: found 'microsoft/phi-4', needs keys of its own. Write {base: microsoft/phi-4}.",
+        ),
+        (
+            "adapter: {rank: '16'}",
+            "adapter.rank: found the text '16', needs a whole number. Remove the quotes.",
+        ),
+        (
+            "train: {learning_rate: '2e-4', micro_batch: auto}",
+            "train.learning_rate: found the text '2e-4', needs a number. Remove the quotes.",
+        ),
+        (
+            "train: {micro_batch: '4'}",
+            "train.micro_batch: found the text '4', needs `auto` or a positive whole number. "
+            "Remove the quotes.",
+        ),
+        (
+            "evaluate: {metrics: [accuracy]}",
+            "evaluate.metrics[0]: 'accuracy' is not allowed. Did you mean 'exact_match'? "
+            "Allowed: loss, perplexity, exact_match, json_match.",
+        ),
         ("model: 3", f"model: found 3, needs keys of its own. They are {MODEL_KEYS}."),
         ("model:", f"model: found null, needs keys of its own. They are {MODEL_KEYS}."),
         ("adapter: [lora]", f"adapter: found [lora], needs keys of its own. They are {ADAPTER_KEYS}."),
@@ -81,8 +126,8 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
             "adapter.targets: found 'qkv_proj', needs all-linear, or a list such as [q, v].",
         ),
         ("adapter: {rank: sixteen}", "adapter.rank: found 'sixteen', needs a whole number."),
-        ("adapter: {rnk: 8}", f"adapter.rnk: unknown key. Did you mean 'rank'? Allowed: {ADAPTER_KEYS}."),
-        ("model: {double_quant: no}", "model.double_quant: found 'no', needs true or false."),
+        ("adapter: {rnk: 8}", "adapter.rnk: unknown key. Did you mean 'rank'?"),
+        ("model: {double_quant: no}", "model.double_quant: found 'no', needs true or false. Write false."),
         ("model: {revision: 1234567}", "model.revision: found 1234567, needs text. Quote it."),
         ("model: {revision: 12e34}", "model.revision: found 1.2e+35, needs text. Quote it."),
         (
@@ -97,19 +142,19 @@ TOP_KEYS = "version, name, description, model, adapter, data, train, memory, eva
             "memory.budget: found '8 cards', needs `auto`, "
             "or a size such as 8GiB, 8GB, 512MiB or 8, which is GiB.",
         ),
-        ("trian: {epochs: 3}", f"trian: unknown key. Did you mean 'train'? Allowed: {TOP_KEYS}."),
-        ("epochs: 3", f"epochs: unknown key. It belongs to train. Allowed: {TOP_KEYS}."),
-        ("path: a.jsonl", f"path: unknown key. It belongs to data.train. Allowed: {TOP_KEYS}."),
+        ("trian: {epochs: 3}", "trian: unknown key. Did you mean 'train'?"),
+        ("epochs: 3", "epochs: unknown key. It belongs to train: train.epochs."),
+        ("path: a.jsonl", "path: unknown key. It belongs to data.train: data.train.path."),
         (
             "model: {export: []}",
-            f"model.export: unknown key. It belongs to the top level. Allowed: {MODEL_KEYS}.",
+            "model.export: unknown key. It belongs to the top level.",
         ),
         (
             "model: {train: {}}",
-            f"model.train: unknown key. It belongs to the top level. Allowed: {MODEL_KEYS}.",
+            "model.train: unknown key. It belongs to the top level.",
         ),
         ("<<: {rank: 8}", f"<<: unknown key. Allowed: {TOP_KEYS}."),
-        ("<name>: x", f"<name>: unknown key. Did you mean 'name'? Allowed: {TOP_KEYS}."),
+        ("<name>: x", "<name>: unknown key. Did you mean 'name'?"),
         ("name: other", "name: the key stands twice, first in line 2. Keep one."),
         (f"description: [{'x' * 100}]", f"description: found [{'x' * 56}..., needs text."),
     ],
@@ -121,27 +166,36 @@ def test_a_message_says_place_found_value_and_what_is_needed(write: Any, line: s
 @pytest.mark.parametrize(
     ("data", "messages"),
     [
-        ("data: {train: x.jsonl}", [f"3: data.train: found 'x.jsonl', {NEEDS_SOURCE}"]),
+        (
+            "data: {train: x.jsonl}",
+            ["3: data.train: found 'x.jsonl', needs keys of its own. Write {path: x.jsonl}."],
+        ),
         ("data:\n  train:", [f"4: data.train: found null, {NEEDS_SOURCE}"]),
-        ("data: {}", [f"3: data.train: is missing: {TRAIN_HELP}. Add it."]),
+        (
+            "data: {}",
+            [
+                f"3: data.train: is missing: {TRAIN_HELP}. "
+                "Add it, as in `data: {train: {path: chats.jsonl}}`."
+            ],
+        ),
         (
             "data:\n  train:\n    limit: 3",
-            [f"4: data.train.path: is missing: {PATH_HELP}. Add it."],
+            [f"4: data.train.path: is missing: {PATH_HELP}. Add it, as in `path: chats.jsonl`."],
         ),
         (
             "data:\n  train: {path: x}\n  eval: y.jsonl",
-            [f"5: data.eval: found 'y.jsonl', {NEEDS_SOURCE}"],
+            ["5: data.eval: found 'y.jsonl', needs keys of its own. Write {path: y.jsonl}."],
         ),
         (
             "data:\n  train: {path: x}\n  eval:\n    fraction: 0.1\n    path: y",
-            ["7: data.eval.path: unknown key. It belongs to data.train. Allowed: fraction."],
+            ["7: data.eval.path: unknown key. It belongs to data.train: data.train.path."],
         ),
         (
             "data:\n  train:\n    - path: x\n    - {path: y, wieght: 2}\n    - y.jsonl\n    - limit: 3",
             [
-                f"6: data.train[1].wieght: unknown key. Did you mean 'weight'? Allowed: {SOURCE_KEYS}.",
-                f"7: data.train[2]: found 'y.jsonl', {NEEDS_SOURCE}",
-                f"8: data.train[3].path: is missing: {PATH_HELP}. Add it.",
+                "6: data.train[1].wieght: unknown key. Did you mean 'weight'?",
+                "7: data.train[2]: found 'y.jsonl', needs keys of its own. Write {path: y.jsonl}.",
+                f"8: data.train[3].path: is missing: {PATH_HELP}. Add it, as in `path: chats.jsonl`.",
             ],
         ),
         ("data:\n  train: []", ["4: data.train: found [], needs at least one source."]),
@@ -162,9 +216,10 @@ def test_messages_about_data(write: Any, data: str, messages: list[str]) -> None
 
 def test_missing_keys_are_placed_at_the_file(write: Any) -> None:
     assert refusals(write("model: {}\n")) == [
-        "r.yaml: version: is missing: format of this file. Add it.",
-        "r.yaml: name: is missing: names the run's folder. Add it.",
-        "r.yaml: data: is missing: what it is trained on. Add it.",
+        "r.yaml: version: is missing: format of this file. Add the line `version: 1`.",
+        "r.yaml: name: is missing: names the run's folder. Add a line such as `name: my-run`.",
+        "r.yaml: data: is missing: what it is trained on. "
+        "Add a line such as `data: {train: {path: chats.jsonl}}`.",
     ]
 
 
@@ -192,7 +247,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(write: Any) -> None:
     found = refusals(write(MANY), "train.lr=1", "foo", "evaluate.samples=0")
     assert [message.partition(". ")[0] for message in found] == [
         "r.yaml:1: version: found 2, needs 1, the only format so far.",
-        "r.yaml:4: model.double_quant: found 'yes', needs true or false.",
+        "r.yaml:4: model.double_quant: found 'yes', needs true or false",
         "r.yaml:5: model.bse: unknown key",
         "r.yaml:9: adapter.targets[1]: 'q_prj' is not a Phi-3 projection",
         "r.yaml:11: adapter.rank: the key stands twice, first in line 10",
@@ -215,7 +270,7 @@ def test_contradictions_have_their_line(write: Any) -> None:
 def test_an_unknown_key_is_told_even_where_its_value_is_refused(write: Any) -> None:
     assert refusals(write(f"{SMALLEST}nme: !!str x\n")) == [
         "r.yaml:6: nme: tags are not supported. Remove the part that begins with `!`.",
-        f"r.yaml:6: nme: unknown key. Did you mean 'name'? Allowed: {TOP_KEYS}.",
+        "r.yaml:6: nme: unknown key. Did you mean 'name'?",
     ]
 
 
@@ -355,16 +410,19 @@ def test_a_part_that_is_absent_or_null_is_made(write: Any, parent: str) -> None:
         ("name=12", "name: found 12, needs text. Quote it."),
         ("description=a: b", "description: found {a: b}, needs text."),
         ("model=", f"model: found null, needs keys of its own. They are {MODEL_KEYS}."),
-        ("nam=x", f"nam: unknown key. Did you mean 'name'? Allowed: {TOP_KEYS}."),
-        ("rank=8", f"rank: unknown key. It belongs to adapter. Allowed: {TOP_KEYS}."),
-        ("adapter.rnk=8", f"adapter.rnk: unknown key. Did you mean 'rank'? Allowed: {ADAPTER_KEYS}."),
-        ("adaptr.rank=8", f"adaptr: unknown key. Did you mean 'adapter'? Allowed: {TOP_KEYS}."),
+        ("nam=x", "nam: unknown key. Did you mean 'name'?"),
+        ("rank=8", "rank: unknown key. It belongs to adapter: adapter.rank."),
+        ("adapter.rnk=8", "adapter.rnk: unknown key. Did you mean 'rank'?"),
+        ("adaptr.rank=8", "adaptr: unknown key. Did you mean 'adapter'?"),
         ("x.y.z=8", f"x: unknown key. Allowed: {TOP_KEYS}."),
-        ("data.train.paht=x", f"data.train.paht: unknown key. Did you mean 'path'? Allowed: {SOURCE_KEYS}."),
-        ("data={}", f"data.train: is missing: {TRAIN_HELP}. Add it."),
+        ("data.train.paht=x", "data.train.paht: unknown key. Did you mean 'path'?"),
+        (
+            "data={}",
+            f"data.train: is missing: {TRAIN_HELP}. Add it, as in `data: {{train: {{path: chats.jsonl}}}}`.",
+        ),
         (
             "data.eval.limit=1",
-            f"data.eval.path: is missing: {PATH_HELP}. Add it.",
+            f"data.eval.path: is missing: {PATH_HELP}. Add it, as in `path: chats.jsonl`.",
         ),
         (
             "evaluate.metrics=[los]",
@@ -397,13 +455,58 @@ def test_refused_overrides(write: Any, override: str, message: str) -> None:
     assert found == [f"command line: {message}"]
 
 
+@pytest.mark.parametrize("target", ["gguf:q4_k_m", "gguf:Q6_K", "q2_k", "gguf:iq4_xs"])
+def test_kinds_that_no_run_can_make(write: Any, target: str) -> None:
+    [message] = refusals(write(SMALLEST), f"export=[merged, {target}]")
+    assert message.startswith(
+        f"command line: export[1]: '{target}' is a kind that llama.cpp's own quantizer makes"
+    )
+    quantizer, allowed = message.split(" Allowed: ")
+    assert (
+        f"Write gguf:f16, then run `llama-quantize NAME-f16.gguf NAME.gguf {target[-4:].upper()}"[:60]
+        in quantizer
+    )
+    assert "gguf:q8_0" in allowed and "_k" not in allowed and "iq" not in allowed
+
+
+def test_a_gguf_without_its_kind(write: Any) -> None:
+    assert "Did you mean 'gguf:q8_0'?" in refusals(write(SMALLEST), "export=[gguf]")[0]
+
+
+def test_what_is_no_recipe_at_all_is_told_in_twenty_lines(write: Any) -> None:
+    many = "".join(f"key_{i}: {'x' * 40}\n" for i in range(2000))
+    found = refusals(write(SMALLEST + many), f"data.train.{'y' * 100_000}=1")
+    assert len(found) == 21
+    assert found[0].startswith("r.yaml:6: key_0: unknown key.")
+    assert found[-1] == "and: 1981 more problems like these."
+    [one] = refusals(write(SMALLEST), f"{'y' * 100_000}={'z' * 100_000}")
+    assert len(one) < 2500
+
+
 @pytest.mark.parametrize(
     "text",
-    ["foo", "--json", "=3", "a..b=3", ".a=3", "a.=3", "a b=3", "a = 3", "a-b=3", "a[0]=3", "adapter.é=3", ""],
+    ["foo", "--json", "=3", "a..b=3", ".a=3", "a.=3", "a b=3", "a-b=3", "a[0]=3", "adapter.é=3", ""],
 )
 def test_what_is_no_override(write: Any, text: str) -> None:
     message = f"command line: '{text}' is not key=value. Write for example train.learning_rate=1e-4."
     assert refusals(write(SMALLEST), text) == [message]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["train.epochs", "=", "3"], ["train.epochs", "=3"], ["train.epochs = 3"], ["train.epochs", "3"]],
+)
+def test_spaces_in_an_override_are_told_once(write: Any, texts: list[str]) -> None:
+    [message] = refusals(write(SMALLEST), *texts, "adapter.rank=8")
+    assert message.endswith("is not key=value. Write train.epochs=3, without spaces.")
+
+
+def test_a_space_behind_the_sign_and_a_key_without_value(write: Any) -> None:
+    assert load_recipe(write(SMALLEST), ["train.epochs=", "3", "adapter.rank=8"]).train.epochs == 3
+    [message] = refusals(write(SMALLEST), "train.epochs", "adapter.rank=8")
+    assert message.endswith(
+        "'train.epochs' is not key=value. Write train.epochs=VALUE, for example train.learning_rate=1e-4."
+    )
 
 
 def test_an_override_does_not_hide_a_fault_of_the_file(write: Any) -> None:
@@ -507,8 +610,7 @@ def test_a_recipe_named_relative_to_the_working_folder(write: Any, monkeypatch: 
     [
         ("microsoft/Phi-3-mini-4k-instruct", None),
         ("builtin:smollm2-135m", None),
-        ("phi", None),
-        (".hidden/phi", None),
+        ("me/my-phi3", None),
         ("./phi", "{folder}/phi"),
         ("../phi", "{parent}/phi"),
         (".", "{folder}"),

@@ -26,7 +26,9 @@ def test_parse_bytes(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-8GiB", "8 GiBs", "GiB", "8B", "1e3", "8,5GiB", "auto"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "-8GiB", "8 GiBs", "GiB", "8B", "1e3", "8,5GiB", "auto", "\u0668GiB", "9" * 400]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="8GiB, 8GB, 512MiB or 8, which is GiB"):
         parse_bytes(text)

@@ -123,6 +123,7 @@ def test_missing_file(folder: Path, name: str) -> None:
         (b"[]", "is not a JSON object."),
         (b'"phi3"', "is not a JSON object."),
         (b"null", "is not a JSON object."),
+        (b'{"a":' * 100_000, "cannot be read"),
     ],
 )
 def test_files_that_are_no_json_object(folder: Path, name: str, content: bytes, reason: str) -> None:
@@ -148,9 +149,15 @@ def test_other_architectures(folder: Path, model_type: str | None, reason: str) 
     assert reason in problem.reason
 
 
-def test_sizes_that_make_no_sense(folder: Path) -> None:
-    edit(folder / "config.json", hidden_size=-64)
-    assert "hidden_size" in refusal(folder).reason
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", -64), ("num_hidden_layers", 10**9), ("vocab_size", 10**400), ("rope_theta", "abc")],
+)
+def test_values_that_make_no_sense(folder: Path, key: str, value: Any) -> None:
+    edit(folder / "config.json", **{key: value})
+    assert key in refusal(folder).reason
+    with pytest.raises(ModelError, match=f"config.json: {key} is "):
+        known_geometry(Model(base=str(folder)))
 
 
 def cut(path: Path, keep: int) -> None:
