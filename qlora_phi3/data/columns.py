@@ -216,7 +216,7 @@ DESCRIBING: Final = _set(
     "id idx index uuid guid hash md5 sha sha256 checksum url uri link source origin dataset corpus dump "
     "timestamp time date datetime created updated modified year lang language locale version license file "
     "filename path row line page meta metadata length count model author user score prob probability "
-    "perplexity token"
+    "perplexity token split subset fold partition"
 )
 """Last words of keys that only describe a row: they are named, and nothing is made of them."""
 
