@@ -137,7 +137,8 @@ def _run(
     write_inputs(recipe, plan, place)
     adapting = _Adapting(recipe, place, display)
     evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
-    notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
+    told = ("overlong", "answers-cut")  # `_notes` counts the one, `evaluate.reservations` the other
+    notes += [finding.note for finding in findings if finding.code not in told]
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):

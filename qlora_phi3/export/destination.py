@@ -31,7 +31,10 @@ def folder_of(run: Path | None, adapter: Path, target: str) -> Path:
 
 def real(folder: Path) -> Path:
     """Where a link in a target's place leads, as to a bigger disk; the link stays."""
-    return Path(os.path.realpath(folder)) if folder.is_symlink() and folder.is_dir() else folder
+    try:
+        return folder.resolve() if folder.is_symlink() and folder.is_dir() else folder
+    except OSError:  # a name too long, a folder that may not be read: `check` says so
+        return folder
 
 
 def check(folder: Path, force: bool) -> None:
@@ -40,11 +43,11 @@ def check(folder: Path, force: bool) -> None:
     Raises:
         OutputError: it exists without `force`, or is no export of ours, or no folder can be there.
     """
-    lost = next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None)
-    if lost is not None:
-        reason = f"cannot be made: {lost} is a link that leads nowhere."
-        raise OutputError(str(folder), reason, "Remove the link, or name another with --out.")
     try:
+        lost = next((one for one in (folder, *folder.parents) if one.is_symlink() and not one.exists()), None)
+        if lost is not None:
+            reason = f"cannot be made: {lost} is a link that leads nowhere."
+            raise OutputError(str(folder), reason, "Remove the link, or name another with --out.")
         there = _nearest(folder)
         if not there.is_dir():
             raise OutputError(str(folder), f"cannot be made: {there} is a file.", "Name another with --out.")

@@ -184,4 +184,5 @@ def summary(found: Mapping[str, Any]) -> str:
     if found["verdict"] != "passed":
         return f"not proven ({found['verdict']}): {'; '.join(found['reasons'])}"
     kl, agreement = found["kl_mean"], found["greedy_agreement"]
-    return f"proven in {found['consumer']}: KL {kl:.3g}, {agreement:.0%} of the greedy tokens agree"
+    what = f"KL {kl:.3g} from the model as trained, {agreement:.0%} of its greedy tokens agree"
+    return f"proven in {found['consumer']}: {what}"

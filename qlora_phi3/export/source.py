@@ -7,6 +7,7 @@ adapters that are more than B @ A times a scale.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ TOKENIZER_FILES: Final = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 LICENCE_NAMES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+LONGEST_NAME: Final = 100
 _AGAIN: Final = "Give a run folder, or the folder of an adapter."
 
 
@@ -51,6 +53,11 @@ class Source:
     @property
     def name(self) -> str:
         return self.recipe.name if self.recipe is not None else self.folder.absolute().name
+
+    @property
+    def file_name(self) -> str:
+        """The name as a part of file names: a folder of somebody's may be called anything."""
+        return re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:LONGEST_NAME] or "adapter"
 
     @property
     def base_name(self) -> str:
@@ -190,7 +197,8 @@ def _report(run: Path | None) -> dict[str, Any] | None:
         reason = f"cannot be read: {weights.first_line(error)}."
         raise ModelError(str(path), reason, again) from None
     try:
-        card.render(found, card.About("merged", "", ""))
+        for target in ("merged", "adapter"):
+            card.render(found, card.About(target, "", ""))
     except Exception as error:  # whatever a template makes of another program's, or another version's
         reason = f"is no report of a run of this version: {weights.first_line(error)}."
         raise ModelError(str(path), reason, again) from None

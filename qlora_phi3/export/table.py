@@ -84,7 +84,7 @@ def _write_gguf(source: Source, folder: Path, kind: str, options: Options, say: 
     from . import gguf
 
     report = compare.choose(source, options.merge_base, torch.bfloat16, say)
-    path = folder / f"{source.name}-{kind}.gguf"
+    path = folder / f"{source.file_name}-{kind}.gguf"
     tensors = merge.merged_tensors(source, report.base, torch.float32)
     config, tokenizer = merge.config_of(source, torch.float32), source.checkpoint.folder
     say(f"writing {path.name}")
@@ -107,7 +107,7 @@ def _write_gguf_lora(source: Source, folder: Path, options: Options, say: Say) -
     """The adapter alone as GGUF, for the base's own GGUF."""
     from . import gguf_lora
 
-    path = folder / f"{source.name}-lora.gguf"
+    path = folder / f"{source.file_name}-lora.gguf"
     geometry = source.checkpoint.geometry
     gguf_lora.write(path, source.tensors, source.config, geometry, name=source.name)
     return {"gguf": path.name, "context": _context(source)}

@@ -145,6 +145,11 @@ SOURCES: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any], list[str]]
     "peft": (by_peft, {"targets": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}, ["vllm", "gguf:f16"]),
     "peft, llama's names": (by_peft, {"targets": LLAMA}, ["merged", "gguf-lora", "mlx"]),
     "peft, q and v": (by_peft, {"targets": ["q_proj", "v_proj"], "use_rslora": True}, ALL_TARGETS),
+    "peft, q of a higher rank": (
+        by_peft,
+        {"targets": LLAMA, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"layers\.1\.mlp\..*up_proj": 3}},
+        ["merged", "adapter", "mlx", "gguf-lora"],
+    ),
     "peft, with the head's weight": (by_peft, {"targets": ["o_proj", "lm_head"]}, ["merged", "loralib"]),
     "mlx-lm": (by_mlx_lm, {}, ALL_TARGETS),
     "loralib": (by_loralib, {}, ALL_TARGETS),

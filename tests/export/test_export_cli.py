@@ -401,7 +401,7 @@ def test_what_was_exported_before_a_failure_is_in_the_report(
     recipe = load_recipe(write_recipe(extra="export: [vllm, merged, loralib]\n"))
     with pytest.raises(RunError) as caught:
         pipeline.run(recipe, tmp_path / "out")
-    first, second = caught.value.problems
+    first, second, *_ = caught.value.problems
     assert "merged: the program that it is for cannot load it: TypeError: no such layer." in str(first)
     assert "the run is whole, 2 of its exports are missing." in str(second)
     assert "--to merged --to loralib`" in str(second)

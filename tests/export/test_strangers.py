@@ -317,6 +317,28 @@ def test_kinds_of_the_quantizer_s_are_refused_with_the_way_to_them(tmp_path: Pat
     assert {name.removeprefix("gguf:") for name in export.TARGETS if "gguf:" in name} == set(gguf.KINDS)
 
 
+def test_a_folder_of_any_name_and_a_place_that_cannot_be(run: Path, tmp_path: Path) -> None:
+    odd = tmp_path / ("a b'\n`" + "x" * 200)
+    (run / "adapter").rename(odd)
+    options = export.Options(merge_base="original", gate=False)
+    done = export.export(odd, "gguf:q8_0", options=options, out=tmp_path / "x")
+    assert (tmp_path / "x" / f"a-b-{'x' * 96}-q8_0.gguf").is_file() and len(done.files) == 4
+    with pytest.raises(InputError, match="File name too long"):
+        export.export(odd, "merged", options=options, out=tmp_path / ("y" * 300))
+
+
+def test_the_base_of_another_tool_s_adapter_has_to_be_a_phi_3(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    path = run / "adapter" / "adapter_config.json"
+    (run / "adapter" / "base_provenance.json").unlink()
+    settings = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "llama")}
+    path.write_text(json.dumps(settings))
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(ModelError, match="write the name of the Phi-3 checkpoint"):
+        export.export(run / "adapter", "merged")
+
+
 def test_a_link_to_another_disk_stays_and_its_folder_is_filled(run: Path, tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (run / "exports").mkdir()
