@@ -34,10 +34,16 @@ _OTHER_PHI: Final = (
 """Beginning of a name, dots and underscores as hyphens -> model_type in its config.json."""
 
 _OTHER_FAMILY: Final = re.compile(
-    r"(tiny|code)?llama|smollm|mistral|ministral|mixtral|codestral|qwen|qwq|gemma|deepseek|falcon|vicuna|zephyr"
-    r"|gpt|starcoder|olmo|granite|internlm|baichuan|chatglm|stablelm|pythia|bloom|nemotron|exaone|bert|whisper"
+    r"(?:(?:tiny|code)?llama|smollm|smolvlm|(?:mi|mini|code|dev)stral|mixtral|qwen|qwq|(?:code|med)?gemma|deepseek"
+    r"|falcon|vicuna|zephyr|(?:distil)?gpt|starcoder|olmo|granite|internlm|baichuan|chatglm|stablelm|pythia|bloom"
+    r"|nemotron|exaone|(?:distil|ro|de|al|modern)?berta?|whisper|t5|flan)(?:v?\d\w*|z|j|neo|neox)?"
 )
-"""How a word of a name begins that is another family's."""
+"""Word of a name that is another family's, with a version or without."""
+
+_WITH_SIZE: Final = re.compile(
+    r"(?:^|-)(opt|yi|mpt|glm|kimi|orca|jamba|mamba|rwkv|grok|lfm2|command-r)(-\w+)*-\d+(-\d+)?[bmk]"
+)
+"""Families whose names are plain words: only with a size behind them."""
 
 _QUANTIZED: Final = "holds weights that are quantized already, by its name"
 _FORMATS: Final = {
@@ -153,7 +159,9 @@ def _misspelt(owner: str, plain: str) -> Refusal | None:
 def _other_family(plain: str) -> Refusal | None:
     if "phi-3" in plain or "phi-4" in plain:
         return None
-    found = next((word for word in plain.split("-") if _OTHER_FAMILY.match(word)), None)
+    found = next((word for word in plain.split("-") if _OTHER_FAMILY.fullmatch(word)), None)
+    sized = _WITH_SIZE.search(plain)
+    found = sized[1] if found is None and sized is not None else found
     if found is None:
         return None
     instead = "builtin:smollm2-135m, the same model in Phi-3's form" if "smollm2-135m" in plain else _USUAL

@@ -49,6 +49,11 @@ def _number(least: float, most: float = math.inf, *, above: bool = False) -> Che
     return fits, f"a number {'above' if above else 'from'} {least}{upper}"
 
 
+def _point(check: Check) -> Check:
+    """`Phi3Config` takes no whole number there."""
+    return lambda value: isinstance(value, float) and check[0](value), f"{check[1]}, written with a point"
+
+
 _SIZE: Final = _count(MAX_SIZE)
 _POSITIONS: Final = _count(MAX_POSITIONS)
 _SHARE: Final = _number(0, 1)
@@ -69,6 +74,14 @@ _NUMBERS: Final = _or_null(
     (lambda value: isinstance(value, list) and all(_is_number(one) for one in value), "a list of numbers")
 )
 
+_DTYPES: Final = ("auto", "bfloat16", "float16", "float32", "float64")
+
+
+def _one_of(*names: str | None) -> Check:
+    known = ", ".join(name or "null" for name in names if not (name or "").startswith("torch."))
+    return lambda value: (value is None or isinstance(value, str)) and value in names, f"one of {known}"
+
+
 REQUIRED: Final[dict[str, Check]] = {
     "num_hidden_layers": _count(MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), _SIZE),
@@ -76,16 +89,20 @@ REQUIRED: Final[dict[str, Check]] = {
 OPTIONAL: Final[dict[str, Check]] = {
     "architectures": _NAMES,
     "num_key_value_heads": _or_null(_SIZE),
-    "head_dim": _or_null(_SIZE),
+    "head_dim": _SIZE,
     "max_position_embeddings": _POSITIONS,
-    "original_max_position_embeddings": _or_null(_POSITIONS),
+    "original_max_position_embeddings": _POSITIONS,
     "sliding_window": _or_null(_POSITIONS),
     "tie_word_embeddings": _SWITCH,
     "use_cache": _SWITCH,
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), _SHARE),
-    "hidden_act": (lambda value: isinstance(value, str), "a name"),
-    "initializer_range": _number(0),
-    "rms_norm_eps": _number(0, 1, above=True),
+    "hidden_act": _one_of("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"), _one_of(None, *_DTYPES, *(f"torch.{name}" for name in _DTYPES))
+    ),
+    "transformers_version": (lambda value: value is None or isinstance(value, str), "a version"),
+    "initializer_range": _point(_number(0)),
+    "rms_norm_eps": _point(_number(0, 1, above=True)),
     "rope_theta": _or_null(_number(0, above=True)),
     "partial_rotary_factor": _or_null(_number(0, 1, above=True)),
     **dict.fromkeys(
@@ -95,10 +112,13 @@ OPTIONAL: Final[dict[str, Check]] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _ID),
     "eos_token_id": _IDS,
 }
+_SCALED: Final = ("longrope", "su", "yarn")
+"""Kinds of RoPE with a factor for each frequency, the 128k models'; they were once called otherwise."""
+
 _ROPE: Final[dict[str, Check]] = {
     **{key: OPTIONAL[key] for key in ("rope_theta", "partial_rotary_factor")},
     "original_max_position_embeddings": OPTIONAL["original_max_position_embeddings"],
-    **dict.fromkeys(("type", "rope_type"), (lambda value: value is None or isinstance(value, str), "a name")),
+    **dict.fromkeys(("type", "rope_type"), _one_of(None, "default", *_SCALED)),
     **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
 }
 
@@ -114,7 +134,22 @@ def faults(config: Mapping[str, Any]) -> list[str]:
     for name in ("rope_scaling", "rope_parameters"):
         inside = config.get(name)
         found += _wrong(inside, _ROPE, f"{name}.") if isinstance(inside, dict) else []
-    return found or _padding(config)
+    return found or [*_padding(config), *_factors(config)]
+
+
+def _factors(config: Mapping[str, Any]) -> list[str]:
+    """Lists of factors that are not as long as a head has rotated pairs, or that are missing."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # as transformers prefers them
+    rope = config.get(name) or {}
+    if (rope.get("rope_type") or rope.get("type")) not in _SCALED:
+        return []
+    share = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    length = int(config["hidden_size"] // config["num_attention_heads"] * share) // 2
+    return [
+        f"{name}.{key} has {len(rope.get(key) or ())} numbers, needs {length}"
+        for key in ("short_factor", "long_factor")
+        if len(rope.get(key) or ()) != length
+    ]
 
 
 def _wrong(config: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) -> list[str]:

@@ -269,7 +269,14 @@ def check_disks(folders: Mapping[str, Path], least: int = MIN_DISK_BYTES) -> Env
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def check_modules(present: Mapping[str, bool]) -> Environment:

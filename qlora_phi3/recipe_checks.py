@@ -142,6 +142,7 @@ def cross_problems(recipe: Recipe) -> list[KeyProblem]:
     )
     found = [(path, reason, remedy) for wrong, path, reason, remedy in checks if wrong]
     found += _base_problems(recipe)
+    found += _export_problems(recipe)
     known = phi3.VARIANTS.get(recipe.model.base)
     found += beyond_base(recipe, known) if known is not None else []
     for key, source in data.sources():
@@ -156,6 +157,15 @@ def beyond_base(recipe: Recipe, geometry: phi3.Geometry) -> list[KeyProblem]:
     if data.max_length > most:
         reason = f"{data.max_length} is beyond the {most} positions of {recipe.model.base}."
         found.append((("data", "max_length"), reason, f"Set it to {most} or less, or take a base with more."))
+    kept = recipe.train.kept_layers
+    if isinstance(kept, int) and kept > geometry.num_layers:
+        reason = f"{kept} is more than the {geometry.num_layers} layers of {recipe.model.base}."
+        found.append((("train", "kept_layers"), reason, f"Set it to {geometry.num_layers} or less."))
+    alone = [target for target in ONE_MATRIX if target in recipe.export]
+    if alone and geometry.tied_embeddings and recipe.adapter.embeddings:
+        module = recipe.adapter.embeddings[0]
+        reason = f"{alone[0]} cannot adapt {module} alone: this base ties embedding and head."
+        found.append((("export",), reason, "Write merged instead, or leave it out of adapter.targets."))
     answers = data.eval is not None and set(GENERATION_METRICS) & set(evaluate.metrics)
     if answers and evaluate.max_new_tokens >= most:
         reason = f"{evaluate.max_new_tokens} leaves no room for a prompt in the {most} positions of "
@@ -195,9 +205,34 @@ def _base_problems(recipe: Recipe) -> Iterator[KeyProblem]:
     refused = base_names.refusal(recipe.model.base)
     if refused is not None:
         yield ("model", "base"), f"{shown(recipe.model.base)} {refused[0]}", refused[1]
-    if recipe.model.revision is not None and not base_names.is_revision(recipe.model.revision):
+    elif recipe.model.revision is not None and not base_names.is_hub_name(recipe.model.base):
+        reason = f"{shown(recipe.model.revision)} is for a model on the hub; {recipe.model.base} is none."
+        yield ("model", "revision"), reason, "Remove it, or give the base as org/name."
+    elif recipe.model.revision is not None and not base_names.is_revision(recipe.model.revision):
         reason, remedy = base_names.NO_REVISION
         yield ("model", "revision"), f"{shown(recipe.model.revision)} {reason}", remedy
+
+
+VLLM_RANK: Final = 512
+"""The largest rank that vLLM serves, of which a split fused linear has several in its file."""
+
+ONE_MATRIX: Final = ("loralib", "mlx", "gguf-lora")
+"""Exports that cannot adapt the embedding or the head alone where they are one matrix."""
+
+
+def _export_problems(recipe: Recipe) -> Iterator[KeyProblem]:
+    """Exports that no adapter of this recipe can become, which the run would tell at its end."""
+    adapter = recipe.adapter
+    if "vllm" not in recipe.export or adapter.method == "dora" or not adapter.targets:
+        return
+    if adapter.embeddings:
+        reason = f"vllm adapts neither embedding nor head of Phi-3, and {adapter.embeddings[0]} is trained."
+        yield ("export",), reason, "Write merged instead, or leave it out of adapter.targets."
+    linears = [linear for linear, _ in adapter.pairs]
+    rank = adapter.rank * max((linears.count(linear) for linear in linears), default=1)
+    if rank > VLLM_RANK:
+        reason = f"vllm takes ranks up to {VLLM_RANK}, and {rank} is saved."
+        yield ("export",), reason, "Write merged instead, or lower adapter.rank."
 
 
 def _source_problems(source: Source, key: tuple[str | int, ...]) -> Iterator[KeyProblem]:

@@ -266,7 +266,10 @@ def _explain_hub(error: Exception, status: int | None) -> tuple[str, str]:
     if status == 404:
         return "not on the hub, or no such revision.", "Check model.base and model.revision."
     remedy = "Check the network; a folder (./name) and builtin:smollm2-135m need none."
-    return f"the hub cannot be reached and nothing is cached: {first_line(error)}", remedy
+    said = first_line(error).rstrip(".")
+    if re.search(r"name resolution|Name or service|getaddrinfo|nodename nor servname", said):
+        said = "its name is not resolved, as without a network"
+    return f"the hub cannot be reached and nothing is cached: {said}.", remedy
 
 
 def _provenance(base: str, source: str, revision: str | None, folder: Path) -> Provenance:

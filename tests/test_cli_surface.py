@@ -312,7 +312,7 @@ AT_ONCE = {
     ),
     "two places that are missing": Refused(
         ["tiny.yaml", "data.train.path=no.jsonl", "data.eval.path=none.jsonl"],
-        ["/no.jsonl: no such file.", "/none.jsonl: no such file.", "data.train.path=chats.jsonl"],
+        ["/no.jsonl: no such file.", "/none.jsonl: no such file.", "In its folder: "],
         lines=2,
     ),
     "no such model folder": Refused(
@@ -367,7 +367,7 @@ BEYOND = {
         ["quickstart", "model.base=microsoft/Phi-3-mini-instruct"],
         ["Did you mean microsoft/"],
     ),
-    "no revision": (["quickstart", "model.revision=../.."], ["'../..' is no commit, branch or tag."]),
+    "no revision": (["phi3-mini-chat-8gb", "model.revision=../.."], ["'../..' is no commit, branch or tag."]),
     "rows beyond a known base": (
         ["phi3-mini-chat-8gb", "data.max_length=8192"],
         ["command line: data.max_length: 8192 is beyond the 4096 positions of microsoft/", "Set it to 4096"],
@@ -384,6 +384,24 @@ BEYOND = {
         ["quickstart", "adapter.rank=9999"],
         ["adapter.rank: 9999 is above 192, the smaller side of k.", "192 or less"],
     ),
+    "more layers than a folder's": (
+        ["tiny.yaml", "train.kept_layers=3"],
+        ["train.kept_layers: 3 is more than"],
+    ),
+    "a revision of a folder": (["tiny.yaml", "model.revision=main"], ["'main' is for a model on the hub; /"]),
+    "the head for vLLM": (
+        ["tiny.yaml", "adapter.targets=[q, lm_head]", "export=[vllm]"],
+        ["command line: export: vllm adapts neither embedding nor head of Phi-3, and lm_head is trained."],
+    ),
+    "a tied head for llama.cpp": (
+        ["quickstart", "adapter.targets=[q, lm_head]", "export=[gguf-lora]"],
+        ["export: gguf-lora cannot adapt lm_head alone"],
+    ),
+    "a rank that vLLM does not serve": (
+        ["phi3-mini-chat-8gb", "adapter.rank=256", "export=[vllm]"],
+        ["export: vllm takes ranks up to 512, and 768 is saved."],
+    ),
+    "a kind that no run can make": (["tiny.yaml", "export=[gguf:q4_k_m]"], ["llama-quantize", "gguf:q8_0"]),
     "a rank above a folder's": (["tiny.yaml", "adapter.rank=33"], ["adapter.rank: 33 is above 32, "]),
     "an adapter that is not there": (
         ["tiny.yaml", "adapter.init=none"],

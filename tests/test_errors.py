@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_phi3 import installed
 from qlora_phi3.errors import (
     MAX_SHOWN,
     DataError,
@@ -31,6 +32,7 @@ EPOCHS = Problem("r.yaml:7: train.epochs", "found 'x', needs a whole number.", "
     [
         (RANK, "r.yaml:3: adapter.rank: found 0, must be 1 or more."),
         (EPOCHS, "r.yaml:7: train.epochs: found 'x', needs a whole number. Write 1."),
+        (Problem("a\x1b[2J\nb.csv:2", "has \u202e."), "a\\x1b[2J\\nb.csv:2: has \\u202e."),
     ],
 )
 def test_a_problem_reads_place_reason_remedy(problem: Problem, text: str) -> None:
@@ -105,3 +107,23 @@ def test_a_value_is_cut_for_a_message() -> None:
     assert shown("x" * 58) == f"'{'x' * 58}'"
     assert shown("x" * 59) == f"'{'x' * 56}..."
     assert len(shown("x" * 1_000_000)) == MAX_SHOWN
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 10, 0)])
+def test_a_python_that_is_too_old(
+    version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.version_info", version)
+    if version >= installed.LEAST:
+        installed.check_python()
+        return
+    with pytest.raises(SystemExit) as stopped:
+        installed.check_python()
+    assert stopped.value.code == 2
+    assert "Python 3.10 or newer is needed, this is 3.9.18" in capsys.readouterr().err
+
+
+def test_a_missing_module_of_our_own_is_our_bug() -> None:
+    for name in ("qlora_phi3.gone", "bench", None):
+        with pytest.raises(ImportError):
+            installed.stop(ModuleNotFoundError("gone", name=name))

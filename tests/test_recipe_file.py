@@ -715,7 +715,7 @@ def test_the_toolkit_has_a_folder_of_recipes() -> None:
     "overrides",
     [
         [],
-        ["model.revision='012'", "model.quantization=none", "model.base=/m"],
+        ["model.revision='012'", "model.quantization=none", "model.base=m/m"],
         ["adapter.targets=[o, gate_up_proj]", "adapter.dropout=1e-7"],
         [
             "data.eval={path: e.jsonl, format: messages, limit: 3}",

@@ -183,7 +183,9 @@ class Examiner:
         for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
         for key, value in row.unused:
-            self.columns.setdefault(key, Column(value, row.place)).num_rows += 1
+            if key not in self.columns:
+                self.columns[key] = Column(value, row.place)
+            self.columns[key].num_rows += 1
         if isinstance(row, Conversation):
             self.talks.num += 1
             self.talks.num_without_system += row.system is None

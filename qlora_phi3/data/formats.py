@@ -270,11 +270,9 @@ _PLAIN: Final = ("content", "document", "body", "article", "passage", "paragraph
 def _rename(row: dict[str, Any]) -> str:
     """Which keys to rename, where their names say what they are; nothing where they do not."""
     names = {"_".join(words_of(str(key))): str(key) for key in row}
-    for format_ in FORMATS.values():
-        found = [next((key for key in group if key in names), None) for group in format_.keys]
-        other = [(names[key], key) for key in found if key is not None and names[key] != key]
-        if None not in found and other:
-            return _renaming(other)
+    for name in (name for name in FORMATS if name != "text"):
+        if pairs := _other_case(names, FORMATS[name]):
+            return _renaming(pairs)
     for key, value in row.items():
         first = value[0] if isinstance(value, list) and value else None
         for wanted, speaker in (("messages", "role"), ("conversations", "from")):
@@ -287,8 +285,17 @@ def _rename(row: dict[str, Any]) -> str:
             context = [(names["context"], "input")] if "context" in names else []
             return _renaming([*context, (answers[0], "output")])
         return _renaming([(asked, "prompt"), (answers[0], "completion")])
+    if pairs := _other_case(names, FORMATS["text"]):
+        return _renaming(pairs)
     plain = "" if answers else _first(_PLAIN, names, [])
     return f"If it is plain text, rename `{plain}` to `text`." if plain else ""
+
+
+def _other_case(names: dict[str, str], format_: Format) -> list[tuple[str, str]]:
+    """The keys to rename where a row has all of a format's, written in another way; none where it has not."""
+    found = [next((key for key in group if key in names), None) for group in format_.keys]
+    pairs = [(names[key], key) for key in found if key is not None and names[key] != key]
+    return pairs if None not in found else []
 
 
 def _first(words: tuple[str, ...], names: dict[str, str], taken: list[str]) -> str:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import codecs
 import csv
-import errno
 import json
 import re
-import stat
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import DataError, Problem, shown
+from ..errors import DataError, Problem, is_file, is_folder, shown
 from .json_text import DECODER, RepeatedKey, decoded, parse, repeated
 from .provenance import Record, SourceFile
 
@@ -33,7 +31,6 @@ _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
 MAX_LISTED: Final = 8
 """File names that a message lists."""
-_LONGEST_PATH: Final = 300
 _SHARD: Final = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 _SPLITS: Final = {
     name: re.compile(rf"\A({words})(?=[-_.]|\Z)|(?<=[-_.])({words})\Z")
@@ -55,13 +52,10 @@ def files_of(path: Path) -> list[Path]:
         DataError: missing, unreadable, of an unknown kind, or a folder without data, with other files, or
             with files of several splits.
     """
-    files = _in_folder(path) if kind_of(path) == "folder" else [path]
+    files = _in_folder(path) if is_folder(path, DataError) else [path]
     for file in files:
-        kind = kind_of(file)
-        if kind == "other":
-            raise DataError(str(file), "is neither a file nor a folder.", _GIVE)
-        if kind != "file":
-            raise DataError(_cut(file), "no such file.", _beside(file))
+        if not is_file(file, DataError):
+            raise DataError(str(file), "no such file.", _beside(file))
         if file.suffix.lower() not in READERS:
             raise DataError(str(file), f"{file.suffix or 'no suffix'} is not available yet.", _GIVE)
         try:
@@ -71,32 +65,8 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def kind_of(path: Path) -> str:
-    """`file`, `folder`, `other`, or nothing where nothing is there.
-
-    Raises:
-        DataError: the system does not say: a name that is too long, a folder that may not be looked into.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except ValueError:  # a NUL byte in the name
-        return ""
-    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
-
-
 def _unreadable(path: Path, error: OSError) -> DataError:
-    remedy = "Shorten it." if error.errno == errno.ENAMETOOLONG else "Check its permissions."
-    return DataError(_cut(path), f"cannot be read: {error.strerror}.", remedy)
-
-
-def _cut(path: Path) -> str:
-    """The path for a message; the system takes no name of more than 255 bytes."""
-    text = str(path)
-    return text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}..."
+    return DataError(str(path), f"cannot be read: {error.strerror}.", "Check its permissions.")
 
 
 def _beside(file: Path) -> str:
@@ -105,10 +75,10 @@ def _beside(file: Path) -> str:
     try:
         found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
     except OSError:
-        return f"There is no folder {_cut(folder)} either. A path is relative to the recipe's folder."
+        return f"There is no folder {folder} either. In a recipe, paths begin at its folder."
     if not found:
         return f"Its folder holds no data file. {_GIVE}"
-    near = get_close_matches(file.name, found, 1)
+    near = get_close_matches(file.name, found, 1, 0.75)
     guess = f"Did you mean {near[0]}? " if near else ""
     more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
     return f"{guess}In its folder: {', '.join(found[:MAX_LISTED])}{more}."
@@ -121,7 +91,7 @@ def _in_folder(folder: Path) -> list[Path]:
         raise _unreadable(folder, error) from None
     found = [path for path in found if path.suffix.lower() not in DOCUMENTS and path.stem != "LICENSE"]
     for path in found:
-        if kind_of(path) == "folder":
+        if is_folder(path, DataError):
             raise DataError(
                 str(path), "is a folder inside a folder.", "Give the path of one folder of files."
             )

@@ -153,7 +153,8 @@ def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate
         parts |= build(reading) if key is None else cache.fetch(key, reading)
         sources += [(name, one) for one in reading.read]
     held_out = parts["eval"].conversations if "eval" in parts else []
-    answers = examine_answers(held_out, evaluate, tokenizer, "data.eval")
+    asked = [held_out[number] for number in draw(len(held_out), evaluate.samples, train.seed)]
+    answers = examine_answers(asked, evaluate, tokenizer, "data.eval")
     return Prepared(parts, data, turns, tuple(sources), tuple(answers))
 
 

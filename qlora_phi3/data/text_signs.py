@@ -30,6 +30,8 @@ def texts_of(row: Row) -> Iterator[tuple[str, str]]:
 
 def text_signs(row: Row, quirks: Quirks) -> Iterator[Sign]:
     """What is odd in what a row says."""
+    if isinstance(row, Text) and len(row.text) < _LONGEST and _missing("user", row.text):
+        yield "placeholder", f"{row.place}: {row.text.strip()!r}"
     if isinstance(row, Conversation):
         yield from _message_signs(row, quirks)
         if not row.has_tools and all([message.content.isascii() for message in row.messages]):

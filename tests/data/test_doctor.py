@@ -513,6 +513,8 @@ def test_plain_text_has_no_turns_to_find_fault_with() -> None:
 
 
 def test_findings_on_plain_text() -> None:
+    assert codes([Text("NaN", "t:1"), Text("an nan", "t:2")]) == [("placeholder", ("t:1: 'NaN'",))]
+    assert codes([Text("<s>[INST] a", "t:1")]) == [("chat-markers", ("t:1: [INST]",))]
     rows = [
         Text("cafÃ©", "t:1"),
         Text("b <|end|>", "t:2"),

@@ -157,6 +157,8 @@ def test_unknown_format(row: Any, reason: str) -> None:
             {"article": "hi", "highlights": "yo"},
             "Rename `article` to `prompt` and `highlights` to `completion`.",
         ),
+        ({"Text": "hi", "Label": 1}, "Rename `Text` to `prompt` and `Label` to `completion`."),
+        ({"Text": "hi"}, "Rename `Text` to `text`."),
         (
             {"Category": "ham", "Message": "hi"},
             "Rename `Message` to `prompt` and `Category` to `completion`.",
