@@ -381,9 +381,7 @@ def test_a_recipe_exports_at_its_end(write_recipe: Callable[..., Path], tmp_path
 def test_a_failing_export_never_takes_the_run_with_it(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = write_recipe(extra="export: [mlx]\nadapter: {rank: 4, targets: [q, lm_head]}\n", geometry="tied")
-    text = path.read_text().replace("adapter: {rank: 4, alpha: 8}\n", "")
-    path.write_text(text)
+    path = write_recipe(extra="export: [gguf:q8_0]\n")  # whose base has no rows to spare for llama.cpp
     done = command("recipe", str(path), "--out", str(tmp_path / "out"))
     assert done.returncode == 1, done.stderr
     assert "the run is whole, only its exports are missing" in done.stderr
