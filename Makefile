@@ -21,11 +21,11 @@ quickstart: $(VENV)/.installed
 
 ## the fast tests: offline, on the CPU, about 12 minutes on two cores
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 ## the tests on the built-in model
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile
 
 ## lint, format, types, rooms
 check: $(VENV)/.installed

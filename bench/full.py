@@ -56,6 +56,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
             splits.turns.end,
             batch_rows=recipe.train.effective_batch,
             batch_tokens=4096,
+            seed=recipe.train.seed,
         )
     return {
         "rank": None,

@@ -11,7 +11,7 @@ from . import compare_table, engine_table, pages, plots, quality_table, tables
 _ROOT = Path(__file__).parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("adapters", "memory", "bench", "engine")),
+    *(_ROOT / "docs" / f"{name}.md" for name in ("adapters", "memory", "bench", "engine", "recipe")),
 )
 TABLES: Final = {
     "adapters": quality_table.adapters,

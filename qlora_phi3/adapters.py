@@ -21,6 +21,7 @@ from torch import nn
 
 from . import layouts, loftq, phi3, recipe_checks
 from .errors import ModelError, RunError
+from .layouts.files import give_usual_modes
 from .layouts.names import linear_shapes
 from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
@@ -365,6 +366,7 @@ def _write(model: Any, base: Base, partial: Path) -> None:
     (partial / PROVENANCE_NAME).write_text(provenance + "\n", encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; report.py writes the real card
     check_saved(model, partial)
+    give_usual_modes(partial)
 
 
 def saved_bytes(model: nn.Module) -> int:

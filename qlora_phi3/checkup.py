@@ -6,6 +6,8 @@ Owns the order of the checks and how they are shown. Changes nothing and trains 
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,8 @@ OTHER_STYLES: Final = ("default", "reverse dim")
 """Two of each by turns, so that every token is seen."""
 
 BAR_WIDTH: Final = 30
+_DRIVING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and new lines, and those that turn the direction of what follows."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,21 @@ def by_grade(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def show(found: Checkup, console: Console) -> None:
-    """Samples, figures, findings, and a last line that says how it stands."""
+    """Errors, samples, figures of what could be read, other findings, and a last line: how it stands."""
+    errors = [finding for finding in found.findings if finding.grade == "error"]
+    for finding in errors:
+        _show_finding(finding, console)
     for sample in found.samples:
         _show_sample(sample, console)
     if found.machine is not None:
         console.print(_machine_table(found.machine))
-    if found.splits:
-        console.print(_splits_table(found.splits))
-        for name, split in found.splits.items():
+    read = {name: split for name, split in found.splits.items() if split.rows}
+    if read:
+        console.print(_splits_table(read))
+        for name, split in read.items():
             _say(console, f"{name}: rows by length in tokens")
             _say(console, "\n".join(_histogram(split)))
-    for finding in found.findings:
+    for finding in found.findings[len(errors) :]:
         _show_finding(finding, console)
     counts = [(found.count(grade), grade) for grade in GRADES]
     words = ", ".join(f"{count} {grade}{'' if count == 1 else 's'}" for count, grade in counts)
@@ -144,23 +152,39 @@ def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) ->
 
 
 def _say(console: Console, text: str | Text) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(_harmless(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def _harmless(text: str | Text) -> str | Text:
+    """Without characters that would drive the terminal, which names and texts of others may hold."""
+    if isinstance(text, Text):
+        return Text.assemble(*((_escaped(text.plain[s.start : s.end]), s.style) for s in text.spans))
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    return _DRIVING.sub(lambda hit: hit[0].encode("unicode_escape").decode(), text)
 
 
 def _show_finding(finding: Finding, console: Console) -> None:
     _say(console, f"{finding.grade}: {finding.code}: {finding.what}")
     for place in finding.places[:SHOWN_PLACES]:
-        _say(console, f"  {place}")
+        _say(console, f"  {_relative(place)}")
     if finding.num_places > SHOWN_PLACES:
         _say(console, f"  and {finding.num_places - SHOWN_PLACES} more, {finding.num_places} in all")
     _say(console, f"  -> {finding.fix}")
+
+
+def _relative(place: str) -> str:
+    """A place with its paths as they are from here, without the folder that one is in anyway."""
+    return place.replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def _show_sample(sample: Sample, console: Console) -> None:
     from .data.figures import bracketed
 
     trained = sum(piece.trained for piece in sample.pieces)
-    _say(console, f"{sample.place}: {len(sample.pieces)} tokens, {trained} trained on")
+    _say(console, f"{_relative(sample.place)}: {len(sample.pieces)} tokens, {trained} trained on")
     plain = console.no_color or not console.is_terminal
     _say(console, bracketed(sample.pieces) if plain else _coloured(sample.pieces))
     _say(console, "")
@@ -204,9 +228,8 @@ def _splits_table(splits: Mapping[str, Summary]) -> Table:
         "dropped": [f"{split.dropped_share:.1%}" for split in found],
         "truncated": [f"{split.truncated_share:.1%}" for split in found],
         f"padding at micro batch {found[0].micro_batch}": [f"{split.padding_share:.1%}" for split in found],
-        "padding when packed": [
-            f"{split.packed_padding_share:.1%} ({split.packed_rows:,} rows)" for split in found
-        ],
+        "padding when packed": [f"{split.packed_padding_share:.1%}" for split in found],
+        "passes when packed": [f"{split.packed_rows:,}" for split in found],
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)

@@ -258,7 +258,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="merged: bf16 or fp16.")] = None,
     kind: Annotated[str | None, typer.Option(help="ollama: the GGUF's kind; q8_0.")] = None,
     num_ctx: Annotated[
-        int | None, typer.Option(min=1, help="ollama: context in tokens; at most 4096.")
+        int | None, typer.Option(min=1, help="ollama: context in tokens; 4096 or what the base has.")
     ] = None,
     repo: Annotated[str | None, typer.Option(help="hub: where to, you/name.")] = None,
     what: Annotated[str | None, typer.Option(help="hub: adapter or merged.")] = None,

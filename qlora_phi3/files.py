@@ -29,9 +29,11 @@ def write_text(path: Path, text: str) -> None:
         with unfinished.open("xb") as file:  # its mode is the user's umask, as tempfile's would not be
             file.write(content)
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file, and nobody knows the unfinished one
         raise
 
 

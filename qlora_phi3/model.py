@@ -17,7 +17,7 @@ from torch import nn
 from . import prequantized
 from .errors import ModelError
 from .recipe import Model
-from .weights import Checkpoint, Say, first_line
+from .weights import Checkpoint, Say, first_line, read_config
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -71,7 +71,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Tokenizer of a checkpoint, with a chat template and a pad token.
 
     Raises:
-        ModelError: it cannot be read, has no chat template, or no token to pad with.
+        ModelError: it cannot be read, has no chat template, no token to pad with, or more tokens than the
+            embedding has rows.
     """
     from transformers import AutoTokenizer
 
@@ -87,7 +88,21 @@ def load_tokenizer(folder: Path) -> Any:
             raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    _check_vocabulary(tokenizer, folder)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Refuse tokens that were added and never given a row: the embedding would be read behind its end."""
+    if not (folder / "config.json").is_file():  # a tokenizer by itself, as an export has it
+        return
+    rows = read_config(folder).get("vocab_size")
+    highest = max((*tokenizer.added_tokens_decoder, len(tokenizer) - 1))
+    if isinstance(rows, int) and highest >= rows:
+        added = tokenizer.convert_ids_to_tokens(highest)
+        reason = f"the tokenizer has {highest + 1} tokens, the embedding {rows} rows ({added!r} has none)."
+        remedy = "Resize the embedding with resize_token_embeddings and save it, or remove the added tokens."
+        raise ModelError(str(folder), reason, remedy)
 
 
 def load(

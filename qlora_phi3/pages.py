@@ -69,8 +69,13 @@ def _moves(character: str) -> bool:
 
 def template(name: str) -> jinja2.Template:
     """A template of the package; a name that it uses and is not given is an error."""
+    return environment().get_template(name)
+
+
+def environment() -> jinja2.Environment:
+    """What the templates of the package share."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=loader,
         autoescape=jinja2.select_autoescape(("html.j2",)),
         undefined=jinja2.StrictUndefined,
@@ -78,11 +83,11 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["bytes"] = format_bytes
-    environment.globals |= {
+    made.filters["bytes"] = format_bytes
+    made.globals |= {
         "format_metric": format_metric,
         "meanings": MEANINGS,
         "memory_of": MEMORY,
         "measured_on": measured_on,
     }
-    return environment.get_template(name)
+    return made

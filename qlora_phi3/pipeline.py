@@ -137,7 +137,8 @@ def _run(
     write_inputs(recipe, plan, place)
     adapting = _Adapting(recipe, place, display)
     evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
-    notes += [finding.note for finding in findings if finding.code != "overlong"]  # `_notes` counts them
+    told = ("overlong", "answers-cut")  # `_notes` counts the one, `evaluate.reservations` the other
+    notes += [finding.note for finding in findings if finding.code not in told]
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
@@ -494,6 +495,7 @@ def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
 
 def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
+    found["system_prompt"] = splits.train.system_prompt
     found["sources"] = splits.sources_json()
     if splits.eval is not None:
         rows = len(splits.eval.rows)

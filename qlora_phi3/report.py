@@ -9,7 +9,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -106,8 +107,11 @@ def machine(device: str) -> dict[str, Any]:
 def write(report: RunReport, folder: Path) -> None:
     """Write report.json, report.html and the adapter's README.md into a run folder."""
     content = report.to_json()
+    from .export import stops  # which reads tokenizers, and torch with them
+
     files.write_json(folder / "report.json", content)
-    about = card.About("adapter", report.name, report.base["base"], local=True)
+    told = {"stop_ids": stops.in_folder(folder / "adapter")}
+    about = card.About("adapter", report.name, report.base["base"], told, local=True)
     files.write_text(folder / "adapter" / "README.md", card.render(content, about))
     files.write_text(folder / "report.html", report_page.render(content, folder))
 
@@ -169,6 +173,22 @@ def show(report: RunReport, folder: Path, console: Console) -> None:
         size = format_bytes(sum(one["files"].values()))
         say(f"{one['target']}  {folder / one['folder']}  {size}")
     say(f"report   {folder / 'report.html'}")
+    say("")
+    for what, how in _next_steps(report, folder):
+        say(f"{what}  {how}")
+
+
+def _next_steps(report: RunReport, folder: Path) -> Iterator[tuple[str, str]]:
+    """What users do after a run, each with what to type or to open."""
+    run, again = shlex.quote(str(folder)), shlex.quote(f"adapter.init={folder / 'adapter'}")
+    yield "next: look at it   ", f"open {folder / 'report.html'} in a browser"
+    yield "      use it       ", f"{folder / 'adapter' / 'README.md'} has the Python that loads and asks it"
+    if not report.exports:
+        yield (
+            "      elsewhere    ",
+            f"python -m qlora_phi3 export {run} --to gguf:q8_0   (llama.cpp; docs/export.md)",
+        )
+    yield "      train more   ", f"python -m qlora_phi3 recipe RECIPE {again}"
 
 
 def _show_answers(answers: report_page.Answers, console: Console, say: Callable[[str], None]) -> None:

@@ -189,7 +189,7 @@ def _claim(folder: Path) -> RunFolder:
         _unmake(made)
         raise _Taken(str(folder), "another run writes into it.", REMEDY) from None
     except OSError as error:
-        _unmake(made)
+        RunFolder(folder, made).remove()
         raise OutputError(str(folder), f"cannot be written to: {error.strerror}.", REMEDY) from None
     run = RunFolder(folder, made)
     try:

@@ -430,7 +430,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         self._supervised: list[torch.Tensor] = []
         self._since, self._all = _Counts(), _Counts()
         self._losses: tuple[float, float] | None = None
-        self._skipped = 0
+        self._skipped, self._logs = 0, dict[str, Any]()
         self._begun = time.perf_counter()
 
     def count(self, num_rows: int, num_tokens: int, num_supervised: torch.Tensor) -> None:
@@ -450,13 +450,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         self._since.steps += 1
         self._since.loss += loss
         self._since.seconds += now - self._begun
-        self._begun = now
+        self._begun, self._logs = now, logs
         self._losses = (self._losses[0] if self._losses else loss, loss)
         self._skipped += bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
         problem = self._problem(loss, logs.get("grad_norm"))
         self._show(step, loss)
         if problem or step in (1, state.max_steps) or step % self._recipe.train.log_every == 0:
-            self._write_line(step, logs)
+            self._write_line(step)
         if problem:
             remedy = "Lower train.learning_rate, or look at the rows with `train.effective_batch=1`."
             raise RunError(f"step {step}", problem, remedy)
@@ -464,6 +464,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         if self._held_out_loss is not None and every is not None and step % every == 0:
             self._write({"step": step, "eval_loss": self._held_out_loss()})
             self._begun = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Steps behind the last line, where the training was stopped, have one too."""
+        if self._since.steps:
+            self._write_line(state.global_step)
 
     def _problem(self, loss: float, grad_norm: float | None) -> str:
         """Which of the two is not a number; float16's loss scaler makes the norm overflow on purpose."""
@@ -477,14 +482,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         peak = format_bytes(self._meter.peak_bytes())
         self._steps.update(step, f"loss {loss:.4f}  {self._since.tokens_per_second:.0f} tok/s  peak {peak}")
 
-    def _write_line(self, step: int, logs: dict[str, Any]) -> None:
+    def _write_line(self, step: int) -> None:
         """The line of the steps since the one before, which then count among all."""
-        since = self._closed()
+        since, self._since = self._since, _Counts()
+        since.supervised = sum(int(num) for num in self._supervised)
+        self._supervised = []
+        self._all.add(since)
         line = {
             "step": step,
             "loss": since.loss / since.steps,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": self._logs["learning_rate"],
+            "grad_norm": self._logs.get("grad_norm"),
             "tokens": since.tokens,
             "supervised_tokens": since.supervised,
             "tokens_per_second": since.tokens_per_second,
@@ -494,20 +502,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks 
         }
         self._write(line)
 
-    def _closed(self) -> _Counts:
-        """The counts since the last line, added to those of all; counting begins anew."""
-        since, self._since = self._since, _Counts()
-        since.supervised = sum(int(num) for num in self._supervised)
-        self._supervised = []
-        self._all.add(since)
-        return since
-
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
 
     def summary(self) -> Trained:
-        self._closed()  # steps behind the last line, where the loop ended early
         assert self._losses is not None, "no step was trained"
         return Trained(
             num_steps=self._all.steps,

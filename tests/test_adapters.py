@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,34 @@ def test_trained_table(checkpoints: Callable[[str], Path], geometry: str, quanti
 
 def test_nothing_is_trained_before_an_adapter_is_attached(base: Base) -> None:
     assert trained_table(base.model) == []
+    assert summarize([]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({}, ["q+k+v o gate+up down in 2 layers, rank 4, {} parameters"]),
+        ({"split_fused": True}, ["q k v o gate up down in 2 layers, rank 4, {} parameters"]),
+        (
+            {"split_fused": True, "targets": ["embed_tokens", "q", "lm_head"]},
+            ["embed_tokens lm_head, rank 4, {} parameters", "q in 2 layers, rank 4, {} parameters"],
+        ),
+        (
+            {"targets": ["qkv_proj", "o_proj"], "method": "dora"},
+            [
+                "q+k+v o in 2 layers, rank 4, {} parameters",
+                "lengths of qkv_proj o_proj in 2 layers, {} parameters",
+            ],
+        ),
+    ],
+)
+def test_what_is_trained_is_a_line_for_all_that_is_alike(
+    base: Base, settings: dict[str, Any], lines: list[str]
+) -> None:
+    model = attach(base, recipe(**settings))
+    found = summarize(trained_table(model))
+    assert [re.sub(r"[\d.,]+( M)? parameters", "{} parameters", line) for line in found] == lines
+    model.unload()
 
 
 @pytest.mark.parametrize(

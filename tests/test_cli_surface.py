@@ -312,7 +312,7 @@ AT_ONCE = {
     ),
     "two places that are missing": Refused(
         ["tiny.yaml", "data.train.path=no.jsonl", "data.eval.path=none.jsonl"],
-        ["/no.jsonl: no such file.", "/none.jsonl: no such file.", "data.train.path=chats.jsonl"],
+        ["/no.jsonl: no such file.", "/none.jsonl: no such file.", "In its folder: "],
         lines=2,
     ),
     "no such model folder": Refused(

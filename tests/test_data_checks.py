@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from test_weights import COMMIT, HUB_ID, FakeHub
 
-from qlora_phi3 import model, pipeline, weights
+from qlora_phi3 import checkup, model, pipeline, weights
 from qlora_phi3.errors import DataError, ModelError
 from qlora_phi3.recipe import Model, Recipe
 from qlora_phi3.recipe_file import load_recipe
@@ -71,6 +72,28 @@ def test_findings_that_only_the_doctor_has_end_a_run_too(
     assert not (tmp_path / "run").exists()
 
 
+def test_tokens_without_a_row_in_the_embedding_are_refused_before_the_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were added to the tokenizer alone; torch would read behind the embedding's end."""
+    folder = shutil.copytree(recipe.model.base, tmp_path / "base")
+    tokenizer = model.load_tokenizer(folder)
+    tokenizer.add_tokens(["[SKU]"])
+    tokenizer.save_pretrained(folder)
+    added = recipe.model_copy(update={"model": Model(base=str(folder))})
+    monkeypatch.setattr(model, "load", forbid)
+    for check in (pipeline.run, lambda one, _: checkup.check_recipe(one, 0, print)):
+        with pytest.raises(ModelError, match=r"262 tokens, the embedding 261 rows \('\[SKU\]' has none\)"):
+            check(added, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_has_the_system_message_of_all_rows(recipe: Recipe, chats: Path, tmp_path: Path) -> None:
+    chats.write_text("".join(line("system: Count.", f"user: {i}", f"assistant: {i}!") for i in range(4)))
+    found, _ = pipeline.run(recipe, tmp_path / "run")
+    assert found.data["system_prompt"] == "Count."
+
+
 def test_warnings_and_notes_stand_in_the_report(recipe: Recipe, chats: Path, tmp_path: Path) -> None:
     with chats.open("a") as file:
         file.write(line("user: a", "user: b", "assistant: cafÃ©"))
@@ -93,7 +116,7 @@ def test_long_rows_are_told_once(recipe: Recipe, chats: Path, tmp_path: Path) ->
 
 
 def test_a_run_and_the_doctor_hold_out_what_the_seed_draws(recipe: Recipe) -> None:
-    from qlora_phi3 import checkup, data
+    from qlora_phi3 import data
     from qlora_phi3.data.read import stream_splits
     from qlora_phi3.recipe import Fraction, Source
 

@@ -41,6 +41,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str],
     for name, lines in BAD.items():
         (place / name).write_text("\n".join(lines))
     (place / "broken.jsonl").write_text("{\n" + line("user: a", "assistant: b"))
+    (place / "nothing.jsonl").write_text("{\n")
+    (place / "labels.csv").write_text("text,label,id\ngood film,1,7\nbad film,0,8\n")
+    (place / "escapes.jsonl").write_text(line("user: a \x1b[2J b", "assistant: \u202eabc") + "\n")
+    (place / "splits").mkdir()
+    for name in ("train", "valid", "test"):
+        write_chats(place / "splits" / f"{name}.jsonl", 2)
     return place
 
 
@@ -59,6 +65,11 @@ COMMANDS = {
     ],
     "auto": ["tiny.yaml", "train.micro_batch=auto", "train.effective_batch=4", "--json"],
     "unreadable": ["tiny.yaml", "data.train.path=broken.jsonl"],
+    "nothing read": ["tiny.yaml", "data.train.path=nothing.jsonl", "data.eval="],
+    "labels": ["tiny.yaml", "data.train.path=labels.csv"],
+    "labels left out": ["tiny.yaml", "data.train.path=labels.csv", "data.train.format=text", "data.eval="],
+    "escapes": ["tiny.yaml", "data.train.path=escapes.jsonl", "--samples", "1"],
+    "splits": ["tiny.yaml", "data.train.path=splits"],
     "missing": ["tiny.yaml", "data.train.path=none.jsonl"],
     "no name": ["--samples", "2"],
     "unknown recipe": ["quikstart"],
@@ -133,7 +144,10 @@ def test_errors_are_all_printed_and_exit_with_2(answers: dict[str, Answer]) -> N
     done = answers["errors"]
     assert (done.returncode, done.stderr) == (2, "")
     assert "error: special-token: " in done.stdout
-    assert "/special.jsonl:1: messages[0]: <|end|>\n  -> Remove it" in done.stdout
+    assert (
+        "\n  special.jsonl:1: messages[0]: <|end|>\n  -> Text that a chat template has rendered"
+        in done.stdout
+    )
     assert done.stdout.endswith("tiny: 1 error, 1 warning, 0 notes\n")
     as_json = answers["errors as JSON"]
     assert (as_json.returncode, as_json.stderr) == (2, "")
@@ -145,7 +159,34 @@ def test_rows_that_cannot_be_read_are_findings_with_their_lines(answers: dict[st
     done = answers["unreadable"]
     assert (done.returncode, done.stderr) == (2, "")
     assert "error: unreadable: The row cannot be read, or the run has no use for it.\n" in done.stdout
-    assert "/broken.jsonl:1: not valid JSON" in done.stdout
+    assert "\n  broken.jsonl:1: not valid JSON" in done.stdout
+
+
+def test_errors_come_first_and_figures_only_of_what_was_read(answers: dict[str, Answer]) -> None:
+    assert answers["unreadable"].stdout.startswith("error: unreadable: ")
+    done = answers["nothing read"]
+    assert done.returncode == 2
+    assert "longest row" not in done.stdout and "rows by length" not in done.stdout
+
+
+def test_a_label_that_nobody_trains_on_is_refused_unless_the_format_is_named(
+    answers: dict[str, Answer],
+) -> None:
+    done = answers["labels"]
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "labels.csv:2: `label` would be left out ('1'): that looks like a label." in done.stdout
+    assert "rename `text` to `prompt` and `label` to `completion`" in done.stdout
+    done = answers["labels left out"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "warning: unused-columns: " in done.stdout and "`label`, `id`." in done.stdout
+    assert "  labels.csv:2: `label`: '1', in 2 rows\n" in done.stdout
+
+
+def test_text_of_a_row_does_not_drive_the_terminal(answers: dict[str, Answer]) -> None:
+    done = answers["escapes"]
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    assert "<|user|>a \\x1b[2J b<|end|>" in done.stdout and "[\\u202eabc<|end|>]" in done.stdout
 
 
 def test_warnings_do_not_fail(answers: dict[str, Answer]) -> None:
@@ -164,7 +205,11 @@ def test_an_automatic_micro_batch_is_settled_as_a_run_would(answers: dict[str, A
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("missing", ["/none.jsonl: no such file."]),
+        ("missing", ["data.train.path: ", "/none.jsonl: no such file. ", "In its folder: broken.jsonl, "]),
+        (
+            "splits",
+            ["/splits: holds files of several splits: test.jsonl, train.jsonl, valid.jsonl.", "Name the"],
+        ),
         ("no name", ["--samples: is for one recipe, and none was named. Write `doctor NAME` before it."]),
         ("unknown recipe", ["quikstart: no recipe of this name. Did you mean 'quickstart'?"]),
     ],

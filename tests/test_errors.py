@@ -32,6 +32,7 @@ EPOCHS = Problem("r.yaml:7: train.epochs", "found 'x', needs a whole number.", "
     [
         (RANK, "r.yaml:3: adapter.rank: found 0, must be 1 or more."),
         (EPOCHS, "r.yaml:7: train.epochs: found 'x', needs a whole number. Write 1."),
+        (Problem("a\x1b[2J\nb.csv:2", "has \u202e."), "a\\x1b[2J\\nb.csv:2: has \\u202e."),
     ],
 )
 def test_a_problem_reads_place_reason_remedy(problem: Problem, text: str) -> None:

@@ -235,6 +235,30 @@ def test_without_held_out_rows_nothing_is_evaluated_and_said_so(
     assert any("nothing was evaluated" in note for note in report["notes"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], ["only 4 held-out rows for evaluate.samples 9"]),
+        (["evaluate.metrics=[loss]"], []),
+        (["evaluate.samples=4", "train.optimizer=adamw_torch"], []),
+        (["evaluate.samples=4", "train.optimizer=paged_adamw_8bit"], ["paging needs CUDA"]),
+    ],
+)
+def test_notes_are_of_what_was_asked_for(
+    write_recipe: Callable[..., Path], overrides: list[str], told: list[str]
+) -> None:
+    """Not of defaults that change nothing here, nor of answers that no metric compares."""
+    from qlora_phi3 import data, model, weights
+
+    recipe = load_recipe(write_recipe(), ["evaluate.samples=9", *overrides])
+    checkpoint = weights.locate(recipe.model)
+    splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
+    _, _, notes = pipeline.settle(recipe, checkpoint, splits, torch.device("cpu"))
+    notes = notes[1:]  # the first is how it trains
+    assert len(notes) == len(told), notes
+    assert [word for word in told if not any(word in note for note in notes)] == []
+
+
 OVERLONG = [
     pytest.param("drop", ["3 {} rows were longer than data.max_length and dropped"], id="drop"),
     pytest.param(

@@ -292,11 +292,19 @@ def test_without_evaluation_there_is_a_page_too(folder: Path) -> None:
     assert "Samples" not in text and "Before and after" not in text and "Notes" not in text
 
 
-def test_without_the_base_there_is_one_column(folder: Path) -> None:
-    change(folder, "eval.json", lambda found: found.pop("base"))
-    change(folder, "report.json", lambda r: r["metrics"].pop("base"))
-    text = page(folder).text
-    assert "tuned" in text and "\nbase\n" not in text
+@pytest.mark.parametrize(("left", "out"), [("tuned", "base"), ("base", "tuned")])
+def test_of_one_model_there_is_one_column(
+    run: tuple[RunReport, Path], folder: Path, left: str, out: str
+) -> None:
+    """The base alone is what a run has that was stopped before the tuned model answered."""
+    change(folder, "eval.json", lambda found: found.pop(out))
+    change(folder, "report.json", lambda r: r["metrics"].pop(out))
+    found = page(folder)
+    labels = [cell["data-label"] for cell in found.all("td") if "data-label" in cell]
+    assert set(labels) == {"asked", "expected", left}
+    assert f"{out}: 0 of 4" not in found.text and f"{left}: 0 of 4" in found.text
+    text = shown(dataclasses.replace(run[0], metrics={left: run[0].metrics[left]}), folder)
+    assert f": {left} model on held-out rows\n" in text and f"\n  {left}" in text
 
 
 def test_the_page_says_how_it_was_trained_and_on_what(folder: Path) -> None:

@@ -470,6 +470,17 @@ def test_log_every_decides_the_lines_and_nothing_else(
     assert rarely[1]["loss"] == pytest.approx(sum(line["loss"] for line in each[1:]) / 3)
 
 
+def test_a_training_that_is_stopped_between_two_lines_has_a_last_one(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    asked = iter([False, False, True])
+    settings = recipe("train.log_every=10", "train.max_steps=9")
+    found = summary(settings, tmp_path, stop=lambda: next(asked))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, found.num_steps] == [1, 3]
+    assert sum(line["tokens"] for line in lines) == found.num_tokens
+
+
 def test_a_step_without_a_line_is_looked_at_too(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     class Poison(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are not typed
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

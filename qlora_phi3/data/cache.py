@@ -112,7 +112,7 @@ def _load(entry: Path, splits: tuple[str, ...]) -> dict[str, Part] | None:
     try:
         entries.check(entry)
         return {name: Part.open(entry / name) for name in splits}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile):
         shutil.rmtree(entry, ignore_errors=True)
         return None
 

@@ -5,32 +5,37 @@ Owns the checks of text, turns and tokens, one row at a time. Prints nothing and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError, Problem
+from ..errors import DataError, Problem, shown
 from ..findings import Finding, Grade
-from ..recipe import Data
+from ..recipe import GENERATION_METRICS, Data, Evaluate
 from .batches import Outcome
+from .columns import describes
+from .quirks import Quirks
 from .read import MAX_PROBLEMS
-from .rows import Conversation, Row, Text
-from .tokens import LossOn, Marked, Turns
-from .tools import tool_texts
+from .repeats import Fingerprints
+from .rows import Conversation, Row
+from .text_signs import Sign, marker_signs, text_signs, texts_of
+from .tokens import PLAIN_TEXT, LossOn, Marked, Turns, prompt_ids
 
-Sign = tuple[str, str]
-"""The code of a finding and a place that has it."""
+MAX_NAMES: Final = 20
+MAX_SYSTEM: Final = 200
+"""Keys that are named, and characters of a system message that are shown."""
 
 MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
     "unreadable": ("error", "The row cannot be read, or the run has no use for it.", ""),
     "special-token": (
         "error",
-        "Text of a message holds a special token, which would open or close turns by itself.",
-        "Remove it from the text, or remove the row.",
+        "Text holds a special token, which would open or close turns by itself.",
+        PLAIN_TEXT,
     ),
     "refused": ("error", "The row cannot be turned into tokens.", "Change the row, or remove it."),
     "all-masked": (
@@ -58,6 +63,28 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
         "Two messages of the same role follow each other, which a chat never has when it is used.",
         "Join them into one message, or remove the row.",
     ),
+    "empty-question": (
+        "warning",
+        "A user message is empty: the model learns to give this answer to nothing.",
+        "Write the question.",
+    ),
+    "placeholder": (
+        "warning",
+        "Text is a word that programs write for a missing value: the model learns it as text.",
+        "Export the data again with nothing in its place, or ignore this where the word is meant.",
+    ),
+    "chat-markers": (
+        "warning",
+        "Text holds markers of chats that are plain text to this base: it learns to write them, and learns "
+        "the questions as well as the answers.",
+        "Write the turns as messages: the base's chat template is applied for you.",
+    ),
+    "swallowing-token": (
+        "warning",
+        "Text holds a token of the base's vocabulary that takes away the blanks beside it: the model sees "
+        "another text than the row's.",
+        "Write it another way if it is meant as text, for example with a blank inside.",
+    ),
     "garbled": (
         "warning",
         "Text was decoded wrongly somewhere on its way (a replacement character, or 'Ã©' in place of 'é'): "
@@ -79,6 +106,17 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
         "An answer is shorter than two tokens: right for labels, else a sign of cut data.",
         "Look at these rows.",
     ),
+    "leading-blanks": (
+        "note",
+        "A message begins with blanks, which the base's chat template or its tokens swallow: of indented "
+        "text the first line loses its indentation.",
+        "Begin with a word or a fence (```) where the blanks matter.",
+    ),
+    "added-token": (
+        "note",
+        "Text holds words that are added tokens of the base: each is one token, not its letters.",
+        "Right where the token is meant; else write it another way.",
+    ),
 }
 """Code -> grade, what it means, what to do."""
 
@@ -99,18 +137,42 @@ class Places:
             self.more += 1
 
 
+@dataclass
+class Column:
+    """A key that is not used: the first value that it has, that row's place, and how many rows have one."""
+
+    example: Any
+    place: str
+    num_rows: int = 0
+
+
+@dataclass
+class Counts:
+    """Conversations, and those that begin without a system message."""
+
+    num: int = 0
+    num_without_system: int = 0
+
+
 @dataclass(frozen=True)
 class Examiner:
-    """Looks at every row of a split in turn and keeps what it finds, not the rows.
+    """Looks at every row of a split, which is at `place`, in turn and keeps what it finds, not the rows.
 
-    `remedies`: of rows that cannot be read, by what mends them.
+    `remedies`: of rows that cannot be read, by what mends them. `columns`: keys that are not used.
     """
 
     tokenizer: Any
     turns: Turns
     loss_on: LossOn
+    place: str
     signs: dict[str, Places] = field(default_factory=dict)
     remedies: dict[str, Places] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
+    talks: Counts = field(default_factory=Counts)
+
+    @cached_property
+    def quirks(self) -> Quirks:
+        return Quirks.of(self.tokenizer, self.turns.special)
 
     def look(self, row: Row | None, outcome: Outcome) -> None:
         """Take note of a row and of what became of it."""
@@ -120,6 +182,13 @@ class Examiner:
             return
         for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
+        for key, value in row.unused:
+            if key not in self.columns:
+                self.columns[key] = Column(value, row.place)
+            self.columns[key].num_rows += 1
+        if isinstance(row, Conversation):
+            self.talks.num += 1
+            self.talks.num_without_system += row.system is None
 
     def findings(self, repeated: Iterable[str] = ()) -> list[Finding]:
         """All that was found; `repeated` rows are told with the rest."""
@@ -129,17 +198,19 @@ class Examiner:
             for fix, places in self.remedies.items()
         ]
         found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
-        return found + find("duplicate", repeated)
+        found += find("duplicate", repeated) + unused_columns(self.columns)
+        return found + default_system(self.talks, self.quirks.default_system, self.place)
 
     def _signs(self, row: Row, outcome: Outcome) -> Iterator[Sign]:
         if isinstance(outcome, Marked):
             yield from row_signs(row, outcome, self.tokenizer, self.turns, self.loss_on)
+            yield from marker_signs(row, self.quirks)
         elif isinstance(outcome, DataError):
             inside = special_tokens(row, self.tokenizer, self.turns)
             yield from (("special-token", place) for place in inside)
             if not inside:
                 yield from (("refused", f"{p.place}: {p.reason}") for p in outcome.problems)
-        yield from text_signs(row)
+        yield from text_signs(row, self.quirks)
 
 
 def find(code: str, places: Iterable[str]) -> list[Finding]:
@@ -155,24 +226,85 @@ def _finding(code: str, places: Places) -> Finding:
     return Finding(grade, code, what, tuple(places.first), fix, places.more)
 
 
+def unused_columns(columns: Mapping[str, Column]) -> list[Finding]:
+    """Every key that is left out, with an example; a note where all of them only describe their rows."""
+    if not columns:
+        return []
+    missed = [name for name in columns if not describes(name)]
+    names = sorted(columns, key=lambda name: (name not in missed, name))
+    listed = ", ".join(f"`{_cut(name)}`" for name in names[:MAX_NAMES])
+    rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    places = tuple(_example(name, columns[name]) for name in names[:MAX_PROBLEMS])
+    fix = "Right if they only describe the rows; what the model shall learn belongs into keys that are used."
+    return [
+        Finding(
+            "warning" if missed else "note",
+            "unused-columns",
+            f"Keys of the rows that are not used, and that the model never sees: {listed}{rest}.",
+            places,
+            fix,
+            len(names) - len(places),
+        )
+    ]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:57]}..."
+
+
+def _example(name: str, column: Column) -> str:
+    rows = f"{column.num_rows} row{'' if column.num_rows == 1 else 's'}"
+    return f"{column.place}: `{_cut(name)}`: {shown(column.example)}, in {rows}"
+
+
+def default_system(talks: Counts, text: str, place: str) -> list[Finding]:
+    """What the chat template says in front of rows that have no system message."""
+    if not text or not talks.num_without_system:
+        return []
+    cut = text if len(text) <= MAX_SYSTEM else f"{text[: MAX_SYSTEM - 3]}..."
+    what = (
+        f"{talks.num_without_system} of {talks.num} rows have no system message, and the base's chat "
+        f"template puts its own in front of them: {cut!r}."
+    )
+    fix = "Right if the tuned model is asked the same way; else give the rows a system message of your own."
+    return [Finding("note", "default-system", what, (place,), fix)]
+
+
+def examine_answers(
+    talks: Iterable[Conversation], evaluate: Evaluate, tokenizer: Any, place: str
+) -> list[Finding]:
+    """Expected answers that evaluate.max_new_tokens has no room for."""
+    metrics = [name for name in GENERATION_METRICS if name in evaluate.metrics]
+    if not metrics:
+        return []
+    limit, cut, longest = evaluate.max_new_tokens, Places(), 0
+    asked = list(islice(talks, evaluate.samples))
+    for talk in asked:
+        _, answer = prompt_ids(talk, tokenizer)
+        length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        longest = max(longest, length)
+        if length > limit:
+            cut.add(f"{talk.place}: {length} tokens")
+    if not cut.first:
+        return []
+    num_cut = len(cut.first) + cut.more
+    what = (
+        f"{num_cut} of the {len(asked)} answers of {place} that are asked for are longer than "
+        f"evaluate.max_new_tokens {limit}: a model that gives them is cut off, and {' and '.join(metrics)} "
+        f"{'counts' if len(metrics) == 1 else 'count'} it as wrong."
+    )
+    fix = f"Set evaluate.max_new_tokens={longest + 1}."
+    return [Finding("warning", "answers-cut", what, tuple(cut.first), fix, cut.more)]
+
+
 def special_tokens(row: Row, tokenizer: Any, turns: Turns) -> list[str]:
     """Places of special tokens inside text, each with the token."""
     found = []
-    for place, text in _texts(row):
+    for place, text in texts_of(row):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for token in dict.fromkeys(token for token in ids if token in turns.special):
             found.append(f"{place}: {tokenizer.decode([token])}")
     return found
-
-
-def _texts(row: Row) -> Iterator[tuple[str, str]]:
-    """(place, text) of all that a row says."""
-    if isinstance(row, Text):
-        yield row.place, row.text
-        return
-    for i, message in enumerate(row.messages):
-        yield f"{row.place}: messages[{i}]", message.content
-    yield from tool_texts(row)
 
 
 def row_signs(example: Row, row: Marked, tokenizer: Any, turns: Turns, loss_on: LossOn) -> Iterator[Sign]:
@@ -201,23 +333,6 @@ def _turn_signs(talk: Conversation, row: Marked, turns: Turns, loss_on: LossOn) 
         yield "no-stop", row.place
 
 
-def text_signs(row: Row) -> Iterator[Sign]:
-    """What is odd in what a row says."""
-    messages = row.messages if isinstance(row, Conversation) else ()
-    before, ascii_only = "", isinstance(row, Conversation) and not row.tools_json
-    for i, message in enumerate(messages):
-        if message.role == before != "tool":  # one answer may make several calls
-            yield "turn-order", f"{row.place}: messages[{i}]: {before} after {before}"
-        before = message.role
-        ascii_only = ascii_only and not message.more and message.content.isascii()
-    if ascii_only:  # to name the places of a million rows takes longer than to look at their text
-        return
-    for place, text in _texts(row):
-        hit = None if text.isascii() else _GARBLED.search(text)
-        if hit is not None:
-            yield "garbled", f"{place}: {hit[0]!r}"
-
-
 def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterator[Sign]:
     """Trained answers of fewer than two tokens, the one that ends them not counted."""
     if all(stop - start > 2 for start, stop in trained):
@@ -238,10 +353,26 @@ def examine_sizes(lengths: NDArray[np.int32], over: Places, data: Data, place: s
     fix = "Raise data.max_length, or shorten them."
     limit = f"data.max_length {data.max_length}"
     if data.overlong in ("drop", "error") and (lengths > data.max_length).all():
-        return [Finding("error", "overlong", f"Every row is longer than {limit}.", (place,), fix)]
+        sizes = f"the shortest has {int(lengths.min()):,} tokens, the longest {int(lengths.max()):,}"
+        return [Finding("error", "overlong", f"Every row is longer than {limit}: {sizes}.", (place,), fix)]
     grade: Grade = "error" if data.overlong == "error" else "note"
     what = f"Rows are longer than {limit}; data.overlong is {data.overlong}."
     return [Finding(grade, "overlong", what, tuple(over.first), fix, over.more)]
+
+
+def examine_overlap(held_out: Fingerprints, train: Fingerprints, *, copies_may_be: bool) -> list[Finding]:
+    """Held-out rows that ask what training rows ask; an error where most of them are training rows."""
+    found = find("overlap", held_out.shared(train))
+    num, copied = len(held_out.whole), held_out.num_copied(train)
+    if copies_may_be or 2 * copied <= num:
+        return found
+    example = found[0].places[0]
+    what = f"{copied} of {num} held-out rows are training rows too: what is measured is memory ({example})."
+    fix = (
+        "Hold out rows of their own, or a share with data.eval={fraction: 0.05}. To measure memory on "
+        "purpose, set data.eval.limit."
+    )
+    return [Finding("error", "overlap", what, ("data.eval",), fix)]
 
 
 def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Finding]:
@@ -253,19 +384,3 @@ def examine_batch(num_rows: int, effective_batch: int, place: str) -> list[Findi
     )
     fix = f"Set train.effective_batch to {num_rows} or less, or add rows."
     return [Finding("warning", "large-batch", what, (place,), fix)]
-
-
-def _high_characters() -> str:
-    """What bytes 0x80 to 0xBF become when UTF-8 is read as Latin-1 or Windows-1252."""
-    windows = bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")
-    return "".join(map(chr, range(0x80, 0xC0))) + windows
-
-
-_CLOSING: Final = "\xa0»’”"
-"""May follow a capital letter that is meant, as in “AMANHÔ: then they are no sign of damage."""
-
-_HIGH: Final = re.escape("".join(c for c in _high_characters() if c not in _CLOSING))
-
-_GARBLED: Final = re.compile(
-    f"\N{REPLACEMENT CHARACTER}|[ÂÃ][{_HIGH}]|(?<![A-ZÀ-Þ])[ÂÃ][{_CLOSING}]|â[{_HIGH}{_CLOSING}]{{2}}"
-)

@@ -7,12 +7,13 @@ on, rather than leave them out. Knows nothing of files or tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any, Final
 
 from ..errors import DataError
+from .columns import SYSTEM, carries, meaning, singulars, unused, words_of
 from .messages import (
     ROLES,
     SHAREGPT_ROLES,
@@ -23,30 +24,26 @@ from .messages import (
     read_messages,
     read_text,
     read_tools,
-    says_something,
     turn,
 )
 from .rows import Conversation, Example, Message, Preference, Text
 
 __all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "Conversation", "Format", "Message", "convert", "detect"]
 
-REFUSED: Final = (
-    *("functions", "documents", "chat_template_kwargs"),
-    *("weight", "train", "label"),
-    *("system", "system_prompt", "history"),
-    *("image", "images", "audio", "audios", "video", "videos"),
-)
-"""Keys of a row with turns that would change what the model sees or is trained on."""
-
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: of each group of keys a row has one; `refused` keys would change what the row means."""
+    """A layout: of each group of keys a row has one; `optional` keys are used where they are there."""
 
     keys: tuple[tuple[str, ...], ...]
     shape: str
     build: Callable[[dict[str, Any], str], Example]
-    refused: tuple[str, ...] = REFUSED
+    optional: tuple[str, ...] = ()
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """Every key that is read."""
+        return frozenset((*(key for group in self.keys for key in group), *self.optional))
 
     def missing(self, row: Any) -> list[str]:
         """The keys that `row` lacks, as they are told to the user."""
@@ -54,6 +51,11 @@ class Format:
             group for group in self.keys if not isinstance(row, dict) or not any(k in row for k in group)
         ]
         return [" or ".join(f"`{key}`" for key in group) for group in lacks]
+
+    def ends(self, row: dict[str, Any]) -> tuple[str, str]:
+        """Of the keys that the row has: the first that is used, and that of its answer."""
+        has = [next(key for key in group if key in row) for group in self.keys]
+        return has[0], has[-1]
 
 
 def detect(row: Any, place: str) -> str:
@@ -73,27 +75,26 @@ def detect(row: Any, place: str) -> str:
     raise DataError(place, f"has no format that is known (found {_found(row)}).", _hint(row) or _REMEDY)
 
 
-def convert(row: Any, name: str, place: str) -> Example:
-    """What a row of the format `name` holds.
+def convert(row: Any, name: str, place: str, *, named: bool = False) -> Example:
+    """What a row of the format `name` holds; `named`: by the recipe, which so means these keys alone.
 
     Raises:
-        DataError: not of this shape, keys that would be lost, or nothing to train on.
+        DataError: not of this shape, keys that would be missed, or nothing to train on.
     """
     format_ = FORMATS[name]
     missing = format_.missing(row)
     if missing:
         reason = f"has no {' and no '.join(missing)} (found {_found(row)})."
-        write = (
-            "Write"
-            if all(other.missing(row) for other in FORMATS.values())
-            else "All rows need one format: write"
-        )
-        raise DataError(place, reason, _hint(row) or f"{write} {format_.shape}.")
-    for key in format_.refused:
-        if key in row and says_something(row[key]):
-            remedy = "Remove it, if the row means the same without it."
-            raise DataError(place, f"{key!r} is not available yet.", remedy)
-    return format_.build(row, place)
+        if any(not other.missing(row) for other in FORMATS.values()):
+            raise DataError(place, reason, f"All rows need one format: write {format_.shape}.")
+        raise DataError(place, reason, _hint(row) or f"Write {format_.shape}.")
+    beside = (
+        ()
+        if row.keys() <= format_.used
+        else unused(row, format_.used, name, format_.ends(row), place, named=named)
+    )
+    example = format_.build(row, place)
+    return replace(example, unused=(*example.unused, *beside)) if beside else example
 
 
 def _conversation(
@@ -101,7 +102,23 @@ def _conversation(
 ) -> Conversation:
     turns = turns_of(row, place)
     check_turns(turns, place)
-    return Conversation(tuple(turn.message for turn in turns), place, read_tools(row.get("tools"), place))
+    turns = _with_system(row, turns, place)
+    beside = tuple(one for turn in turns for one in turn.unused)
+    messages = tuple(turn.message for turn in turns)
+    return Conversation(messages, place, read_tools(row.get("tools"), place), unused=beside)
+
+
+def _with_system(row: dict[str, Any], turns: list[Turn], place: str) -> list[Turn]:
+    """The turns behind the system message that stands beside them, as LLaMA-Factory writes it."""
+    texts = {key: read_text(row, key, place) for key in SYSTEM if key in row and carries(row[key])}
+    if not texts:
+        return turns
+    key, text = next(iter(texts.items()))
+    others = [turn.message.content for turn in turns if turn.message.role == "system"]
+    if any(other.strip() != text.strip() for other in (*texts.values(), *others)):
+        reason = f"has the system message `{key}`, and another one beside it."
+        raise DataError(place, reason, "Keep one, with the text of both if the model shall see both.")
+    return turns if others else [Turn(Message("system", text), f"{place}: {key}"), *turns]
 
 
 def _messages(row: dict[str, Any], place: str) -> list[Turn]:
@@ -128,6 +145,10 @@ def _prompt_completion(row: dict[str, Any], place: str) -> list[Turn]:
     if "completion" in row and "response" in row:
         raise DataError(place, "has both `completion` and `response`.", "Keep the one to train on.")
     answer = "completion" if "completion" in row else "response"
+    if isinstance(row["prompt"], list) or isinstance(row[answer], list):
+        key = "prompt" if isinstance(row["prompt"], list) else answer
+        remedy = 'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.'
+        raise DataError(place, f"{key} is a list, not text.", remedy)
     return _pair(read_text(row, "prompt", place), "prompt", read_text(row, answer, place), answer, place)
 
 
@@ -180,36 +201,39 @@ def _said(row: dict[str, Any], key: str, role: str, place: str) -> list[Turn]:
     return [Turn(Message(role, read_text(row, key, place)), f"{place}: {key}")]
 
 
+_BESIDE: Final = ("tools", *SYSTEM)
+
 FORMATS: Final[Mapping[str, Format]] = {
     "messages": Format(
         (("messages",),),
         '{"messages": [{"role": "user", "content": "..."}, ...]}',
         partial(_conversation, _messages),
+        _BESIDE,
     ),
     "sharegpt": Format(
         (("conversations",),),
         '{"conversations": [{"from": "human", "value": "..."}, ...]}',
         partial(_conversation, _sharegpt),
+        _BESIDE,
     ),
     "alpaca": Format(
         (("instruction",), ("output",)),
         '{"instruction": "...", "input": "...", "output": "..."}',
         partial(_conversation, _alpaca),
-        refused=(*REFUSED, "context"),
+        ("input", *_BESIDE),
     ),
     "prompt-completion": Format(
         (("prompt",), ("completion", "response")),
         '{"prompt": "...", "completion": "..."}',
         partial(_conversation, _prompt_completion),
-        refused=(*REFUSED, "context", "input"),
+        _BESIDE,
     ),
-    # Beside plain text other keys say where it is from: no turn is changed by them.
-    "text": Format((("text",),), '{"text": "..."}', _text, refused=()),
+    "text": Format((("text",),), '{"text": "..."}', _text),
     "preference": Format(
         (("chosen",), ("rejected",)),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
         _preference,
-        refused=(*REFUSED, "context", "input"),
+        ("prompt", "tools"),
     ),
 }
 
@@ -226,7 +250,65 @@ def _found(row: Any) -> str:
 
 
 def _hint(row: Any) -> str:
-    """A way on for the commonest reason that a table's keys are not found."""
-    if isinstance(row, dict) and len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
+    """A way on for the commonest reasons that a row's keys are not found."""
+    if not isinstance(row, dict):
+        return ""
+    if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
         return "Separate columns with commas."
-    return ""
+    return _rename(row)
+
+
+_ASKED: Final = (
+    *("question", "query", "problem", "prompt", "instruction", "input", "user", "human"),
+    *("document", "article", "text", "message", "sentence", "review", "source"),
+)
+"""Words of keys that hold a question, the likeliest first."""
+_PLAIN: Final = ("content", "document", "body", "article", "passage", "paragraph")
+"""Words of keys that hold plain text."""
+
+
+def _rename(row: dict[str, Any]) -> str:
+    """Which keys to rename, where their names say what they are; nothing where they do not."""
+    names = {"_".join(words_of(str(key))): str(key) for key in row}
+    for name in (name for name in FORMATS if name != "text"):
+        if pairs := _other_case(names, FORMATS[name]):
+            return _renaming(pairs)
+    for key, value in row.items():
+        first = value[0] if isinstance(value, list) and value else None
+        for wanted, speaker in (("messages", "role"), ("conversations", "from")):
+            if isinstance(first, dict) and speaker in first:
+                return _renaming([(str(key), wanted)])
+    answers = _answers(row, "messages") or _answers(row, "text")  # beside text more words mean a label
+    asked = _first(_ASKED, names, answers)
+    if asked and len(answers) == 1:
+        if asked == "instruction":  # Alpaca's, under other names
+            context = [(names["context"], "input")] if "context" in names else []
+            return _renaming([*context, (answers[0], "output")])
+        return _renaming([(asked, "prompt"), (answers[0], "completion")])
+    if pairs := _other_case(names, FORMATS["text"]):
+        return _renaming(pairs)
+    plain = "" if answers else _first(_PLAIN, names, [])
+    return f"If it is plain text, rename `{plain}` to `text`." if plain else ""
+
+
+def _other_case(names: dict[str, str], format_: Format) -> list[tuple[str, str]]:
+    """The keys to rename where a row has all of a format's, written in another way; none where it has not."""
+    found = [next((key for key in group if key in names), None) for group in format_.keys]
+    pairs = [(names[key], key) for key in found if key is not None and names[key] != key]
+    return pairs if None not in found else []
+
+
+def _first(words: tuple[str, ...], names: dict[str, str], taken: list[str]) -> str:
+    """The key that is named by the first of these words, in the singular or the plural."""
+    found = {word: key for name, key in names.items() if key not in taken for word in singulars(name)}
+    return next((found[word] for word in words if word in found), "")
+
+
+def _answers(row: dict[str, Any], format_: str) -> list[str]:
+    """Keys that hold an answer or a label."""
+    meant = ((key, meaning(key, format_)) for key in map(str, row))
+    return [key for key, one in meant if one is not None and one.answers]
+
+
+def _renaming(pairs: list[tuple[str, str]]) -> str:
+    return "Rename " + " and ".join(f"`{old}` to `{new}`" for old, new in pairs if old != new) + "."

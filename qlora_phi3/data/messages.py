@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 from ..errors import DataError, shown
-from .rows import Message
+from .columns import carries, describes, is_neutral
+from .json_text import parse
+from .rows import Message, Unused
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 _ITSELF: Final = {role: role for role in ROLES}
@@ -33,16 +36,27 @@ KEPT: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Role -> keys beside role and content that chat templates take."""
 
+_NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
+_OTHER_KEYS: Final = {
+    "from": ("role", "Messages of role and content: name their list `messages`."),
+    "role": ("from", "Messages of from and value: name their list `conversations`."),
+}
+"""Key of the speaker -> the other one, and what to do where that is there instead."""
+_AS_OBJECT: Final = "Write it as an object, or as the JSON text of one."
 _CALL: Final = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
 _SCHEMA: Final = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A message and the part of the row it was read from, for errors."""
+    """A message and the part of the row it was read from, for errors.
+
+    `unused`: its keys that only describe it.
+    """
 
     message: Message
     place: str
+    unused: Unused = ()
 
 
 def read_messages(row: Mapping[str, Any], key: str, place: str) -> list[Turn]:
@@ -61,9 +75,23 @@ def entries(row: Mapping[str, Any], key: str, place: str) -> list[tuple[Any, str
         DataError: not a list, or empty.
     """
     messages = row[key]
+    if isinstance(messages, str) and messages.strip():  # a table has no lists of its own
+        messages = parse(messages, place, "Write the list itself, or as JSON.", f"{key} is ")
+    if isinstance(messages, dict) and carries(messages):
+        messages = _zipped(messages, key, place)
     if not isinstance(messages, list) or not messages:
-        raise DataError(place, f"{key} is not a list with messages.", "Remove the row, or fill it.")
+        raise DataError(place, f"{key} is not a list with messages.", _NO_MESSAGES)
     return [(message, f"{place}: {key}[{i}]") for i, message in enumerate(messages)]
+
+
+def _zipped(columns: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+    """The messages of an object of lists, as `datasets` writes a Sequence of objects."""
+    lists = {name: value for name, value in columns.items() if value is not None}
+    lengths = {len(value) if isinstance(value, list) else -1 for value in lists.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        found = "one object" if -1 in lengths else "an object of lists that are not equally long"
+        raise DataError(place, f"{key} is not a list with messages.", f"It is {found}: write [{{...}}, ...].")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def turn(
@@ -76,10 +104,24 @@ def turn(
     """
     speaker, text = keys
     role = _role(message, place, keys, roles)
-    for key in sorted(set(message) - {speaker, text, "name", *more}, key=str):
-        if says_something(message[key]):
-            raise DataError(place, f"{shown(key)} is not available yet.", f"Leave only {speaker} and {text}.")
-    return Turn(Message(roles[role], read_text(message, text, place)), place)
+    unused = []
+    for key in sorted(set(message) - {speaker, text, *more}, key=str):
+        value = message[key]
+        if not carries(value) or is_neutral(str(key), value) or (key == "name" and value == role):
+            continue
+        if key == "name" or not describes(str(key)):
+            raise DataError(place, f"{shown(key)} is not available yet.", _instead(str(key), text))
+        unused.append((f"{key} of messages", value))
+    return Turn(Message(roles[role], read_text(message, text, place)), place, tuple(unused))
+
+
+def _instead(key: str, text: str) -> str:
+    """What to do with a key of a message that no chat template shows."""
+    if key == "name":
+        return f'Write who speaks into {text} ("Ada: ..."), or remove the names if nothing refers to them.'
+    if key in ("weight", "train"):
+        return "Give every message the value 1; data.loss_on: last trains on each row's last answer alone."
+    return f"Put what it says into {text}, or remove it if the message means the same without it."
 
 
 def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str]) -> str:
@@ -89,7 +131,10 @@ def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, s
     role = message.get(speaker)
     if not isinstance(role, str) or role not in roles:
         found = "is missing" if role is None else f"{shown(role)} is unknown"
-        raise DataError(place, f"{speaker} {found}.", f"Use one of {', '.join(roles)}.")
+        other, remedy = _OTHER_KEYS[speaker]
+        if role is not None or other not in message:
+            remedy = f"Use one of {', '.join(roles)}."
+        raise DataError(place, f"{speaker} {found}.", remedy)
     return role
 
 
@@ -98,7 +143,7 @@ def _message(message: Any, place: str) -> Turn:
     role = _role(message, place, keys, _ITSELF)
     if len(message) == 2 and "content" in message:  # nothing to look for, in a million rows
         return Turn(Message(role, read_text(message, "content", place)), place)
-    more = {key: message[key] for key in KEPT.get(role, ()) if says_something(message.get(key))}
+    more = {key: message[key] for key in KEPT.get(role, ()) if carries(message.get(key))}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], place)
         if message.get("content") is None:  # as the OpenAI API writes an answer that only calls
@@ -107,7 +152,7 @@ def _message(message: Any, place: str) -> Turn:
         more["tools"] = read_tools(more["tools"], place)
     found = turn(message, place, keys, _ITSELF, tuple(more))
     written = _json(more, place, "tool_calls" if role == "assistant" else ", ".join(more)) if more else ""
-    return Turn(Message(role, found.message.content, written), place)
+    return Turn(Message(role, found.message.content, written), place, found.unused)
 
 
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
@@ -127,7 +172,7 @@ def _call(value: Any, place: str) -> dict[str, Any]:
         raise DataError(place, "has no function with a name.", f"Write {_CALL}.")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, place, "arguments")
+        arguments = parse(arguments, place, _AS_OBJECT, "arguments is ")
     if not isinstance(arguments, dict):
         raise DataError(place, f"arguments is {kind(arguments)}, not an object.", f"Write {_CALL}.")
     function = {**function, "arguments": arguments}
@@ -140,20 +185,12 @@ def read_tools(value: Any, place: str) -> str:
     Raises:
         DataError: not a list of objects.
     """
-    if not says_something(value):
+    if not carries(value):
         return ""
-    tools = _parsed(value, place, "tools") if isinstance(value, str) else value
+    tools = parse(value, place, _AS_OBJECT, "tools is ") if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(place, "tools is not a list of objects.", f"Write [{_SCHEMA}].")
     return _json(tools, place, "tools")
-
-
-def _parsed(text: str, place: str, key: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = f"{key} is not valid JSON: {error}."
-        raise DataError(place, reason, "Write it as an object, or as the JSON text of one.") from None
 
 
 def _json(value: Any, place: str, key: str) -> str:
@@ -174,6 +211,8 @@ def read_text(row: Mapping[str, Any], key: str, place: str) -> str:
         DataError: missing, not text, or with half a character.
     """
     value = row.get(key)
+    if isinstance(value, list) and value and key in ("content", "value"):
+        value = _joined(value, key, place)
     if not isinstance(value, str):
         found = "missing" if value is None else f"{kind(value)}, not text"
         whose = "message" if key in ("content", "value") else "row"
@@ -185,6 +224,30 @@ def read_text(row: Mapping[str, Any], key: str, place: str) -> str:
         remedy = "It was cut inside an emoji: mend the text, or remove the row."
         raise DataError(place, reason, remedy) from None
     return value
+
+
+def _joined(parts: list[Any], key: str, place: str) -> str:
+    """The text of a message that is written in parts, as for models that see pictures too.
+
+    Raises:
+        DataError: another part than text, or parts of which nobody knows what stands between them.
+    """
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        shape = part.get("type", "text") if isinstance(part, dict) else None
+        if shape not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            found = f"a part of type {shown(shape)}" if shape else f"{kind(part)} as a part"
+            reason = f"{key} has {found}, and only parts of text can be read."
+            raise DataError(place, reason, 'Write {"type": "text", "text": "..."}, or plain text.')
+        texts.append(part["text"])
+    for before, after in pairwise(texts):
+        if not (before[-1:].isspace() or after[:1].isspace()):
+            reason = f"{key} has several parts of text without a blank or a new line between them."
+            raise DataError(place, reason, "Join them into one text.")
+    return "".join(texts)
 
 
 def check_turns(turns: list[Turn], place: str) -> None:
@@ -203,19 +266,13 @@ def check_turns(turns: list[Turn], place: str) -> None:
             reason = "is a tool's result, but does not follow the assistant's call."
             raise DataError(turn.place, reason, "Give the assistant's tool_calls before it.")
     if turns[0].message.role == "assistant":
-        raise DataError(place, "begins with the assistant.", "Begin with what it answers to.")
+        remedy = "Are user and assistant swapped? Begin with what it answers to."
+        raise DataError(place, "begins with the assistant.", remedy)
 
 
 def _awaits_tool(message: Message) -> bool:
     """Whether a tool's result may follow: a call, in `tool_calls` or in the answer's own text, or another."""
     return message.role in ("assistant", "tool")
-
-
-def says_something(value: Any) -> bool:
-    """Whether leaving `value` out loses something; 0 and false mean something."""
-    if isinstance(value, dict):  # Parquet fills the fields that a row lacks with null
-        return any(says_something(one) for one in value.values())
-    return value not in (None, "", [])
 
 
 def kind(value: Any) -> str:

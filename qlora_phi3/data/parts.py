@@ -96,6 +96,7 @@ class Part:
         behind them, evenly drawn; plain text is not kept. `fitted`: how many were dropped, truncated, split.
     `lengths`, `num_supervised`: of all rows that could be turned into tokens, whatever their length.
     `num_read`: rows, with those that could not be. A row counts as often as its weight takes it.
+    `system_prompt`: the system message that all rows begin with; None where none does, or they differ.
     Shape: `lengths` (whole rows,) int32.
     """
 
@@ -107,6 +108,7 @@ class Part:
     num_read: int
     findings: list[Finding]
     fingerprints: Fingerprints
+    system_prompt: str | None = None
     problems: Problems = field(default_factory=Problems)
 
     def save(self, folder: Path) -> None:
@@ -124,6 +126,7 @@ class Part:
             "findings": [asdict(finding) for finding in self.findings],
             "conversations": [asdict(talk) for talk in self.conversations],
             "prefixes": prints.places.prefixes,
+            "system_prompt": self.system_prompt,
         }
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
@@ -146,6 +149,7 @@ class Part:
             num_read=facts["num_read"],
             findings=[Finding(**one | {"places": tuple(one["places"])}) for one in facts["findings"]],
             fingerprints=Fingerprints(arrays["whole"], arrays["asked"], places),
+            system_prompt=facts["system_prompt"],
         )
 
 
@@ -186,12 +190,13 @@ class _Builder:
         data, tokenizer, turns = reading.data, reading.tokenizer, reading.turns
         self.name, self.data = name, data
         self.fitter = Fitter(data, tokenizer, turns)
-        self.examiner = Examiner(tokenizer, turns, data.loss_on)
+        self.examiner = Examiner(tokenizer, turns, data.loss_on, f"data.{name}")
         self.before: Row | None = None
         self.rows, self.fingerprints = RowsBuilder(folder), FingerprintsBuilder()
         self.lengths, self.num_supervised, self.num_read = array("i"), 0, 0
         self.over, self.problems, self.fitted = Places(), Problems(), Fitted()
         self.conversations = Sampler[Conversation](reading.num_kept)
+        self.systems: set[str | None] = set()  # of the rows that are kept; two are as good as all
 
     def add(self, row: Row | None, outcome: Outcome) -> None:
         copy = row is not None and row is self.before
@@ -226,8 +231,10 @@ class _Builder:
             return
         for kept, cut in fitted.rows:
             self.rows.add(cut)
+            if len(self.systems) < 2:
+                self.systems.add(kept.system if isinstance(kept, Conversation) else None)
             if isinstance(kept, Conversation):
-                self.conversations.add(kept)
+                self.conversations.add(kept.without_unused())
         if fitted.lost:  # most rows fit, and a sum for each would cost 6 us
             self.fitted = Fitted.sum((self.fitted, fitted.counts))
 
@@ -247,10 +254,11 @@ class _Builder:
             num_read=self.num_read,
             findings=findings,
             fingerprints=prints,
+            system_prompt=next(iter(self.systems)) if len(self.systems) == 1 else None,
             problems=self.problems,
         )
 
 
 def _conversation(fields: dict[str, Any]) -> Conversation:
     messages = tuple(Message(**message) for message in fields["messages"])
-    return Conversation(**fields | {"messages": messages})
+    return Conversation(**fields | {"messages": messages, "unused": ()})

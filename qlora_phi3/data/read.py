@@ -15,6 +15,7 @@ from ..errors import DataError, Problem
 from ..recipe import GENERATION_METRICS, Data, Evaluate, Fraction, Source, Train
 from ..recipe_checks import NO_ANSWERS, NO_LAST_ANSWER
 from . import hub
+from .columns import split_problem
 from .formats import convert, detect
 from .mix import is_held_out, num_copies
 from .provenance import Record, SourceRead
@@ -58,11 +59,12 @@ def check_files(data: Data) -> None:
         DataError: every source that is missing or unreadable.
     """
     problems: list[Problem] = []
-    for source in (*data.train_sources, *data.eval_sources):
+    for (_, name, *number), source in data.sources():
+        key = f"data.{name}{''.join(f'[{one}]' for one in number)}.path"
         try:
             check_source(source)
         except DataError as error:
-            problems += error.problems
+            problems += [Problem(f"{key}: {one.place}", one.reason, one.remedy) for one in error.problems]
     if problems:
         raise DataError.of(problems)
 
@@ -81,12 +83,14 @@ def name_of(sources: Source | tuple[Source, ...]) -> str:
     return sources.path if isinstance(sources, Source) else ", ".join(source.path for source in sources)
 
 
-def stream(source: Source, record: Record = unrecorded) -> Iterator[Example | Problem]:
+def stream(source: Source, record: Record = unrecorded, use: str = "train") -> Iterator[Example | Problem]:
     """Rows of one source in its order, each once; a malformed row comes as the Problem it has.
 
-    All rows have the format of the first, or the named one. `record` gets what was read.
+    All rows have the format of the first, or the named one. `record` gets what was read. `use`: "train" or
+    "eval"; a row that says that it is of another split is such a Problem too.
     """
-    name: str | None = None if source.format == "auto" else source.format
+    named = source.format != "auto"
+    name: str | None = source.format if named else None
     rows = hub.rows_of(source, record) if source.is_hub else rows_of(check_source(source), record)
     for place, row in islice(rows, source.limit):
         if isinstance(row, Problem):
@@ -94,7 +98,8 @@ def stream(source: Source, record: Record = unrecorded) -> Iterator[Example | Pr
             continue
         try:
             name = name or detect(row, place)
-            yield convert(row, name, place)
+            example = convert(row, name, place, named=named)
+            yield split_problem(example.unused, place, use) or example
         except DataError as error:
             yield from error.problems
             if name is None:  # what the first row is decides what the others should be
@@ -119,7 +124,7 @@ def stream_held_out(
 ) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
-        for row, copies in _weighted(source, data, train, evaluate, record, held_out=True):
+        for row, copies in _weighted(source, data, train, evaluate, record, "eval", held_out=True):
             yield from [("eval", row)] * copies
 
 
@@ -131,7 +136,7 @@ def stream_training(
     found = {"train": 0, "eval": 0}
     broken = False
     for source in data.train_sources:
-        for row, copies in _weighted(source, data, train, evaluate, record, held_out=share > 0):
+        for row, copies in _weighted(source, data, train, evaluate, record, "train", held_out=share > 0):
             if isinstance(row, Problem):
                 broken = True
                 yield "train", row
@@ -156,11 +161,18 @@ def _empty_sides(share: float, train: int, eval: int) -> Iterator[Problem]:
 
 
 def _weighted(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, record: Record, *, held_out: bool
+    source: Source,
+    data: Data,
+    train: Train,
+    evaluate: Evaluate,
+    record: Record,
+    use: str,
+    *,
+    held_out: bool,
 ) -> Iterator[tuple[Example | Problem, int]]:
     """Rows of a source, each with how often it is taken; ends with a Problem where none is."""
     taken = rows = 0
-    for row in _useful(source, data, train, evaluate, record, held_out=held_out):
+    for row in _useful(source, data, train, evaluate, record, use, held_out=held_out):
         copies = 1 if isinstance(row, Problem) else num_copies(row, source.weight, train.seed)
         taken, rows = taken + copies, rows + 1
         yield row, copies
@@ -170,10 +182,17 @@ def _weighted(
 
 
 def _useful(
-    source: Source, data: Data, train: Train, evaluate: Evaluate, record: Record, *, held_out: bool
+    source: Source,
+    data: Data,
+    train: Train,
+    evaluate: Evaluate,
+    record: Record,
+    use: str,
+    *,
+    held_out: bool,
 ) -> Iterator[Example | Problem]:
     """Rows of a source as long as the run can use them; ends with a Problem at the first it cannot."""
-    for row in stream(source, record):
+    for row in stream(source, record, use):
         refusal = _refusal(row, data, train, evaluate, held_out=held_out)
         yield refusal or row
         if refusal:

@@ -35,14 +35,20 @@ class Fingerprints:
         for row in np.flatnonzero(first != np.arange(len(first))).tolist():
             place, earlier = self.places[row], self.places[int(first[row])]
             if place != earlier:
-                yield f"{place} (as {earlier})"
+                yield f"{place} (as {_from(place, earlier)})"
+
+    def num_copied(self, train: Fingerprints) -> int:
+        """Rows that are rows of `train`, answers included."""
+        num = len(train.whole)
+        return int((_first(np.concatenate([train.whole, self.whole]))[num:] < num).sum())
 
     def shared(self, train: Fingerprints) -> Iterator[str]:
         """Each row that asks what a row of `train` asks, and the first that does."""
         num = len(train.asked)
         first = _first(np.concatenate([train.asked, self.asked]))[num:]
         for row in np.flatnonzero(first < num).tolist():
-            yield f"{self.places[row]} (as {train.places[int(first[row])]})"
+            place = self.places[row]
+            yield f"{place} (as {_from(place, train.places[int(first[row])])})"
 
 
 class FingerprintsBuilder:
@@ -60,6 +66,12 @@ class FingerprintsBuilder:
     def finish(self) -> Fingerprints:
         whole, asked = (np.frombuffer(bytes(one), np.uint64) for one in (self._whole, self._asked))
         return Fingerprints(whole.reshape(-1, 2), asked.reshape(-1, 2), self._places.finish())
+
+
+def _from(place: str, other: str) -> str:
+    """`other` without the folder that it shares with `place`."""
+    folder = place.rpartition("/")[0]
+    return other.removeprefix(f"{folder}/") if folder else other
 
 
 def _said(row: Row) -> list[str]:

@@ -7,8 +7,10 @@ files, layouts or tokens.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,25 @@ class Message:
         return {**found, **json.loads(self.more)} if self.more else found
 
 
+Unused = tuple[tuple[str, Any], ...]
+"""Keys of a row that its format does not use, each with its value."""
+
+
 @dataclass(frozen=True)
-class Conversation:
+class _Example:
+    """What every kind of row has besides what it says.
+
+    `unused`: told by the doctor, and never part of what a row is.
+    """
+
+    unused: Unused = field(default=(), compare=False, repr=False, kw_only=True)
+
+    def without_unused(self) -> Self:
+        return replace(self, unused=()) if self.unused else self
+
+
+@dataclass(frozen=True)
+class Conversation(_Example):
     """Messages, and the place they came from: `file:line`, `file: row N` or `org/name[split]: row N`.
 
     `tools_json`: the functions that the assistant may call, as a JSON list; empty where there are none.
@@ -55,6 +74,12 @@ class Conversation:
         return bool(self.tools_json) or any([message.more for message in self.messages])
 
     @property
+    def system(self) -> str | None:
+        """The system message that it begins with."""
+        first = self.messages[0]
+        return first.content if first.role == "system" else None
+
+    @property
     def last_answer(self) -> int:
         """Index of the last assistant message."""
         return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
@@ -70,7 +95,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Example):
     """A document without turns."""
 
     text: str
@@ -83,7 +108,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(_Example):
     """Two ways to go on after the same messages, of which the first is better.
 
     Both begin with an assistant message, and differ in it.

@@ -9,29 +9,38 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import DataError, Problem, shown
+from ..errors import DataError, Problem, is_file, is_folder, shown
+from .json_text import DECODER, RepeatedKey, decoded, parse, repeated
 from .provenance import Record, SourceFile
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
 
-LIST_COLUMNS: Final = ("messages", "conversations")
-"""Columns of a CSV whose cells hold JSON: a table has no lists of its own."""
-
 DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
 
-_GIVE: Final = (
-    "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them: "
-    "data.train.path=chats.jsonl."
-)
+_GIVE: Final = "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them."
 _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
+MAX_LISTED: Final = 8
+"""File names that a message lists."""
+_SHARD: Final = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+_SPLITS: Final = {
+    name: re.compile(rf"\A({words})(?=[-_.]|\Z)|(?<=[-_.])({words})\Z")
+    for name, words in (
+        ("train", "train|training"),
+        ("valid", "valid|validation|val|dev|eval|heldout|held[-_]out|holdout"),
+        ("test", "test|testing"),
+    )
+}
+"""Split -> what the names of its files begin or end with."""
 _BATCH: Final = 256
 """Rows of Parquet that are decoded together."""
 
@@ -40,31 +49,49 @@ def files_of(path: Path) -> list[Path]:
     """The files that a source names, in name order, checked to be there without reading them.
 
     Raises:
-        DataError: missing, unreadable, of an unknown kind, or a folder without data or with other files.
+        DataError: missing, unreadable, of an unknown kind, or a folder without data, with other files, or
+            with files of several splits.
     """
-    files = _in_folder(path) if path.is_dir() else [path]
+    files = _in_folder(path) if is_folder(path, DataError) else [path]
     for file in files:
-        if not file.is_file():
-            raise DataError(str(file), "no such file.", _GIVE)
+        if not is_file(file, DataError):
+            raise DataError(str(file), "no such file.", _beside(file))
         if file.suffix.lower() not in READERS:
             raise DataError(str(file), f"{file.suffix or 'no suffix'} is not available yet.", _GIVE)
         try:
             file.open("rb").close()
         except OSError as error:
-            raise DataError(
-                str(file), f"cannot be read: {error.strerror}.", "Check its permissions."
-            ) from None
+            raise _unreadable(file, error) from None
     return files
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(str(path), f"cannot be read: {error.strerror}.", "Check its permissions.")
+
+
+def _beside(file: Path) -> str:
+    """What is in the folder where a file is not."""
+    folder = file.parent
+    try:
+        found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
+    except OSError:
+        return f"There is no folder {folder} either. In a recipe, paths begin at its folder."
+    if not found:
+        return f"Its folder holds no data file. {_GIVE}"
+    near = get_close_matches(file.name, found, 1, 0.75)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+    return f"{guess}In its folder: {', '.join(found[:MAX_LISTED])}{more}."
 
 
 def _in_folder(folder: Path) -> list[Path]:
     try:
         found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise DataError(str(folder), f"cannot be read: {error.strerror}.", "Check its permissions.") from None
+        raise _unreadable(folder, error) from None
     found = [path for path in found if path.suffix.lower() not in DOCUMENTS and path.stem != "LICENSE"]
     for path in found:
-        if path.is_dir():
+        if is_folder(path, DataError):
             raise DataError(
                 str(path), "is a folder inside a folder.", "Give the path of one folder of files."
             )
@@ -73,7 +100,35 @@ def _in_folder(folder: Path) -> list[Path]:
             raise DataError(str(path), reason, "Move it out of the folder, or give the path of one file.")
     if not found:
         raise DataError(str(folder), "is a folder without data files.", _GIVE)
+    _check_one_split(folder, found)
     return found
+
+
+def _check_one_split(folder: Path, files: list[Path]) -> None:
+    """Refuse to mix rows to train on with rows to measure with, which only the files' names tell apart."""
+    splits = {path: _split_of(path) for path in files}
+    if len(set(splits.values())) == 1 or not {"valid", "test"} & set(splits.values()):
+        return
+    names = [path.name for path in files]
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    reason = f"holds files of several splits: {', '.join(names[:MAX_LISTED])}{more}."
+    by_split = {name: [path for path in files if splits[path] == name] for name in ("train", "valid", "test")}
+    train = by_split["train"] or [path for path in files if splits[path] == ""]
+    held_out = by_split["valid"] or by_split["test"]
+    if len(train) == len(held_out) == 1:
+        remedy = f"Name the files: data.train.path={train[0]} data.eval.path={held_out[0]}."
+    else:
+        remedy = "Put the files of each split into a folder of its own: data.train.path and data.eval.path."
+    raise DataError(str(folder), reason, remedy)
+
+
+def _split_of(path: Path) -> str:
+    """`train`, `valid` or `test`, where the name says so: `train-00000-of-00003.parquet`; else nothing."""
+    stem = _SHARD.sub("", path.stem.casefold())
+    for name, pattern in _SPLITS.items():
+        if pattern.fullmatch(stem) if path.suffix.lower() == ".txt" else pattern.search(stem):
+            return name
+    return ""
 
 
 def rows_of(files: list[Path], record: Record = lambda read: None) -> Iterator[Row]:
@@ -111,7 +166,7 @@ def _jsonl(file: SourceFile) -> Iterator[Row]:
         if not line.strip():
             continue
         try:  # JSON counts columns from the last newline: none may be left
-            value = _json(text_of(line.rstrip(), place), place, _ONE_OBJECT)
+            value = parse(text_of(line.rstrip(), place), place, _ONE_OBJECT)
         except DataError as error:
             value = error.problems[0]
         yield place, value
@@ -140,26 +195,10 @@ def text_of(line: bytes, place: str) -> str:
     return text
 
 
-def _json(text: str, place: str, remedy: str, what: str = "") -> Any:
-    return _decoded(partial(json.loads, text), place, remedy, what)
-
-
-def _decoded(decode: Callable[[], Any], place: str, remedy: str, what: str = "") -> Any:
-    try:
-        return decode()
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        reason = f"{what}not valid JSON: {error.msg.removesuffix(' at')} at {where}."
-        raise DataError(place, reason, remedy) from None
-    except (RecursionError, ValueError) as error:  # ValueError: Python reads 4300 digits at most
-        why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-        raise DataError(place, f"{what}not valid JSON: {why}.", remedy) from None
-
-
 def _json_list(file: SourceFile) -> Iterator[Row]:
     """The objects of one JSON list, decoded one by one; the text is held, not all its values."""
     text = "".join(text_of(line, place) for place, line in _lines(file))
-    decoder, at, number = json.JSONDecoder(), _skip(text, 0), 0
+    at, number = _skip(text, 0), 0
     if at == len(text):
         return
     _check_list(text[at], file)
@@ -168,7 +207,7 @@ def _json_list(file: SourceFile) -> Iterator[Row]:
     while not closed:
         number += 1
         place = f"{file}: row {number}"
-        value, at = _decoded(partial(decoder.raw_decode, text, at), place, _AGAIN)
+        value, at = decoded(partial(_row_at, text, at, place), place, _AGAIN)
         yield place, value
         at = _skip(text, at)
         closed = text.startswith("]", at)
@@ -178,6 +217,14 @@ def _json_list(file: SourceFile) -> Iterator[Row]:
     if at < len(text):
         where = f"{file}:{text.count(chr(10), 0, at) + 1}"
         raise DataError(where, "has more text after the list's end.", "Write one list: [{...}, {...}].")
+
+
+def _row_at(text: str, at: int, place: str) -> tuple[Any, int]:
+    """The value that begins at `at`, and where it ends; a key twice spoils this row only."""
+    try:
+        return DECODER.raw_decode(text, at)
+    except RepeatedKey as error:
+        return repeated(error, place).problems[0], json.JSONDecoder().raw_decode(text, at)[1]
 
 
 def _check_list(first: str, file: SourceFile) -> None:
@@ -256,14 +303,7 @@ def _record(header: list[str], cells: list[str], place: str) -> dict[str, Any] |
     if len(cells) != len(header):
         reason = f"has {len(cells)} cells, the header names {len(header)}."
         return Problem(place, reason, 'Put a cell that holds a comma into "...".')
-    record: dict[str, Any] = dict(zip(header, cells, strict=True))
-    try:
-        for key in LIST_COLUMNS:
-            if key in record:
-                record[key] = _json(record[key], place, "Write the list as JSON, or use JSONL.", f"{key} is ")
-    except DataError as error:
-        return error.problems[0]
-    return record
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet(file: SourceFile) -> Iterator[Row]:

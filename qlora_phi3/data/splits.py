@@ -13,7 +13,7 @@ from ..errors import DataError, Problem
 from ..findings import Finding
 from ..recipe import Data, Evaluate, Recipe, Train
 from . import cache
-from .doctor import examine_batch, find
+from .doctor import examine_answers, examine_batch, examine_overlap
 from .mix import draw
 from .parts import Part, Reading, build
 from .provenance import SourceRead, changed_since
@@ -41,7 +41,8 @@ class Split:
     """Rows of one split, some of the conversations that they hold, and what became of longer ones.
 
     `num_dropped`: rows, or exchanges of split rows, without room for an answer. `num_truncated`: kept rows
-    that were cut. `num_split`: rows of the source that became several.
+    that were cut. `num_split`: rows of the source that became several. `system_prompt`: the system message
+    that all rows begin with, None where none does or they differ; the template's own does not count.
     Units: `num_tokens` and `num_supervised` in tokens of the kept rows.
     """
 
@@ -50,6 +51,7 @@ class Split:
     num_dropped: int
     num_truncated: int = 0
     num_split: int = 0
+    system_prompt: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +107,8 @@ class Prepared:
     data: Data
     turns: Turns
     sources: tuple[tuple[str, SourceRead], ...] = ()
+    answers: tuple[Finding, ...] = ()
+    """On the expected answers, which depend on evaluate's keys and so are in no cached part."""
 
     def splits(self) -> Splits:
         """What a run uses.
@@ -124,9 +128,11 @@ class Prepared:
         """All that the doctor has to say."""
         train, held_out = self.parts["train"], self.parts.get("eval")
         found = [finding for part in self.parts.values() for finding in part.findings]
-        found += examine_batch(len(train.rows), effective_batch, "data.train")
+        found += [*examine_batch(len(train.rows), effective_batch, "data.train"), *self.answers]
         if held_out is not None:
-            found += find("overlap", held_out.fingerprints.shared(train.fingerprints))
+            meant = any(source.limit is not None for source in self.data.eval_sources)
+            own = bool(self.data.eval_sources) and not meant  # a share of training's rows has no copies
+            found += examine_overlap(held_out.fingerprints, train.fingerprints, copies_may_be=not own)
         return found
 
 
@@ -146,7 +152,10 @@ def prepare(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate
         key = cache.key(reading)
         parts |= build(reading) if key is None else cache.fetch(key, reading)
         sources += [(name, one) for one in reading.read]
-    return Prepared(parts, data, turns, tuple(sources))
+    held_out = parts["eval"].conversations if "eval" in parts else []
+    asked = [held_out[number] for number in draw(len(held_out), evaluate.samples, train.seed)]
+    answers = examine_answers(asked, evaluate, tokenizer, "data.eval")
+    return Prepared(parts, data, turns, tuple(sources), tuple(answers))
 
 
 def load(data: Data, tokenizer: Any, train: Train = TRAIN, evaluate: Evaluate = EVALUATE) -> Splits:
@@ -189,6 +198,14 @@ def _split(part: Part, place: str, data: Data) -> Split:
     if not len(part.rows):
         reason = f"all {part.num_read} rows are longer than data.max_length {data.max_length}"
         detail = "." if data.overlong == "drop" else ", and none has room for an answer to train on."
-        raise DataError(place, reason + detail, "Raise data.max_length.")
+        longest = int(part.lengths.max(initial=0))
+        raise DataError(place, reason + detail, f"Raise data.max_length: the longest has {longest:,} tokens.")
     fitted = part.fitted
-    return Split(part.rows, part.conversations, fitted.num_dropped, fitted.num_truncated, fitted.num_split)
+    return Split(
+        part.rows,
+        part.conversations,
+        fitted.num_dropped,
+        fitted.num_truncated,
+        fitted.num_split,
+        part.system_prompt,
+    )

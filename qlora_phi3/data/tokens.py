@@ -31,6 +31,11 @@ AROUND: Final[dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]] = {
     "assistant": ([ASKED], []),
 }
 """Kind of a message -> messages before and after it in a probe."""
+PLAIN_TEXT: Final = (
+    "Text that a chat template has rendered already: write its turns as messages, and the template is "
+    "applied for you. A token that is meant as text: write it another way, for example with a blank inside."
+)
+"""What helps where a special token stands in text; to remove it, or the row, would harm the data."""
 REWRITTEN: Final = "Remove the row, or use a chat template that shows every turn as it is."
 
 
@@ -93,11 +98,14 @@ class Turns:
         """Read all off probe conversations.
 
         Raises:
-            ModelError: the template does not prompt for an answer with a special token, or does not end one.
+            ModelError: the template fails, does not prompt for an answer with a special token, or ends none.
         """
-        closed = _ids(tokenizer, [ASKED], prompt=False)
-        prompt = _ids(tokenizer, [ASKED], prompt=True)
-        whole = _ids(tokenizer, [ASKED, ANSWERED], prompt=False)
+        try:
+            closed = _ids(tokenizer, [ASKED], prompt=False)
+            prompt = _ids(tokenizer, [ASKED], prompt=True)
+            whole = _ids(tokenizer, [ASKED, ANSWERED], prompt=False)
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise _failed(error) from None
         special, answer = _special_ids(tokenizer), whole[len(prompt) :]
         header = _opened(prompt, answer, special) if prompt == closed else prompt[_common(prompt, closed) :]
         ends = [token for token in answer if token in special]
@@ -112,6 +120,16 @@ class Turns:
         return cls(tuple(header), ends[0], special, silent)
 
 
+def _failed(error: Exception) -> ModelError:
+    reason = f"the chat template fails on a question and its answer: {_first_line(error)}."
+    return ModelError("chat_template", reason, "Use a base with a chat template for plain chats, or mend it.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
 def _opened(prompt: list[int], answer: list[int], special: frozenset[int]) -> list[int]:
     """The header of a template that opens the answer in the user's turn, asked or not (Phi-3-medium's first).
 
@@ -124,15 +142,13 @@ def _opened(prompt: list[int], answer: list[int], special: frozenset[int]) -> li
 
 def _silent(tokenizer: Any) -> frozenset[str]:
     """Kinds of messages whose text makes no difference to what the template renders."""
-    from jinja2 import TemplateError
-
     found = set()
     for kind, (before, after) in AROUND.items():
         role = kind.removeprefix("later ")
         probes = ([*before, {"role": role, "content": text}, *after] for text in ("1", "2"))
         try:
             rendered = {_text(tokenizer, probe, prompt=False) for probe in probes}
-        except TemplateError:  # refused aloud, and so will be the row
+        except Exception:  # refused aloud, and so will be the row
             continue
         if len(rendered) == 1:
             found.add(kind)
@@ -164,15 +180,13 @@ def mark(conversation: Conversation, tokenizer: Any, turns: Turns, loss_on: Loss
     Raises:
         DataError: as `tokenize`.
     """
-    from jinja2 import TemplateError
-
     check_text(conversation, tokenizer, turns)
     messages, last = conversation.to_template(), conversation.last_answer
     try:
         whole = _text(tokenizer, messages, conversation.tools, prompt=False)
         prompt = _text(tokenizer, messages[:last], conversation.tools, prompt=True)
-    except (TemplateError, TypeError) as error:  # TypeError: a template that joins what is no text
-        reason = f"the model's chat template refuses it: {error}."
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = f"the model's chat template refuses it: {_first_line(error)}."
         raise DataError(conversation.place, reason, "Change the row, or remove it.") from None
     ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
     return marked(conversation, whole, prompt, ids, turns, loss_on)
@@ -260,7 +274,7 @@ def check_plain(text: str, place: str, tokenizer: Any, turns: Turns) -> list[int
     for token in ids:
         if token in turns.special:
             reason = f"contains the special token {tokenizer.decode([token])!r}."
-            raise DataError(place, reason, "Remove it, or the row.")
+            raise DataError(place, reason, PLAIN_TEXT)
     return ids
 
 
@@ -314,6 +328,18 @@ def _ids(tokenizer: Any, messages: Messages, tools: Tools = None, *, prompt: boo
 def _text(tokenizer: Any, messages: Messages, tools: Tools = None, *, prompt: bool) -> str:
     found = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
     return str(found)
+
+
+def render(tokenizer: Any, messages: Messages) -> str:
+    """The template's text of these messages.
+
+    Raises:
+        ModelError: it fails on them.
+    """
+    try:
+        return _text(tokenizer, messages, prompt=False)
+    except Exception as error:
+        raise _failed(error) from None
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -85,12 +85,16 @@ def export_all(
     options = options or Options()
     check(targets, {"repo": options.repo} if "hub" in targets else {})
     source = open_source(run, say)
+    assert source.stop_ids, "a chat template without an end of turn is refused when it is read"
     written = [target for target in targets if target != "hub"]
-    places = {target: out or destination.folder_of(source.run, source.folder, target) for target in written}
+    places = {
+        target: destination.real(out or destination.folder_of(source.run, source.folder, target))
+        for target in written
+    }
     needed = 0
     for target, folder in places.items():
         destination.check(folder, force)
-        target_of(target).check(source)
+        target_of(target).check(source, options)
         needed += target_of(target).num_bytes(source, options)
         destination.check_room(folder, needed)
     gates = Gates(source, say)
@@ -109,6 +113,8 @@ def export_all(
 def _export(
     source: Source, target: str, folder: Path, force: bool, options: Options, gates: Gates, say: Say
 ) -> Exported:
+    from ..layouts.files import give_usual_modes
+    from . import context
     from .gates import summary
     from .source import licence_name
     from .table import target_of
@@ -116,11 +122,16 @@ def _export(
     say(f"exporting {target} to {folder}")
     with destination.unfinished(folder, force=force) as partial:
         details = target_of(target).write(source, partial, options, say)
+        details |= {"stop_ids": source.stop_ids, "stop_tokens": source.stop_tokens}
         parity = gates.check(target, partial, folder, details, wanted=options.gate)
         say(summary(parity))
-        about = card.About(target, source.name, source.base_name, details, parity, licence_name(source))
+        about = card.About(
+            *(target, source.name, source.base_name, details, parity, licence_name(source)),
+            limits=context.limits_of(source, target, details.get("context")),
+        )
         (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
         content = {"target": target, "details": details, "files": destination.files_of(partial)}
         destination.describe(partial, content)
+        give_usual_modes(partial)
         files = destination.files_of(partial)
     return Exported(target, folder, files, details, parity)

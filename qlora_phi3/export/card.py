@@ -1,17 +1,25 @@
-"""The model card: what an adapter or a merged model is, from what it came, and how to load it.
+"""The model card: what an adapter or a merged model is, from what it came, and how to use it.
 
-Owns its content. Refuses nothing; paths of this machine become names, since a card is for others.
+Owns its content. Refuses nothing; paths of this machine become names, since a card is for others. Whatever is
+not the card's own wording is escaped: names, descriptions and reports come from users and other programs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import strict_yaml
-from ..pages import template
+from ..pages import environment
+
+if TYPE_CHECKING:
+    import jinja2
 
 LIBRARIES: Final = {
     "merged": "transformers",
@@ -27,7 +35,8 @@ LIBRARIES: Final = {
 class About:
     """What a card says beside the run's report: the target, the merge report, the gate, the base's licence.
 
-    `local`: it stays in its run folder, where the base's own path is what its code needs.
+    `local`: it stays in its run folder, where the base's own path is what its code needs. `limits`: from
+    where on the target's program computes otherwise.
     """
 
     target: str
@@ -37,6 +46,7 @@ class About:
     parity: Mapping[str, Any] | None = None
     licence: str | None = None
     local: bool = False
+    limits: Sequence[str] = ()
 
 
 def render(report: Mapping[str, Any] | None, about: About) -> str:
@@ -44,14 +54,21 @@ def render(report: Mapping[str, Any] | None, about: About) -> str:
     family = about.target.partition(":")[0]
     public = without_paths(report) if report is not None else None
     recipe = strict_yaml.dump(public["recipe"]) if public is not None else ""
-    return template("card.md.j2").render(
-        report=public,
-        about=about,
-        base=about.base if about.local else public_text(about.base),
-        family=family,
-        library=LIBRARIES.get(family, "peft"),
-        recipe=recipe,
-        merge=about.details.get("merge"),
+    system = public["data"].get("system_prompt") if public is not None else None
+    return str(
+        _environment()
+        .get_template("card.md.j2")
+        .render(
+            report=public,
+            about=about,
+            base=about.base if about.local else public_text(about.base),
+            family=family,
+            library=LIBRARIES.get(family, "peft"),
+            recipe=recipe,
+            merge=about.details.get("merge"),
+            system=system if isinstance(system, str) and system else None,
+            folder="adapter" if about.local else about.target.replace(":", "-"),
+        )
     )
 
 
@@ -71,3 +88,94 @@ def public_text(text: str) -> str:
     if "\n" not in text and PureWindowsPath(text).is_absolute():
         return PureWindowsPath(text).name or text
     return text
+
+
+# What stands in a card
+
+
+class _Safe(str):
+    """Text that is Markdown already. All else is escaped when it is put into the card."""
+
+
+_ENTITIES: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKS: Final = re.compile(r"([\\`*\[\]#|~!]|(?<![^\W_])_|_(?![^\W_]))")
+"""What Markdown reads; a _ only where no letter stands on one of its sides."""
+_OPENS: Final = re.compile(r"^(\s*)([-+=]|\d+[.)](?=\s))")
+"""What begins a list, a rule or the underline of a heading."""
+_PLAIN: Final = re.compile(r"[\w ./:@,;=+^()\[\]{}*#~!?%$'\"-]+")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    made = environment()
+    made.finalize = _escaped
+    made.filters |= {
+        "raw": _Safe,
+        "code": code,
+        "py": _python,
+        "sh": lambda text: _Safe(shlex.quote(_printable(text))),
+        "fenced": _fenced,
+        "spans": _spans,
+        "prose": _prose,
+        "json": lambda value: _Safe(json.dumps(value)),
+        "ollama_name": lambda text: re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "model",
+    }
+    return made
+
+
+def _escaped(value: Any) -> Any:
+    """One line of text, however many it had."""
+    if not isinstance(value, str) or isinstance(value, _Safe) or hasattr(value, "__html__"):
+        return value
+    return _Safe(_line(re.sub(r"\s+", " ", _printable(value))))
+
+
+def _line(text: str) -> str:
+    text = _OPENS.sub(r"\1\\\2", _MARKS.sub(r"\\\1", text))
+    return re.sub("[&<>]", lambda found: _ENTITIES[found[0]], text)
+
+
+def _prose(text: str) -> _Safe:
+    """A text of several lines and paragraphs, every one of them plain."""
+    return _Safe("\n".join(_line(line.strip()) for line in _printable(text).strip().splitlines()))
+
+
+def code(text: object) -> _Safe:
+    """A value in code's type, within a table too."""
+    line = " ".join(_printable(str(text)).split())
+    if _PLAIN.fullmatch(line):
+        return _Safe(f"`{line}`")
+    entities = re.sub(r"[^\w ./:-]|_", lambda found: f"&#{ord(found[0])};", line)
+    return _Safe(f"<code>{entities}</code>")
+
+
+def _spans(text: str) -> _Safe:
+    """A line of plain text with code between backticks."""
+    parts = re.split("`([^`]*)`", text)
+    return _Safe("".join(str(code(part)) if at % 2 else _line(part) for at, part in enumerate(parts)))
+
+
+def _python(value: Any) -> _Safe:
+    """A text as Python writes it, with nothing that ends a fence or a line."""
+    if not isinstance(value, str):
+        return _Safe(repr(value))
+    text = json.dumps(value, ensure_ascii=False).replace("`", "\\x60")
+    return _Safe("".join(one if one.isprintable() else _python_escape(one) for one in text))
+
+
+def _python_escape(one: str) -> str:
+    return f"\\U{ord(one):08x}" if ord(one) > 0xFFFF else f"\\u{ord(one):04x}"
+
+
+def _fenced(text: str, language: str = "") -> _Safe:
+    """A block of code, whatever backticks it has."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return _Safe(f"{fence}{language}\n{_printable(text).strip(chr(10))}\n{fence}\n")
+
+
+def _printable(text: str) -> str:
+    """Without control characters and halves of characters, which no viewer shows and UTF-8 cannot say."""
+    return "".join(
+        one if one.isprintable() or one in "\n\t" or one.isspace() else f"\\x{ord(one):02x}" for one in text
+    )

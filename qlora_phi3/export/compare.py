@@ -78,7 +78,7 @@ def choose(source: Source, wanted: str, dtype: torch.dtype, say: Say) -> MergeRe
         InputError: `auto`, and nothing says what the adapter was trained against; `dequant` of an adapter
             that was trained on unquantized weights.
     """
-    bases = _candidates(source, wanted)
+    bases = candidates(source, wanted)
     rows, why_not = _held_out(source)
     if not rows:
         reason = "asked for" if wanted != "auto" else _UNMEASURED[bases[0]]
@@ -99,8 +99,12 @@ _UNMEASURED: Final[dict[MergeBase, str]] = {
 }
 
 
-def _candidates(source: Source, wanted: str) -> tuple[MergeBase, ...]:
-    """What may be merged into; the first where nothing can be measured."""
+def candidates(source: Source, wanted: str) -> tuple[MergeBase, ...]:
+    """What may be merged into; the first where nothing can be measured.
+
+    Raises:
+        InputError: what was asked for does not fit the adapter.
+    """
     if source.recipe is None and wanted == "auto":
         reason = "nothing says what this adapter was trained against, since it is in no run folder."
         raise InputError("--merge-base", reason, "Give dequant (trained on NF4) or original.")
@@ -145,7 +149,8 @@ def measure(
     for base in bases:
         measured[base] = _measure(Merger(source, base, dtype), live)
         one = measured[base]
-        say(f"{base}: loss {one.loss:.4g} (live {nll / num_tokens:.4g}), KL {one.kl_mean:.3g}")
+        trained = f"as trained {nll / num_tokens:.4g}, from which KL is {one.kl_mean:.3g}"
+        say(f"{base}: loss {one.loss:.4g} ({trained})")
         process.give_back()
     return measured, nll / num_tokens, num_tokens
 

@@ -65,11 +65,13 @@ class Consumer(Protocol):
 
 
 class Torch:
-    """A transformers model, wrapped by PEFT or not, with its tokenizer."""
+    """A transformers model, wrapped by PEFT or not, with its tokenizer.
+
+    `stops` are given to `generate`; without them it ends where its own generation_config says.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, stops: list[int] | None = None) -> None:
-        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
-        self.stops = stops or stop_ids(tokenizer, model, Turns.of(tokenizer).end)
+        self.name, self.model, self.tokenizer, self.stops = name, model.eval(), tokenizer, stops
 
     def tokens(self, messages: Messages) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
@@ -96,9 +98,8 @@ class Torch:
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=self.stops,
-                pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
+                **({} if self.stops is None else {"eos_token_id": self.stops}),
             )
         answer: list[int] = out[0, len(ids) :].tolist()
         return answer
@@ -138,7 +139,12 @@ class Live(Torch):
             tuned.float()  # packed weights are integers and stay
             for linear in models.packed_linears(tuned):
                 linear.compute_dtype = torch.float32
-        return cls("transformers + PEFT", tuned, base.tokenizer)
+        return cls.of("transformers + PEFT", tuned, base.tokenizer)
+
+    @classmethod
+    def of(cls, name: str, model: Any, tokenizer: Any) -> Live:
+        """It stops where the toolkit does."""
+        return cls(name, model, tokenizer, stop_ids(tokenizer, model, Turns.of(tokenizer).end))
 
     def control(self) -> Torch:
         """The same base with the adapter switched off, which an export must not be equal to."""
@@ -151,25 +157,41 @@ class _Untuned(Torch):
 
 
 def transformers_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Torch:
-    """transformers on a folder of merged safetensors."""
+    """transformers on a folder of merged safetensors, which stops where the folder says."""
     from transformers import AutoTokenizer, Phi3ForCausalLM
 
     model = Phi3ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return Torch("transformers", model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
-def peft_folder(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Torch:
-    """PEFT on an adapter folder in whatever layout it takes, over an unquantized base."""
+def peft_folder(
+    base: Path, adapter: Path, stops: list[int] | None = None, dtype: torch.dtype = torch.float32
+) -> Torch:
+    """PEFT on an adapter folder in whatever layout it takes, over an unquantized base.
+
+    `stops`: what the code on the adapter's card gives to `generate`; a base's own settings may lack them.
+    """
     from peft import PeftModel
     from transformers import AutoTokenizer, Phi3ForCausalLM
 
     model = Phi3ForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
     tuned = PeftModel.from_pretrained(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    return Torch("transformers + PEFT", tuned, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(_words(base, adapter), local_files_only=True)
+    return Torch("transformers + PEFT", tuned, tokenizer, stops)
 
 
-def loralib_file(base: Path, adapter: Path, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Torch:
+def _words(base: Path, adapter: Path) -> Path:
+    """The folder whose tokenizer and template are used: the adapter's own, where it came with one."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else base
+
+
+def loralib_file(
+    base: Path,
+    adapter: Path,
+    geometry: Geometry,
+    stops: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Torch:
     """microsoft/LoRA's own layers over an unquantized base, filled from a file in the loralib layout.
 
     Each adapted linear becomes a `loralib.Linear`, the embedding a `loralib.Embedding`, as its users build
@@ -194,7 +216,7 @@ def loralib_file(base: Path, adapter: Path, geometry: Geometry, dtype: torch.dty
     surplus = program.model.load_state_dict(tensors, strict=False).unexpected_keys
     assert not surplus, surplus
     program.model.eval()
-    program.name = "loralib"
+    program.name, program.stops = "loralib", stops
     return program
 
 
@@ -226,11 +248,14 @@ def gguf_reader_limit(config: Mapping[str, Any]) -> str | None:
 
 
 class MlxLm:
-    """mlx-lm on a folder of safetensors and, where given, an adapter in the mlx layout."""
+    """mlx-lm on a folder of safetensors and, where given, an adapter in the mlx layout.
+
+    It stops where its own loader says, and at `stops`, which the card gives it as `--extra-eos-token`.
+    """
 
     name = "mlx-lm"
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+    def __init__(self, base: Path, adapter: Path | None = None, stops: list[int] | None = None) -> None:
         from mlx.core import float32
         from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import load_model
@@ -238,12 +263,13 @@ class MlxLm:
         # transformers 5 writes RoPE's base into `rope_parameters` alone, which mlx-lm 0.32 does not know
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
-        self.model, _ = load_model(base, model_config={} if theta is None else {"rope_theta": theta})
+        self.model, read = load_model(base, model_config={} if theta is None else {"rope_theta": theta})
         if adapter is not None:
             self.model = load_adapters(self.model, str(adapter))
         self.model.set_dtype(float32)  # in half precision mlx has no fast product on a CPU
         self.tokenizer = models.load_tokenizer(base)
-        self.end = Turns.of(self.tokenizer).end
+        own = read.get("eos_token_id") or self.tokenizer.eos_token_id
+        self.stops = {*(own if isinstance(own, list) else [own]), *(stops or ())}
 
     def tokens(self, messages: Messages) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
@@ -262,9 +288,9 @@ class MlxLm:
         import mlx.core
         from mlx_lm.models.cache import make_prompt_cache
 
-        stops, answer, given = {self.end, self.tokenizer.eos_token_id}, list[int](), ids
+        answer, given = list[int](), ids
         cache = make_prompt_cache(self.model)
-        while len(answer) < max_new_tokens and not stops.intersection(answer[-1:]):
+        while len(answer) < max_new_tokens and not self.stops.intersection(answer[-1:]):
             logits = self.model(mlx.core.array([given]), cache=cache)[0, -1]
             given = [int(mlx.core.argmax(logits))]
             answer += given

@@ -29,6 +29,14 @@ def folder_of(run: Path | None, adapter: Path, target: str) -> Path:
     return (run or adapter.absolute().parent) / "exports" / target.replace(":", "-")
 
 
+def real(folder: Path) -> Path:
+    """Where a link in a target's place leads, as to a bigger disk; the link stays."""
+    try:
+        return folder.resolve() if folder.is_symlink() and folder.is_dir() else folder
+    except OSError:  # a name too long, a folder that may not be read: `check` says so
+        return folder
+
+
 def check(folder: Path, force: bool) -> None:
     """Refuse a place that holds something already, or cannot be made.
 
@@ -36,6 +44,10 @@ def check(folder: Path, force: bool) -> None:
         OutputError: it exists without `force`, or is no export of ours, or no folder can be there.
     """
     try:
+        lost = next((one for one in (folder, *folder.parents) if one.is_symlink() and not one.exists()), None)
+        if lost is not None:
+            reason = f"cannot be made: {lost} is a link that leads nowhere."
+            raise OutputError(str(folder), reason, "Remove the link, or name another with --out.")
         there = _nearest(folder)
         if not there.is_dir():
             raise OutputError(str(folder), f"cannot be made: {there} is a file.", "Name another with --out.")
@@ -86,7 +98,7 @@ def unfinished(folder: Path, *, force: bool) -> Iterator[Path]:
             reason = f"cannot be written to: {error.strerror}."
             raise OutputError(str(folder), reason, "Name another with --out.") from None
         yield partial
-        _take_place(partial, folder)
+        _take_place(partial, folder, force)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
@@ -123,8 +135,13 @@ def _nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _take_place(partial: Path, folder: Path) -> None:
-    """Rename; a replaced export goes only when the new one stands in its place."""
+def _take_place(partial: Path, folder: Path, force: bool) -> None:
+    """Rename; a replaced export goes only when the new one stands in its place.
+
+    Raises:
+        OutputError: another export has been written there meanwhile, which only `force` replaces.
+    """
+    check(folder, force)
     old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
         folder.rename(old)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -16,11 +17,12 @@ from typing import Any, Final
 from .. import data, layouts, model
 from ..errors import InputError, QloraError, RunError
 from ..weights import first_line
-from . import destination, table
+from . import context, destination, table
 from .options import Say, family
 from .source import Source
 
 NUM_PROMPTS: Final = 4
+MAX_NEW_TOKENS: Final = 96
 FALLBACK: Final = ("Hello! Who are you?", "Name three colours.", "What is 2 + 3?")
 """What is asked where there are no held-out rows."""
 
@@ -30,7 +32,7 @@ class Gates:
 
     def __init__(self, source: Source, say: Say) -> None:
         self._source, self._say = source, say
-        self._asked: dict[str, tuple[Any, Any]] = {}
+        self._asked: dict[tuple[str, int | None], tuple[Any, Any]] = {}
 
     def check(
         self, target: str, partial: Path, folder: Path, details: Mapping[str, Any], *, wanted: bool = True
@@ -50,6 +52,8 @@ class Gates:
         failed = destination.keep_failed(partial, folder)
         why = "; ".join(found["reasons"])
         reason = f"{found['consumer']} does not compute what was trained: {why}. {difference}."
+        known = context.limits_of(self._source, target, details.get("context"))
+        reason = " ".join([reason, *(f"Known of it: {one}" for one in known)])
         raise RunError(f"{target}: {failed / destination.PARITY}", reason, "The export was removed.")
 
     def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -68,26 +72,46 @@ class Gates:
                 raise RunError(target, reason, remedy) from error
             if isinstance(opened, str):
                 return _skipped(target, opened), ""
-            live, reference = self._reference(consumers, parity, details)
+            live, reference = self._reference(partial, details)
             self._say(f"comparing it in {opened.name} with the model as trained")
             name = f"ollama:{details['kind']}" if target == "ollama" else target
             found = parity.gate(name, reference, opened, stops=live.stops)
         return found.to_json(), str(found.first_difference or "")
 
-    def _reference(self, consumers: Any, parity: Any, details: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _reference(self, partial: Path, details: Mapping[str, Any]) -> tuple[Any, Any]:
         """The adapter in PEFT on the weights that the export is for, and its answers: as in training where it
-        was merged into those, else the base's own, which is what others load it onto."""
+        was merged into those, else the base's own, which is what others load it onto.
+
+        What PEFT is given are the source's checked tensors. Its files may be in names that PEFT passes over.
+        """
+        from . import consumers, parity
+
         dequant = details.get("merge", {}).get("base") == "dequant"
-        settings = self._source.model
+        settings, size = self._source.model, details.get("context")
         if not dequant:
             settings = settings.model_copy(update={"quantization": "none", "compute_dtype": "float32"})
-        if settings.quantization not in self._asked:
+        key = settings.quantization, size
+        if key not in self._asked:
             self._asked.clear()  # one model at a time
-            folder, device = self._source.folder, model.device_for_run()
-            live = consumers.Live.load(self._source.checkpoint, settings, folder, device)
-            reference = parity.Reference.of(live, live.control(), prompts(self._source))
-            self._asked[settings.quantization] = live, reference
-        return self._asked[settings.quantization]
+            with TemporaryDirectory(dir=partial, prefix=".trained-") as place:
+                folder, device = Path(place) / "adapter", model.device_for_run()
+                layouts.write_adapter(folder, *_as_peft(self._source))
+                live = consumers.Live.load(self._source.checkpoint, settings, folder, device)
+            new = MAX_NEW_TOKENS if size is None else min(MAX_NEW_TOKENS, size // 4)
+            # an answer may become twice as long as the live model's before it counts as one without end
+            room = None if size is None else size - 2 * new - 8
+            asked = prompts(self._source, live, room)
+            reference = parity.Reference.of(live, live.control(), asked, max_new_tokens=new)
+            self._asked[key] = live, reference
+        return self._asked[key]
+
+
+def _as_peft(source: Source) -> tuple[layouts.Tensors, layouts.AdapterConfig]:
+    """The source's tensors under Phi-3's own names, untouched where they are in them."""
+    if source.config.layout in ("fused", "split"):
+        return source.tensors, source.config
+    geometry = source.checkpoint.geometry
+    return layouts.convert(source.tensors, source.config, "fused", geometry, str(source.folder))
 
 
 def _open(
@@ -98,31 +122,31 @@ def _open(
     details: Mapping[str, Any],
     stack: ExitStack,
 ) -> Any:
-    """A program with the export loaded, or why there is none."""
-    base, kind = source.checkpoint.folder, family(target)
+    """A program with the export loaded as its card says, or why there is none."""
+    base, kind, stops = source.checkpoint.folder, family(target), list(details.get("stop_ids", ())) or None
     if details.get("layout") == "unfused":
-        place = stack.enter_context(TemporaryDirectory(dir=partial.parent, prefix=".fused-"))
-        program = consumers.peft_folder(base, _fused_again(source, partial, Path(place) / "adapter"))
+        place = stack.enter_context(TemporaryDirectory(dir=partial, prefix=".fused-"))
+        fused = _fused_again(source, partial, Path(place) / "adapter")
+        program = consumers.peft_folder(base, fused, stops)
         program.name = "transformers + PEFT, its names fused again"
         return program
     if kind in ("adapter", "vllm"):
-        return consumers.peft_folder(base, partial)
+        return consumers.peft_folder(base, partial, stops)
     if kind == "merged":
         return consumers.transformers_folder(partial)
     missing = {"loralib": "loralib", "mlx": "mlx_lm"}.get(kind, "xllamacpp")
     if importlib.util.find_spec(missing) is None:
         return f"{missing} is not installed"
     if kind == "loralib":
-        return consumers.loralib_file(base, partial, source.checkpoint.geometry)
+        return consumers.loralib_file(base, partial, source.checkpoint.geometry, stops)
     if kind == "mlx":
-        return consumers.MlxLm(base, partial)
+        return consumers.MlxLm(base, partial, stops)
+    size = details["context"]
     if kind == "gguf-lora":
-        plain = (
-            Path(stack.enter_context(TemporaryDirectory(dir=partial.parent, prefix=".base-"))) / "base.gguf"
-        )
+        plain = Path(stack.enter_context(TemporaryDirectory(dir=partial, prefix=".base-"))) / "base.gguf"
         table.write_base_gguf(source, plain)
-        return stack.enter_context(consumers.llama_cpp(plain, partial / details["gguf"]))
-    return stack.enter_context(consumers.llama_cpp(partial / details["gguf"]))
+        return stack.enter_context(consumers.llama_cpp(plain, partial / details["gguf"], context=size))
+    return stack.enter_context(consumers.llama_cpp(partial / details["gguf"], context=size))
 
 
 def _fused_again(source: Source, folder: Path, out: Path) -> Path:
@@ -136,19 +160,23 @@ def _skipped(target: str, reason: str) -> dict[str, Any]:
     return {"target": target, "consumer": None, "verdict": "skipped", "reasons": [reason], "passed": False}
 
 
-def prompts(source: Source) -> list[list[dict[str, Any]]]:
-    """Messages to answer: the beginnings of held-out conversations, else a few questions of ours."""
+def prompts(source: Source, live: Any, room: int | None) -> list[list[dict[str, Any]]]:
+    """Messages to answer: the beginnings of held-out conversations, else a few questions of ours.
+
+    `room`: the most tokens that a prompt may have where the program is run with so small a context.
+    """
+    asked = [[{"role": "user", "content": text}] for text in FALLBACK]
     recipe = source.recipe
     if recipe is not None and recipe.data.eval is not None:
         try:
-            splits = data.load(recipe.data, model.load_tokenizer(source.checkpoint.folder))
+            splits = data.load(recipe.data, live.tokenizer)
         except InputError:
             splits = None  # the gate asks its own questions; the merge report says why
         if splits is not None and splits.eval is not None:
-            found = splits.eval.conversations[:NUM_PROMPTS]
-            if found:
-                return [one.to_template(one.last_answer) for one in found]
-    return [[{"role": "user", "content": text}] for text in FALLBACK]
+            found = (one.to_template(one.last_answer) for one in splits.eval.conversations)
+            fitting = (one for one in found if room is None or len(live.tokens(one)) <= room)
+            asked = list(islice(fitting, NUM_PROMPTS)) or asked
+    return asked
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -156,4 +184,5 @@ def summary(found: Mapping[str, Any]) -> str:
     if found["verdict"] != "passed":
         return f"not proven ({found['verdict']}): {'; '.join(found['reasons'])}"
     kl, agreement = found["kl_mean"], found["greedy_agreement"]
-    return f"proven in {found['consumer']}: KL {kl:.3g}, {agreement:.0%} of the greedy tokens agree"
+    what = f"KL {kl:.3g} from the model as trained, {agreement:.0%} of its greedy tokens agree"
+    return f"proven in {found['consumer']}: {what}"

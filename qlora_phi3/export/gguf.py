@@ -7,7 +7,7 @@ and weights that are not those of the config. Written tensor by tensor: beside o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import phi3
 from ..errors import InputError, ModelError
 from . import vocabulary
+from .context import is_longrope, rope_of
 
 KINDS: Final = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """What `gguf` itself can write."""
@@ -78,13 +79,14 @@ def write(
     *,
     name: str,
     context: int | None = None,
+    stop_ids: Sequence[int] = (),
     say: Say = lambda _: None,
 ) -> None:
     """Write a merged model; `config` is config.json's content, `tokenizer` a folder with its files.
 
-    `context` is the context length that the file names, where it is not the base's. `say` hears which tensors
-    are kept in f16 because their width fits no block of `kind`. A tied head is left out: llama.cpp takes the
-    embedding.
+    `context` is the context length that the file names, where it is not the base's. `stop_ids` end an answer.
+    `say` hears which tensors are kept in f16 because their width fits no block of `kind`. A tied head is left
+    out: llama.cpp takes the embedding.
 
     Raises:
         InputError: a kind that cannot be written.
@@ -95,9 +97,8 @@ def write(
 
     check_kind(kind)
     geometry = phi3.geometry_from_config(config)
-    words = vocabulary.read(tokenizer, geometry.vocab_size)
+    words, tables = check_base(config, tokenizer, stop_ids)
     entries = _entries(geometry, kind, say)
-    tables = _rope_tables(config, geometry)
     writer = gguf.GGUFWriter(None, "phi3")
     _add_metadata(writer, config, geometry, kind, words.name(name), context)
     words.write(writer)
@@ -111,6 +112,18 @@ def write(
         _put_all(writer, starts, entries, tensors, geometry, written={f"{key}.weight" for key in tables})
     finally:
         writer.close()
+
+
+def check_base(
+    config: Mapping[str, Any], tokenizer: Path, stop_ids: Sequence[int] = ()
+) -> tuple[vocabulary.Vocabulary, dict[str, list[float]]]:
+    """The vocabulary and LongRoPE's tables of a base, which llama.cpp must be able to repeat.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    geometry = phi3.geometry_from_config(config)
+    return vocabulary.read(tokenizer, geometry.vocab_size, stop_ids), _rope_tables(config, geometry)
 
 
 def tensor_name(module: str) -> str | None:
@@ -197,25 +210,6 @@ def _add_metadata(
     writer.add_sliding_window(geometry.sliding_window or 0)
     if is_longrope(config):
         writer.add_rope_scaling_attn_factors(_attention_factor(config, geometry))
-
-
-def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config's settings of rotary embeddings, in the spelling of transformers 4 or 5."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def is_longrope(config: Mapping[str, Any]) -> bool:
-    """Whether positions are scaled as the 128k models' are.
-
-    Raises:
-        ModelError: another kind of scaling.
-    """
-    rope = rope_of(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "longrope", "su"):
-        reason = f"the rope scaling {kind!r} is not one of Phi-3's."
-        raise ModelError("config.json: rope_scaling", reason, "Export it as merged safetensors instead.")
-    return str(kind) != "default"
 
 
 def _attention_factor(config: Mapping[str, Any], geometry: phi3.Geometry) -> float:

@@ -45,7 +45,7 @@ def write(
 
     fused, found = convert(tensors, config, "fused", geometry, place)
     modules = [module for module in linear_shapes(geometry) if key_of(module, "A", "peft") in fused]
-    _check_tied(modules, geometry, place)
+    check_tied(modules, geometry, place)
     alpha, factors = _one_alpha(modules, found, place)
     writer = gguf.GGUFWriter(path, "phi3")
     try:
@@ -95,7 +95,12 @@ def _one_alpha(modules: list[str], config: AdapterConfig, place: str) -> tuple[f
     raise ModelError(place, reason, _MERGE)
 
 
-def _check_tied(modules: list[str], geometry: Geometry, place: str) -> None:
+def check_tied(modules: list[str], geometry: Geometry, place: str) -> None:
+    """Refuse an adapter on a matrix that is embedding and head.
+
+    Raises:
+        ModelError: there is one.
+    """
     # llama.cpp finds adapters by tensor name, and a tied head has that of the embedding, of another shape
     shared = [module for module in modules if ".layers." not in module]
     if shared and geometry.tied_embeddings:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import RunError
-from . import compare, shards
+from . import compare, context, shards, stops
 from .merge import Merger, config_of, merged_tensors
 from .options import Options, Say
 from .source import Source, copy_tokenizer, licence_file, tokenizer_bytes
@@ -42,13 +42,13 @@ def write(source: Source, folder: Path, options: Options, say: Say) -> dict[str,
     config = json.dumps(config_of(source, dtype), indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     copy_tokenizer(source, folder)
-    settings = source.checkpoint.folder / "generation_config.json"
-    if settings.is_file():
-        shutil.copyfile(settings, folder / settings.name)
+    settings = json.dumps(stops.generation_config(source), indent=2, ensure_ascii=False) + "\n"
+    (folder / stops.NAME).write_text(settings, encoding="utf-8")
     licence = licence_file(source)
     if licence is not None:
         shutil.copyfile(licence, folder / licence.name)
-    return {"merge": report.to_json(), "dtype": options.dtype}
+    longest = context.of_vllm(source.checkpoint.config, source.checkpoint.geometry)
+    return {"merge": report.to_json(), "dtype": options.dtype, "max_model_len": longest}
 
 
 def _check_written(paths: list[Path], merger: Merger) -> None:

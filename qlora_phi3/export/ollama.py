@@ -7,6 +7,8 @@ Refuses templates that are more than text around each turn. No `ADAPTER`: Ollama
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +16,8 @@ from typing import Any, Final
 from ..data.tokens import Turns
 from ..errors import InputError
 from ..model import load_tokenizer
-from ..phi3 import Geometry
 from ..weights import first_line
 
-DEFAULT_CONTEXT: Final = 4096
 _REMEDY: Final = "Export gguf instead: the file carries the chat template as it is."
 
 Messages = list[dict[str, Any]]
@@ -74,9 +74,15 @@ class Parts:
 
 
 def modelfile(
-    gguf_name: str, tokenizer: Path, *, num_ctx: int, license: str | None, system: str | None = None
+    gguf_name: str,
+    tokenizer: Path,
+    *,
+    num_ctx: int,
+    license: str | None,
+    system: str | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> str:
-    """The Modelfile's text, for a GGUF of that name in the same folder.
+    """The Modelfile's text, for a GGUF of that name in the same folder; `stop_ids` end an answer too.
 
     Raises:
         InputError: the chat template cannot be said in Ollama's, or a text cannot be quoted.
@@ -85,7 +91,8 @@ def modelfile(
     words = load_tokenizer(tokenizer)
     parts = take_apart(words, str(tokenizer))
     lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(parts.go(), 'the template')}"]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops_of(words)]
+    # Ollama's parser takes the outer quotes off and knows no escapes
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops_of(words, stop_ids)]
     lines.append(f"PARAMETER num_ctx {num_ctx}")
     if system is not None:
         if "system" not in parts.turns:
@@ -96,19 +103,16 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
-def context_of(geometry: Geometry) -> int:
-    """`num_ctx` where nobody says another: 4096, or all that a smaller base has. Units: tokens."""
-    return min(DEFAULT_CONTEXT, geometry.max_positions)
-
-
-def stops_of(tokenizer: Any) -> list[str]:
-    """Texts at which Ollama must stop: the end of a turn, the eos, and what opens a turn."""
+def stops_of(tokenizer: Any, stop_ids: Sequence[int] = ()) -> list[str]:
+    """Texts at which Ollama must stop: the end of a turn, the eos, `stop_ids`, and what opens a turn."""
     probe = _text(tokenizer, [("user", "1"), ("assistant", "2"), ("user", "3")])
     ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
     special = Turns.of(tokenizer).special
-    found = [Turns.of(tokenizer).end, tokenizer.eos_token_id, *(token for token in ids if token in special)]
+    opening = (token for token in ids if token in special)
+    found = [Turns.of(tokenizer).end, tokenizer.eos_token_id, *stop_ids, *opening]
     texts = [tokenizer.convert_ids_to_tokens(token) for token in found if token is not None]
-    return [text for text in dict.fromkeys(texts) if text != tokenizer.bos_token or text in probe[1:]]
+    named = [text for text in dict.fromkeys(texts) if text]  # a spare row has none
+    return [text for text in named if text != tokenizer.bos_token or text in probe[1:]]
 
 
 def take_apart(tokenizer: Any, place: str) -> Parts:
@@ -207,7 +211,25 @@ def _literal(text: str) -> str:
     return f"{{{{ {json.dumps(text)} }}}}" if text else ""
 
 
+UNFIT: Final = (
+    'the system prompt of the training data holds """ at the end of a line, or a character that no Modelfile '
+    "can hold; give it with each request"
+)
+_ENDS: Final = re.compile(r'"""[ \t]*[\r\n]')
+
+
+def fits(text: str) -> bool:
+    """Whether Ollama reads a text out of a Modelfile as it was.
+
+    Between triple quotes anything is itself, quotes and backslashes too; three of them before the end of a
+    line end the text, and what does not print, spaces beyond ASCII among it, is left out.
+    Source: ollama parser/parser.go, ParseFile and unquote.
+    """
+    return not _ENDS.search(text) and all(one.isprintable() or one in "\t\r\n" for one in text)
+
+
 def _quoted(text: str, what: str) -> str:
-    if '"""' in text:
-        raise InputError(what, 'holds """, which ends a text in a Modelfile.', "Leave the quotes out.")
+    if _ENDS.search(text):
+        reason = 'holds """ at the end of a line, which ends a text in a Modelfile.'
+        raise InputError(what, reason, "Leave the quotes out.")
     return f'"""{text}"""'

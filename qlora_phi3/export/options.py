@@ -7,6 +7,7 @@ silence. Knows nothing of torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
@@ -20,13 +21,17 @@ MergeBase = Literal["dequant", "original"]
 PeftLayout = Literal["fused", "split", "unfused"]
 Dtype = Literal["bf16", "fp16"]
 
-TARGETS: Final = (*EXPORTS, "hub")
+_QUANTIZER_S: Final = re.compile(r"(?:gguf:)?(?:q\d_k(?:_\w+)?|iq\d\w*|tq\d\w*)", re.IGNORECASE)
+"""Kinds of GGUF that only llama.cpp's own quantizer makes."""
+
+_MADE: Final = tuple(name for name in EXPORTS if not _QUANTIZER_S.fullmatch(name))
+TARGETS: Final = (*_MADE, "hub")
 MERGED: Final = ("merged", "gguf", "ollama")
 """Targets with the adapter in the weights, gguf of any kind."""
 
 LAYOUTS: Final[tuple[PeftLayout, ...]] = get_args(PeftLayout)
 MERGE_BASES: Final = ("auto", *get_args(MergeBase))
-OLLAMA_KINDS: Final = tuple(name.removeprefix("gguf:") for name in EXPORTS if name.startswith("gguf:"))
+OLLAMA_KINDS: Final = tuple(name.removeprefix("gguf:") for name in _MADE if name.startswith("gguf:"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ BELONGS: Final = {
     "repo": ("hub",),
     "what": ("hub",),
     "dry_run": ("hub",),
-    "gate": tuple(dict.fromkeys(name.partition(":")[0] for name in EXPORTS)),
+    "gate": tuple(dict.fromkeys(name.partition(":")[0] for name in _MADE)),
 }
 """Option -> the targets that heed it."""
 
@@ -101,6 +106,11 @@ def flag(name: str) -> str:
 
 
 def _unknown(place: str, value: str, allowed: Sequence[str]) -> Problem:
-    close = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    if _QUANTIZER_S.fullmatch(value):
+        kind = value.rpartition(":")[2].upper()
+        reason = f"{shown(value)} is a kind that llama.cpp's own quantizer makes, and no Python package."
+        remedy = f"Export gguf:f16, then run `llama-quantize NAME-f16.gguf NAME.gguf {kind}`."
+        return Problem(place, reason, remedy)
+    close = ["gguf:q8_0"] if value == "gguf" else difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
     meant = f"Did you mean {close[0]!r}? " if close else ""
     return Problem(place, f"{shown(value)} is unknown.", f"{meant}Allowed: {', '.join(allowed)}.")

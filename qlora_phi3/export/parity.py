@@ -96,10 +96,10 @@ class Difference:
 
     def __str__(self) -> str:
         where = "of the prompt" if self.kind == "template" else "of the answer to"
-        margin = "" if self.margin is None else f" (which it holds {self.margin:.3g} nats likelier)"
+        margin = "" if self.margin is None else f" (by {self.margin:.3g} nats the likelier)"
         return (
-            f"token {self.position} {where} {self.prompt!r}: the live model has {self.expected!r}{margin}, "
-            f"the export {self.found!r}"
+            f"token {self.position} {where} {self.prompt!r}: as trained it is {self.expected!r}{margin}, "
+            f"in the export {self.found!r}"
         )
 
 
@@ -257,7 +257,7 @@ def _verdict(
     if found.greedy_agreement < limits.greedy_agreement:
         problems.append(f"greedy agreement {found.greedy_agreement:.3f} is below {limits.greedy_agreement:g}")
     if found.stops is False:
-        problems.append(f"an answer does not end as the live model's: {stop}")
+        problems.append(f"an answer does not end as the model as trained ended it: {stop}")
     if problems:
         return "drift", tuple(problems)
     if found.control_kl is None:

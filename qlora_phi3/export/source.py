@@ -7,16 +7,21 @@ adapters that are more than B @ A times a scale.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from .. import adapters, layouts, model, weights
-from ..errors import ModelError
-from ..layouts.files import CONFIG_NAME
+from ..errors import ModelError, Problem, shown
+from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
+from . import card, stops
 from .options import Say
 
 TOKENIZER_FILES: Final = (
@@ -24,6 +29,7 @@ TOKENIZER_FILES: Final = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 LICENCE_NAMES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+LONGEST_NAME: Final = 100
 _AGAIN: Final = "Give a run folder, or the folder of an adapter."
 
 
@@ -49,8 +55,30 @@ class Source:
         return self.recipe.name if self.recipe is not None else self.folder.absolute().name
 
     @property
+    def file_name(self) -> str:
+        """The name as a part of file names: a folder of somebody's may be called anything."""
+        return re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:LONGEST_NAME] or "adapter"
+
+    @property
     def base_name(self) -> str:
         return public_name(self.checkpoint.provenance.base)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Every token at which the toolkit stops."""
+        return stops.stops_of(self)
+
+    @cached_property
+    def stop_tokens(self) -> list[str]:
+        """Their texts, which some programs are told instead."""
+        words = model.load_tokenizer(self.checkpoint.folder)
+        return [text for text in words.convert_ids_to_tokens(self.stop_ids) if text]
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message that all training rows share; None where there is none such, or nobody knows."""
+        found = self.report["data"].get("system_prompt") if self.report is not None else None
+        return found if isinstance(found, str) and found else None
 
     @property
     def quantized(self) -> bool:
@@ -73,11 +101,42 @@ def open_source(path: Path, say: Say = lambda _: None) -> Source:
     folder, run = _find(path)
     recipe = load_recipe(run / "recipe.yaml") if run is not None else None
     settings = recipe.model if recipe is not None else _base_of(folder)
-    checkpoint = weights.locate(settings, say)
+    checkpoint = _locate(settings, folder, say, told=recipe is None)
     model.load_tokenizer(checkpoint.folder)
     adapters.check_provenance(folder, checkpoint)
-    tensors, config = layouts.read_adapter(folder, checkpoint.geometry)
+    tensors, config = layouts.read_adapter(
+        folder, checkpoint.geometry, base_weight=lambda module: _weight(checkpoint, module)
+    )
     return Source(folder, run, recipe, settings, _report(run), checkpoint, tensors, config)
+
+
+def _locate(settings: Model, folder: Path, say: Say, *, told: bool) -> weights.Checkpoint:
+    """The base; `told`: its name is out of the adapter's own files, which may be another tool's."""
+    try:
+        return weights.locate(settings, say)
+    except ModelError as error:
+        if not told:
+            raise
+        reason = (
+            f"names {shown(settings.base)} as its base, which is not a Phi-3 checkpoint that can be used."
+        )
+        remedy = (
+            "Where that is a copy in other names, or a quantized one, write the name of the Phi-3 checkpoint "
+            f"into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
+        )
+        raise ModelError.of((*error.problems, Problem(str(folder), reason, remedy))) from None
+
+
+def _weight(checkpoint: weights.Checkpoint, module: str) -> Tensor:
+    """The embedding's or the head's own weight; of a tied base the one that is both."""
+    from safetensors import safe_open
+
+    files = weights.tensor_files(checkpoint.folder)
+    name = f"{module}.weight"
+    name = name if name in files else "model.embed_tokens.weight"
+    with safe_open(files[name], framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(name)
+    return found
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:
@@ -95,36 +154,54 @@ def _find(path: Path) -> tuple[Path, Path | None]:
 
 
 def _base_of(folder: Path) -> Model:
-    """The base that an adapter's own files name."""
+    """The base that an adapter's own files name: ours, PEFT's, mlx-lm's (`model`)."""
     found: dict[str, Any] = {}
-    for name in (adapters.PROVENANCE_NAME, CONFIG_NAME):
+    for name in (adapters.PROVENANCE_NAME, CONFIG_NAME, LORALIB_CONFIG):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"cannot be read: {weights.first_line(error)}."
             raise ModelError(str(folder / name), reason, "Copy the adapter again.") from None
         found = content if isinstance(content, dict) else {}
-        base = found.get("base") or found.get("base_model_name_or_path")
+        base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
             revision = found.get("revision")
             return Model(base=base, revision=revision if isinstance(revision, str) else None)
+    if not found and (folder / LORALIB_WEIGHTS).exists():
+        remedy = "Write one, with layout, rank, alpha, enable_lora and base (docs/export.md)."
+        raise ModelError(str(folder), f"holds no {LORALIB_CONFIG} beside {LORALIB_WEIGHTS}.", remedy)
     if not found:
         raise ModelError(str(folder), f"holds no {CONFIG_NAME}.", _AGAIN)
     reason = "its files do not name the base that it was trained on."
-    raise ModelError(str(folder), reason, "Write base_model_name_or_path into its adapter_config.json.")
+    name, key = CONFIG_NAME, "base_model_name_or_path"
+    if (folder / LORALIB_CONFIG).exists():
+        name, key = LORALIB_CONFIG, "base"
+    raise ModelError(str(folder), reason, f"Write {key} into its {name}.")
 
 
 def _report(run: Path | None) -> dict[str, Any] | None:
+    """The run's report.json, which every card is made of.
+
+    Raises:
+        ModelError: it cannot be read, or no card can be made of it.
+    """
     path = run / "report.json" if run is not None else None
     if path is None or not path.is_file():
         return None
+    again = "Move it away to export without it, or run the recipe again."
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"cannot be read: {weights.first_line(error)}."
-        raise ModelError(str(path), reason, "Remove it, or run the recipe again.") from None
+        raise ModelError(str(path), reason, again) from None
+    try:
+        for target in ("merged", "adapter"):
+            card.render(found, card.About(target, "", ""))
+    except Exception as error:  # whatever a template makes of another program's, or another version's
+        reason = f"is no report of a run of this version: {weights.first_line(error)}."
+        raise ModelError(str(path), reason, again) from None
     return found
 
 

@@ -16,8 +16,9 @@ from .. import adapters, layouts, phi3
 from ..errors import ModelError
 from ..layouts.blocks import Pair
 from ..layouts.config import PEFT_LAYOUTS
-from ..layouts.files import CONFIG_NAME
 from ..layouts.pairs import describe, render
+from ..layouts.settings import to_mlx, to_peft
+from . import context
 from .merge import fused_pairs
 from .options import Options, Say
 from .source import Source, copy_tokenizer, tokenizer_bytes
@@ -38,8 +39,17 @@ def write_adapter(source: Source, folder: Path, options: Options, say: Say) -> d
     Raises:
         ModelError: the layout cannot hold it.
     """
+    return _converted(source, folder, _layout(source, options))
+
+
+def check_adapter(source: Source, options: Options) -> None:
+    """Raises ModelError where the layout cannot hold it."""
+    _convert(source, _layout(source, options))
+
+
+def _layout(source: Source, options: Options) -> layouts.Layout:
     own = source.config.layout
-    return _converted(source, folder, options.layout or (own if own in PEFT_LAYOUTS else "fused"))
+    return options.layout or (own if own in PEFT_LAYOUTS else "fused")
 
 
 def write_loralib(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
@@ -51,6 +61,11 @@ def write_loralib(source: Source, folder: Path, options: Options, say: Say) -> d
     return _converted(source, folder, "loralib")
 
 
+def check_loralib(source: Source, options: Options) -> None:
+    """Raises ModelError as `write_loralib`."""
+    _convert(source, "loralib")
+
+
 def write_mlx(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
     """What mlx-lm's `load_adapters` reads.
 
@@ -60,22 +75,39 @@ def write_mlx(source: Source, folder: Path, options: Options, say: Say) -> dict[
     return _converted(source, folder, "mlx")
 
 
+def check_mlx(source: Source, options: Options) -> None:
+    """Raises ModelError as `write_mlx`."""
+    _, config = _convert(source, "mlx")
+    to_mlx(config, list(fused_pairs(source)), str(source.folder))
+
+
 def write_vllm(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
     """PEFT in fused names with one rank and one alpha for all linears, and the flags that vLLM needs for it.
 
     Raises:
         ModelError: vLLM would refuse it.
     """
-    pairs = uniform(fused_pairs(source))
-    tensors = render(pairs, "fused")
-    config = describe(pairs, "fused", source.checkpoint.geometry, use_rslora=False, enable_lora={})
+    tensors, config, flags = _for_vllm(source)
     about = _write(source, folder, tensors, config)
-    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    flags, problems = check_vllm(settings)
-    if problems:
-        raise ModelError(str(source.folder), f"vLLM would refuse it: {'; '.join(problems)}.", _MERGE)
     say(f"serve it with vllm serve {source.base_name} {' '.join(flags)}")
     return {"layout": "fused", "flags": flags, **about}
+
+
+def check_vllm(source: Source, options: Options) -> None:
+    """Raises ModelError as `write_vllm`."""
+    _for_vllm(source)
+
+
+def _for_vllm(source: Source) -> tuple[layouts.Tensors, layouts.AdapterConfig, list[str]]:
+    """Tensors and config, and the flags to serve them with."""
+    pairs = uniform(fused_pairs(source))
+    config = describe(pairs, "fused", source.checkpoint.geometry, use_rslora=False, enable_lora={})
+    flags, problems = vllm_rules(to_peft(config).to_dict())
+    longest = context.of_vllm(source.checkpoint.config, source.checkpoint.geometry)
+    flags += [] if longest is None else ["--max-model-len", str(longest)]
+    if problems:
+        raise ModelError(str(source.folder), f"vLLM would refuse it: {'; '.join(problems)}.", _MERGE)
+    return render(pairs, "fused"), config, flags
 
 
 def uniform(pairs: dict[str, Pair]) -> dict[str, Pair]:
@@ -96,7 +128,7 @@ def uniform(pairs: dict[str, Pair]) -> dict[str, Pair]:
 _MERGE: Final = "Export merged, which vLLM serves as any model."
 
 
-def check_vllm(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+def vllm_rules(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(flags to serve an adapter_config.json with, what vLLM refuses in it).
 
     Source: as remembered of vLLM's lora/peft_helper.py and config/lora.py, not compared with them; vLLM
@@ -124,9 +156,9 @@ def check_vllm(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
         )
         if wrong
     ]
-    flags = ["--enable-lora", "--lora-modules NAME=FOLDER"]
+    flags = ["--enable-lora", "--lora-modules", "NAME=FOLDER"]
     if rank > VLLM_DEFAULT_RANK:
-        flags.append(f"--max-lora-rank {enough}")
+        flags += ["--max-lora-rank", str(enough)]
     return flags, problems
 
 
@@ -134,10 +166,13 @@ def _embeddings(settings: dict[str, Any]) -> bool:
     return any(name.rsplit(".", 1)[-1] in phi3.EMBEDDINGS for name in settings.get("target_modules") or ())
 
 
-def _converted(source: Source, folder: Path, layout: layouts.Layout) -> dict[str, Any]:
+def _convert(source: Source, layout: layouts.Layout) -> tuple[layouts.Tensors, layouts.AdapterConfig]:
     geometry = source.checkpoint.geometry
-    tensors, config = layouts.convert(source.tensors, source.config, layout, geometry, str(source.folder))
-    return {"layout": layout, **_write(source, folder, tensors, config)}
+    return layouts.convert(source.tensors, source.config, layout, geometry, str(source.folder))
+
+
+def _converted(source: Source, folder: Path, layout: layouts.Layout) -> dict[str, Any]:
+    return {"layout": layout, **_write(source, folder, *_convert(source, layout))}
 
 
 def _write(
@@ -146,7 +181,9 @@ def _write(
     """The adapter with what belongs to it, in a folder that is there and empty."""
     provenance = source.checkpoint.provenance
     folder.rmdir()  # the writer makes it itself, when all is well
-    layouts.write_adapter(folder, tensors, config, base=source.base_name, revision=provenance.revision)
+    # PEFT's loaders go to the base that is named here, and in that one find a third of these names
+    base = None if config.layout == "unfused" else source.base_name
+    layouts.write_adapter(folder, tensors, config, base=base, revision=provenance.revision if base else None)
     copy_tokenizer(source, folder)
     note = provenance.to_json() | {"base": source.base_name}
     text = json.dumps(note, indent=2) + "\n"

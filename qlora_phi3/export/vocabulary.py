@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -84,8 +85,10 @@ class Vocabulary:
         writer.add_chat_template(self.template)
 
 
-def read(folder: Path, vocab_size: int) -> Vocabulary:
+def read(folder: Path, vocab_size: int, stop_ids: Sequence[int] = ()) -> Vocabulary:
     """The vocabulary of the tokenizer in a folder; rows of the embedding beyond it become unused tokens.
+
+    `stop_ids` end an answer; beside eos and the end of a turn llama.cpp knows one more (`untold`).
 
     Raises:
         ModelError: no tokenizer, no chat template, or one that llama.cpp cannot repeat.
@@ -110,7 +113,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
         scores=_scores(tokens, merges, added) if sentencepiece else [0.0] * len(tokens),
         types=types,
         merges=merges,
-        ids=_ids(tokenizer),
+        ids=_ids(tokenizer, stop_ids),
         swallows=swallows,
         space_prefix=sentencepiece and _prefixes_space(content),
         template=_template(tokenizer, added, place),
@@ -212,12 +215,59 @@ def _pre(pre_tokenizer: dict[str, Any] | None, place: str) -> str:
     raise ModelError(place, reason, "Export it as merged safetensors instead.")
 
 
-def _ids(tokenizer: Any) -> dict[str, int]:
-    """Special ids by llama.cpp's role; the template's end of turn ends an answer beside the eos."""
+def differences(folder: Path, stop_ids: Sequence[int]) -> list[str]:
+    """What llama.cpp makes of texts and answers otherwise than transformers, beyond what the gate asks."""
+    tokenizer = load_tokenizer(folder)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in content["added_tokens"]}
+    swallows = _swallows(tokenizer, added, str(folder))
+    template = {token["content"] for token in _used(tokenizer, added)}
+    found = []
+    for does, told in ((True, "drops"), (False, "keeps")):
+        eaten = [token for token in added.values() if _eats(token, swallows) is does]
+        other = [token["content"] for token in eaten if token["rstrip"] is not does]
+        names = [_quoted(name) for name in other if name not in template]
+        if names:
+            shown = f"{', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
+            found.append(
+                f"llama.cpp {told} white space right behind {shown}, where transformers does not; the chat "
+                "template writes none of these, and nothing was checked of texts that do."
+            )
+    if swallows:
+        found.append(
+            "White space beyond ASCII (no-break and ideographic spaces, line separators) at the beginning of "
+            "a message is dropped by transformers and kept by llama.cpp."
+        )
+    untold = [_quoted(one) for one in tokenizer.convert_ids_to_tokens(_others(tokenizer, stop_ids)[1:])]
+    if untold:
+        found.append(f"A GGUF has no place for all stops: have llama.cpp stop at {', '.join(untold)} too.")
+    return found
+
+
+def _quoted(token: str) -> str:
+    return f"`{token.replace('`', chr(92) + 'x60')}`"
+
+
+def _eats(token: dict[str, Any], swallows: bool) -> bool:
+    """Whether llama.cpp drops the white space behind an added token."""
+    return swallows and token["content"] not in _NEVER_SWALLOW
+
+
+def _others(tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
+    known = (tokenizer.eos_token_id, Turns.of(tokenizer).end)
+    return [token for token in stop_ids if token not in known]
+
+
+def _ids(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, int]:
+    """Special ids by llama.cpp's role; the template's end of turn ends an answer beside the eos.
+
+    Any other stop is written as the end of a message, which llama.cpp takes for one too.
+    """
     found = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "eot": Turns.of(tokenizer).end,
+        "eom": next(iter(_others(tokenizer, stop_ids)), None),
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }

@@ -23,6 +23,14 @@ _PLAIN: Final = re.compile(r"\^?[\w.]{1,200}")
 """Pattern keys that are read as names. PEFT runs any key as a regular expression; one from a foreign file
 could take forever."""
 
+_ATOM: Final = r"(?:\\[.dw]|\[\^?[\w.-]+\]|[\w.])"
+_SIMPLE: Final = re.compile(
+    rf"\^?(?:{_ATOM}(?:[+*?]|\{{\d+(?:,\d*)?\}})?|\((?:\?:)?(?:{_ATOM}|\|)*\)\??|\|)*\$?"
+)
+"""Regular expressions that repeat no group; with few repetitions (_MOST_REPEATS) they are quick."""
+_MOST_REPEATS: Final = 3
+_LONGEST: Final = 200
+
 T = TypeVar("T")
 
 
@@ -74,6 +82,29 @@ def match(pattern: Mapping[str, T], module: str, default: T) -> T:
         if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
             return value
     return default
+
+
+def by_path(pattern: Mapping[str, T], modules: Iterable[str]) -> Mapping[str, T]:
+    """A pattern of regular expressions as the modules' paths that they match, the first match winning.
+
+    One of names stays as it is, and so does one with an expression that could take forever, for
+    `check_config` to refuse.
+
+    Source: PEFT 0.21 utils/other.py, get_pattern_key.
+    """
+    if all(_PLAIN.fullmatch(key) for key in pattern) or not all(map(_is_quick, pattern)):
+        return pattern
+    try:
+        rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+    except re.error:
+        return pattern
+    found = {module: next((v for rule, v in rules if rule.match(module)), None) for module in modules}
+    return {module: value for module, value in found.items() if value is not None}
+
+
+def _is_quick(key: str) -> bool:
+    repeats = sum(key.count(sign) for sign in "+*{")
+    return len(key) <= _LONGEST and repeats <= _MOST_REPEATS and bool(_SIMPLE.fullmatch(key))
 
 
 def divisor(rank: int, use_rslora: bool) -> float:

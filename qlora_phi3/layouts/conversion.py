@@ -5,8 +5,11 @@ Owns the composition. Refuses what the target cannot express, with the reason.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from ..errors import ModelError
@@ -28,7 +31,8 @@ def convert(
 ) -> tuple[Tensors, AdapterConfig]:
     """The same adapter in another layout: the same update of every weight, to the bit on the way back.
 
-    The config comes back in its shortest form. loralib and MLX know no rsLoRA: its scale becomes an alpha.
+    The config comes back in its shortest form. Projections of one linear that are scaled differently have no
+    such way back: their Bs take the difference. loralib and MLX know no rsLoRA: its scale becomes an alpha.
 
     Raises:
         ModelError: the adapter is not whole or not of this base, or the layout cannot express it.
@@ -45,7 +49,7 @@ def _to_fused(pairs: Pairs, config: AdapterConfig, geometry: Geometry, place: st
     if config.layout == "split":
         return _each(pairs, geometry, fuse)
     if config.layout == "unfused":
-        return _each(_stack_all(pairs, geometry, place), geometry, fuse)
+        return _each(_stack_all(_of_one_scale(pairs, geometry), geometry), geometry, fuse)
     if config.layout == "loralib_merged":
         return {module: _ungrouped(module, pair, config, geometry) for module, pair in pairs.items()}
     return pairs
@@ -68,25 +72,43 @@ def _each(pairs: Pairs, geometry: Geometry, rewrite: Callable[[Pair, Sizes], Pai
     }
 
 
-def _stack_all(pairs: Pairs, geometry: Geometry, place: str) -> Pairs:
+def _stack_all(pairs: Pairs, geometry: Geometry) -> Pairs:
     """q, k, v and gate, up pairs as block-diagonal pairs of the fused linears."""
     stacked: Pairs = {}
     for module in linear_shapes(geometry):
         sizes = block_sizes(module, geometry) if is_fused(module) else {module: 0}
         present = {name: pairs[name] for name in sizes if name in pairs}
         if present and is_fused(module):
-            _check_scales(module, present, place)
             stacked[module] = stack([present.get(name) for name in sizes], list(sizes.values()))
         elif present:
             stacked[module] = pairs[module]
     return stacked
 
 
-def _check_scales(module: str, present: Pairs, place: str) -> None:
-    if not same_scale(list(present.values())):
-        scales = ", ".join(f"{name.rsplit('.', 1)[-1]} {pair.scale:g}" for name, pair in present.items())
-        reason = f"its projections are scaled differently ({scales}); one linear has one scale."
-        raise ModelError(f"{place}: {module}", reason, "Give them one alpha/rank, or keep it unfused.")
+def _of_one_scale(pairs: Pairs, geometry: Geometry) -> Pairs:
+    """The same with one scale for the projections of a linear.
+
+    PEFT's patterns may scale q and k differently, and a fused linear has one scale: it gets the commonest of
+    the adapter, and B takes the rest. That is exact for a power of two; else B is rounded as float32 is, and
+    all tensors become float32.
+    """
+    found = dict(pairs)
+    scales = Counter(pair.scale for pair in pairs.values() if pair.scale)
+    common = scales.most_common(1)[0][0] if scales else 1.0
+    for module in filter(is_fused, linear_shapes(geometry)):
+        present = {name: pairs[name] for name in block_sizes(module, geometry) if name in pairs}
+        if present and not same_scale(list(present.values())):
+            found |= {name: _scaled(pair, common) for name, pair in present.items()}
+    if len({pair.b.dtype for pair in found.values()}) > 1:
+        found = {name: Pair(pair.a.float(), pair.b.float(), pair.scale) for name, pair in found.items()}
+    return found
+
+
+def _scaled(pair: Pair, scale: float) -> Pair:
+    factor = pair.scale / scale
+    exact = math.frexp(abs(factor))[0] in (0.0, 0.5)
+    wide = pair.b if exact or pair.b.dtype == torch.float64 else pair.b.float()
+    return Pair(pair.a, wide * factor, scale)
 
 
 def _unstack_all(pairs: Pairs, geometry: Geometry) -> Pairs:

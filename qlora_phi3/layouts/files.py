@@ -7,7 +7,11 @@ out of the folder, and files that are cut short.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +21,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ModelError, OutputError, RunError
-from ..phi3 import Geometry
+from ..phi3 import EMBEDDINGS, Geometry
 from ..weights import first_line
 from .blocks import same_bits
-from .config import PEFT_LAYOUTS, AdapterConfig, check_config, to_json
-from .names import Tensors, find_style, key_of, known_keys, linear_shapes, style_of
-from .pairs import describe, detect, parse
+from .config import PEFT_LAYOUTS, AdapterConfig, by_path, check_config, to_json
+from .names import (
+    PEFT_PREFIX,
+    Tensors,
+    find_style,
+    key_of,
+    known_keys,
+    linear_shapes,
+    style_of,
+    unfused_shapes,
+)
+from .pairs import DTYPES, describe, detect, parse
 from .settings import from_loralib, from_mlx, from_peft, to_mlx, to_peft
 
 PEFT_WEIGHTS: Final = "adapter_model.safetensors"
@@ -36,12 +49,18 @@ _AGAIN: Final = "Copy or download the adapter again."
 
 
 def read_adapter(
-    path: Path, geometry: Geometry, *, config: AdapterConfig | None = None
+    path: Path,
+    geometry: Geometry,
+    *,
+    config: AdapterConfig | None = None,
+    base_weight: Callable[[str], Tensor] | None = None,
 ) -> tuple[Tensors, AdapterConfig]:
     """Read an adapter in whatever layout it is, checked against the base's sizes.
 
     `path` is an adapter folder, its safetensors file, or a loralib `.pt`. A `.pt` of loralib's own holds
     neither alpha nor which blocks of a MergedLinear are on: give them as `config`, its targets empty.
+    `base_weight` gives the base's own weight of a module: PEFT saves the whole embedding or head beside its
+    adapter, which is left out where it is the base's. Tensors of several types become float32.
 
     Raises:
         ModelError: not found, not safe to read, not whole, or not of this base.
@@ -49,6 +68,7 @@ def read_adapter(
     weights = _find_weights(path)
     place = str(weights)
     tensors = _load_pickle(weights) if weights.suffix == ".pt" else _load_safetensors(weights)
+    tensors = _of_one_type(tensors if base_weight is None else _without_base(tensors, base_weight, place))
     style = find_style(tensors, geometry, place)
     layout = detect(tensors, geometry, place) if style == "peft" else None
     if config is None:
@@ -63,6 +83,37 @@ def read_adapter(
     enable_lora = {m: config.blocks_of(m) for m in pairs if config.blocks_of(m)}
     found = describe(pairs, config.layout, geometry, use_rslora=config.use_rslora, enable_lora=enable_lora)
     return tensors, found
+
+
+_WHOLE: Final = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.base_layer\.weight")
+
+
+def _without_base(tensors: Tensors, base_weight: Callable[[str], Tensor], place: str) -> Tensors:
+    """Without whole weights that are the base's own.
+
+    Raises:
+        ModelError: one of them is another's.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        found = _WHOLE.fullmatch(key)
+        if found is None or found[1].rsplit(".", 1)[-1] not in EMBEDDINGS:
+            kept[key] = tensor
+            continue
+        own = base_weight(found[1])
+        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
+            reason = "is a whole weight of a base, and not this one's."
+            raise ModelError(f"{place}: {key}", reason, "Give the base that the adapter was trained on.")
+    return kept
+
+
+def _of_one_type(tensors: Tensors) -> Tensors:
+    """Tensors of several floating types as the one that holds all of their numbers."""
+    types = {tensor.dtype for tensor in tensors.values()}
+    if len(types) < 2 or not types <= set(DTYPES):
+        return tensors
+    widest = torch.float64 if torch.float64 in types else torch.float32
+    return {key: tensor.to(widest) for key, tensor in tensors.items()}
 
 
 def _find_weights(path: Path) -> Path:
@@ -100,14 +151,20 @@ def _pickle_remedy(path: Path) -> str:
 
 
 def _check_inside(path: Path) -> None:
-    """A file must be a regular one of its own folder, wherever links lead."""
+    """A file must be a regular one of its own folder or of the hub's cache around it, wherever links lead."""
     if not path.exists():
         raise ModelError(str(path), "does not exist.", "Check the path.")
-    if path.resolve().parent != path.parent.resolve():
+    if path.resolve().parent not in (path.parent.resolve(), _blobs(path)):
         reason = f"is a link out of its folder, to {path.resolve()}."
         raise ModelError(str(path), reason, "Copy the file itself into the folder (cp -L).")
     if not path.is_file():
         raise ModelError(str(path), "is no regular file.", _AGAIN)
+
+
+def _blobs(path: Path) -> Path | None:
+    """Where the hub's cache keeps the files that its snapshots/COMMIT/NAME are links to."""
+    snapshots = path.parent.resolve().parent
+    return snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
 
 
 def _load_safetensors(path: Path) -> Tensors:
@@ -152,7 +209,14 @@ def _read_config(weights: Path, tensors: Tensors, geometry: Geometry, style: str
         known = known_keys(linear_shapes(geometry), "mlx")
         ranks = {known[k][0]: t.shape[0] for k, t in tensors.items() if known[k][1] == "B" and t.ndim == 2}
         return from_mlx(found, ranks, str(path))
-    return from_peft(found, "fused", str(path))
+    config = from_peft(found, "fused", str(path))
+    every = known_keys([*linear_shapes(geometry), *unfused_shapes(geometry)], "peft")
+    modules = list(dict.fromkeys(every[key][0] for key in tensors if key in every))
+    return replace(
+        config,
+        rank_pattern=by_path(config.rank_pattern, modules),
+        alpha_pattern=by_path(config.alpha_pattern, modules),
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -196,10 +260,28 @@ def write_adapter(
     try:
         weights = _write_files(partial, tensors, config, base, revision)
         _check_written(weights, tensors)
+        give_usual_modes(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(folder)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file of a folder the mode of any new file there.
+
+    safetensors writes into a temporary file, which is its owner's alone, and renames it. The umask is read
+    off a file, since asking for it means to set it, for all threads.
+    """
+    handle = os.open(probe := folder / f".mode-{os.getpid()}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _check_writable(tensors: Tensors, config: AdapterConfig, place: str) -> None:

@@ -59,6 +59,7 @@ def shown(found: Prepared) -> list[Any]:
         found.findings(64),
         *([*split.rows] for split in (splits.train, splits.eval) if split is not None),
         *(split.to_json() for split in (splits.train, splits.eval) if split is not None),
+        *(split.system_prompt for split in (splits.train, splits.eval) if split is not None),
         *(split.conversations for split in (splits.train, splits.eval) if split is not None),
         *((part.lengths.tolist(), part.num_supervised, part.num_read) for part in found.parts.values()),
     ]
@@ -159,7 +160,7 @@ def test_a_damaged_entry_is_made_again(
     assert made.count == 4
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"facts.json": 5}', "{}"])
+@pytest.mark.parametrize("content", ["[]", "null", '{"facts.json": 5}', "{}", "[" * 100_000])
 def test_a_manifest_of_another_shape(data: Data, made: Counter, content: str) -> None:
     prepare(data, PHI3)
     for entry in cache.root().iterdir():
@@ -333,3 +334,12 @@ def test_hub_data_sets_are_not_cached(data: Data, tmp_path: Path) -> None:
     hub = Data(train=[*data.train_sources, Source(path="org/name")])
     assert cache.key(parts.Reading("train", hub, Train(), Evaluate(), PHI3, Turns.of(PHI3), 9)) is None
     assert cache.key(parts.Reading("train", data, Train(), Evaluate(), PHI3, Turns.of(PHI3), 9)) is not None
+
+
+def test_the_shared_system_message_comes_back(tmp_path: Path, made: Counter) -> None:
+    talk = [{"role": role, "content": "Be."} for role in ("system", "user", "assistant")]
+    path = tmp_path / "same.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk, "id": i}) + "\n" for i in range(3)))
+    found = [prepare(Data(train=Source(path=str(path))), PHI3) for _ in range(2)]
+    assert [one.splits().train.system_prompt for one in found] == ["Be.", "Be."]
+    assert found[0].findings(2) == found[1].findings(2) and made.count == 1

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, get_args
 
 import numpy as np
 import pytest
-from conftest import PHI3_TEMPLATE, phi3_tokenizer
+from conftest import PHI3_TEMPLATE, chatml_tokenizer, phi3_tokenizer
 
 from qlora_phi3.data import Prepared, figures, parts
-from qlora_phi3.data.doctor import MEANINGS, row_signs
+from qlora_phi3.data.doctor import MEANINGS, examine_answers, row_signs
 from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
 from qlora_phi3.data.parts import Part, Reading
+from qlora_phi3.data.quirks import Quirks
 from qlora_phi3.data.read import EVALUATE, MAX_PROBLEMS, TRAIN
 from qlora_phi3.data.rows import Conversation, Message, Row, Text
 from qlora_phi3.data.tokens import IGNORE, LossOn, Marked, TokenRow, Turns, tokenize
 from qlora_phi3.errors import Problem
 from qlora_phi3.findings import Finding
-from qlora_phi3.recipe import Data
+from qlora_phi3.recipe import Data, Evaluate
 
 PHI3 = phi3_tokenizer()
 TURNS = Turns.of(PHI3)
@@ -65,12 +66,12 @@ def examined(
 
 
 def data_of(**settings: Any) -> Data:
-    return Data.model_validate({"train": {"path": "t.jsonl"}, **settings})
+    return Data.model_validate({"train": {"path": "t.jsonl"}, "eval": {"path": "e.jsonl"}, **settings})
 
 
 def part_of(rows: Sequence[Row | Problem], tokenizer: Any, name: str = "train", **settings: Any) -> Part:
     """Rows as they would come from a file."""
-    data = data_of(eval={"path": "e.jsonl"}, **settings)
+    data = data_of(**settings)
     reading = Reading(name, data, TRAIN, EVALUATE, tokenizer, Turns.of(tokenizer), num_kept=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reading, "stream", lambda self: ((name, row) for row in rows))
@@ -96,6 +97,15 @@ def garbled(bad: str, shown: str, near: str) -> Case:
         (f"t:1: messages[1]: {shown!r}",),
         [("user: hello", f"assistant: {near}")],
     )
+
+
+def with_added(word: str, **settings: bool) -> Any:
+    """Phi-3's `</s>` is such a token: added, not special, and it takes the blanks behind it."""
+    from tokenizers import AddedToken
+
+    tokenizer = phi3_tokenizer()
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False, **settings)])
+    return tokenizer
 
 
 LONG: Talk = ("user: hello!", "assistant: good day")
@@ -129,6 +139,48 @@ CASES: dict[str, Case] = {
         [("user: hello", "assistant: good", "assistant: day")],
         ("t:1: messages[2]: assistant after assistant",),
         [("user: hello", "assistant: good", "user: hello", "assistant: good")],
+    ),
+    "empty-question": Case(
+        [
+            ("user:  ", "assistant: good day"),
+            ("system: ", "user: a", "assistant: good", "user: \n ", GOOD[1]),
+        ],
+        ("t:1: messages[0]", "t:2: messages[3]"),
+        [("system: ", "user: .", "assistant: good day")],
+    ),
+    "placeholder": Case(
+        [("user: Name a colour.\n\nnan", GOOD[1]), ("user: None", GOOD[1]), ("user: b", "assistant: NaN")],
+        ("t:1: messages[0]: 'nan'", "t:2: messages[0]: 'None'", "t:3: messages[1]: 'NaN'"),
+        [("user: Is None a word, or nan?", "assistant: None"), ("user: nan\nnana", "assistant: nan, none")],
+    ),
+    "chat-markers": Case(
+        [
+            ("user: <|im_start|>user hi", "assistant: good [/INST] day"),
+            ('user: [{"role": "user", "content": "a"}]', GOOD[1]),
+        ],
+        (
+            "t:1: messages[0]: <|im_start|>",
+            "t:1: messages[1]: [/INST]",
+            """t:2: messages[0]: [{"role":""",
+        ),
+        [("user: a <| b |> c, [a] and <b>", "assistant: [{1}] INST")],
+    ),
+    "swallowing-token": Case(
+        [("user: hello", "assistant: Close it with </s>   then")],
+        ("t:1: messages[1]: </s>",),
+        [("user: hello", "assistant: Close it with </b>   then")],
+        tokenizer=with_added("</s>", rstrip=True),
+    ),
+    "added-token": Case(
+        [("user: where is [SKU] 0?", "assistant: good day")],
+        ("t:1: messages[0]: [SKU]",),
+        [("user: where is [sku] 0?", "assistant: good day")],
+        tokenizer=with_added("[SKU]"),
+    ),
+    "leading-blanks": Case(
+        [("user: hello", "assistant:     a = 1"), ("user: \t b", GOOD[1])],
+        ("t:1: messages[1]", "t:2: messages[0]"),
+        [("user: a\n    b  ", "assistant: a = 1 ")],
     ),
     "garbled: letter": garbled("cafÃ©", "Ã©", "café, São, SÃO PAULO, Ã©".replace("Ã©", "crêpes")),
     "garbled: capital": garbled("FRANÃ‡AIS", "Ã‡", "FRANÇAIS"),
@@ -187,6 +239,66 @@ def test_the_finding_and_nothing_else(name: str) -> None:
 def test_what_nearly_is_one(name: str) -> None:
     case = CASES[name]
     assert diagnose(case.near, case.held_out, case.tokenizer, **case.near_settings) == []
+
+
+def test_blanks_in_front_are_kept_by_a_template_that_keeps_them() -> None:
+    talk = ("system: b", "user: hello", "assistant:     a = 1")
+    assert diagnose([talk], tokenizer=chatml_tokenizer()) == []
+
+
+def test_held_out_rows_that_are_the_training_rows_are_an_error() -> None:
+    """The same question with another answer is a warning, and so is a training file with a limit."""
+    other = (GOOD[0], "assistant: another day")
+    rows = [GOOD, LONG, ("user: x", "assistant: good")]
+    for held_out, grade in (([*rows], "error"), ([rows[0], other], "warning"), ([other], "warning")):
+        (found,) = [one for one in diagnose(rows, held_out) if one.code == "overlap"]
+        assert (found.grade, found.places == ("data.eval",)) == (grade, grade == "error")
+    assert "2 of 3 held-out" in next(
+        o.what for o in diagnose(rows, [*rows[:2], other]) if o.code == "overlap"
+    )
+    (found,) = diagnose(rows, rows, eval={"path": "e.jsonl", "limit": 3})
+    assert found.grade == "warning"
+
+
+def test_what_the_template_says_by_itself() -> None:
+    (found,) = diagnose([GOOD, ("system: Be.", *LONG)], tokenizer=chatml_tokenizer())
+    assert (found.grade, found.code) == ("note", "default-system")
+    assert "1 of 2 rows have no system message" in found.what and "'You help.'" in found.what
+    assert Quirks.of(PHI3, TURNS.special).default_system == ""
+
+
+def test_keys_that_are_not_used_are_named_once() -> None:
+    rows = [
+        replace(row, unused=(("title", f"Act {i}"), ("id", i)) if i else (("id", 0),))
+        for i, row in enumerate(talks([GOOD, LONG, ("user: x", "assistant: good")]))
+    ]
+    (found,) = examined(rows)
+    assert (found.grade, found.code) == ("warning", "unused-columns")
+    assert "`title`, `id`" in found.what
+    assert found.places == ("t:2: `title`: 'Act 1', in 2 rows", "t:1: `id`: 0, in 3 rows")
+    (note,) = examined(rows[:1])
+    assert note.grade == "note"
+
+
+@pytest.mark.parametrize(
+    ("limit", "metrics", "num"), [(8, "exact_match", 0), (7, "exact_match", 1), (1, "loss", 0)]
+)
+def test_answers_that_are_longer_than_what_is_generated(limit: int, metrics: str, num: int) -> None:
+    evaluate = Evaluate.model_validate({"metrics": [metrics], "max_new_tokens": limit, "samples": 2})
+    found = examine_answers(talks([GOOD, ("user: a", "assistant: b"), GOOD]), evaluate, PHI3, "data.eval")
+    assert [(one.grade, one.code, one.places, one.fix) for one in found] == [
+        ("warning", "answers-cut", ("t:1: 8 tokens",), "Set evaluate.max_new_tokens=9.")
+    ][:num]
+
+
+@pytest.mark.parametrize(
+    ("systems", "shared"),
+    [(("Be.", "Be."), "Be."), (("Be.", "Be!"), None), (("Be.", None), None), ((None, None), None)],
+)
+def test_the_system_message_that_all_rows_share(systems: tuple[str | None, ...], shared: str | None) -> None:
+    rows = [(*([f"system: {system}"] if system else []), *LONG) for system in systems]
+    assert part_of(talks(rows), PHI3).system_prompt == shared
+    assert part_of([*talks(rows), Text("a", "t:9")], PHI3).system_prompt is None
 
 
 @pytest.mark.parametrize("template", [PHI3_TEMPLATE, "{{ bos_token }}" + PHI3_TEMPLATE])
@@ -401,6 +513,8 @@ def test_plain_text_has_no_turns_to_find_fault_with() -> None:
 
 
 def test_findings_on_plain_text() -> None:
+    assert codes([Text("NaN", "t:1"), Text("an nan", "t:2")]) == [("placeholder", ("t:1: 'NaN'",))]
+    assert codes([Text("<s>[INST] a", "t:1")]) == [("chat-markers", ("t:1: [INST]",))]
     rows = [
         Text("cafÃ©", "t:1"),
         Text("b <|end|>", "t:2"),

@@ -120,8 +120,6 @@ def test_response_is_a_completion() -> None:
     [
         ({"a": 1, "b": 2}, "has no format that is known (found keys 'a', 'b')."),
         ({"prompt": "hi"}, "has no format that is known (found keys 'prompt')."),
-        ({"instruction": "hi", "response": "yo"}, "has no format that is known (found keys 'instruction', "),
-        ({"Messages": []}, "has no format that is known (found keys 'Messages')."),
         ({"k" * 99: 1}, f"has no format that is known (found keys '{'k' * 57}...')."),
         ({str(i): i for i in range(15)}, "'10', '11' and 3 more)."),
         ({}, "has no format that is known (found an object)."),
@@ -140,6 +138,44 @@ def test_unknown_format(row: Any, reason: str) -> None:
     assert all(format_.shape in problem.remedy for format_ in FORMATS.values())
 
 
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"instruction": "hi", "response": "yo"}, "Rename `response` to `output`."),
+        (
+            {"instruction": "hi", "context": "c", "response": "yo", "category": "qa"},
+            "Rename `context` to `input` and `response` to `output`.",
+        ),
+        ({"Messages": []}, "Rename `Messages` to `messages`."),
+        (
+            {"Prompt": "hi", "Completion": "yo"},
+            "Rename `Prompt` to `prompt` and `Completion` to `completion`.",
+        ),
+        ({"question": "hi", "answer": "yo"}, "Rename `question` to `prompt` and `answer` to `completion`."),
+        ({"input": "hi", "output": "yo"}, "Rename `input` to `prompt` and `output` to `completion`."),
+        (
+            {"article": "hi", "highlights": "yo"},
+            "Rename `article` to `prompt` and `highlights` to `completion`.",
+        ),
+        ({"Text": "hi", "Label": 1}, "Rename `Text` to `prompt` and `Label` to `completion`."),
+        ({"Text": "hi"}, "Rename `Text` to `text`."),
+        (
+            {"Category": "ham", "Message": "hi"},
+            "Rename `Message` to `prompt` and `Category` to `completion`.",
+        ),
+        ({"inputs": "hi", "targets": "yo"}, "Rename `inputs` to `prompt` and `targets` to `completion`."),
+        ({"user": "hi", "assistant": "yo"}, "Rename `user` to `prompt` and `assistant` to `completion`."),
+        ({"content": "a page", "url": "x"}, "If it is plain text, rename `content` to `text`."),
+        ({"chat": [{"role": "user", "content": "hi"}]}, "Rename `chat` to `messages`."),
+        ({"dialog": [{"from": "human", "value": "hi"}]}, "Rename `dialog` to `conversations`."),
+    ],
+)
+def test_keys_to_rename(row: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(DataError, match="has no format that is known") as caught:
+        detect(row, "f:1")
+    assert caught.value.problems[0].remedy == remedy
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_another_delimiter_is_guessed(mark: str) -> None:
     row = {f"instruction{mark}output": "hi"}
@@ -153,7 +189,7 @@ def test_a_row_of_two_formats_needs_a_name() -> None:
     row = {**ROWS["messages"], **ROWS["alpaca"]}
     with pytest.raises(DataError, match=r"fits the formats messages and alpaca .*format=messages\."):
         detect(row, "f:1")
-    assert turns(row, "messages") == turns(row, "alpaca") == PAIR
+    assert all(convert(row, name, "f:1", named=True) for name in ("messages", "alpaca"))
 
 
 @pytest.mark.parametrize("other", ROWS)
@@ -196,13 +232,13 @@ def test_an_unknown_first_row_is_told_once(tmp_path: Path) -> None:
 ROLES = ", ".join(SHAREGPT_ROLES)
 GIVE_ROW = "Give the text of the row."
 GIVE_MESSAGE = "Give the text of the message."
-REMOVE = "Remove it, if the row means the same without it."
+FILL = "Write its messages, or remove the row if it has none."
 TALK, EMPTY = "conversations", "is not a list with messages."
 
 BAD = [
-    pytest.param("sharegpt", talk(), "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="empty"),
-    pytest.param("sharegpt", {TALK: None}, "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="null"),
-    pytest.param("sharegpt", {TALK: {}}, "", f"{TALK} {EMPTY}", "Remove the row, or fill it.", id="object"),
+    pytest.param("sharegpt", talk(), "", f"{TALK} {EMPTY}", FILL, id="empty"),
+    pytest.param("sharegpt", {TALK: None}, "", f"{TALK} {EMPTY}", FILL, id="null"),
+    pytest.param("sharegpt", {TALK: {}}, "", f"{TALK} {EMPTY}", FILL, id="object"),
     pytest.param(
         "sharegpt", talk("hi"), "[0]", "is text, not an object.", "Give it from and value.", id="text entry"
     ),
@@ -222,7 +258,7 @@ BAD = [
         talk({"role": "user", "content": "hi"}),
         "[0]",
         "from is missing.",
-        f"Use one of {ROLES}.",
+        "Messages of role and content: name their list `messages`.",
         id="role and content",
     ),
     pytest.param(
@@ -246,7 +282,7 @@ BAD = [
         talk(ASK, {**ANSWER, "weight": 0}),
         "[1]",
         "'weight' is not available yet.",
-        "Leave only from and value.",
+        "Give every message the value 1; data.loss_on: last trains on each row's last answer alone.",
         id="weight",
     ),
     pytest.param(
@@ -254,7 +290,7 @@ BAD = [
         talk(ANSWER, ASK, ANSWER),
         "",
         "begins with the assistant.",
-        "Begin with what it answers to.",
+        "Are user and assistant swapped? Begin with what it answers to.",
         id="assistant first",
     ),
     pytest.param(
@@ -322,19 +358,11 @@ BAD = [
         id="empty output",
     ),
     pytest.param(
-        "alpaca",
-        {**ROWS["alpaca"], "context": "x"},
-        "",
-        "'context' is not available yet.",
-        REMOVE,
-        id="context",
-    ),
-    pytest.param(
         "prompt-completion",
         {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
         "",
         "prompt is a list, not text.",
-        GIVE_ROW,
+        'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.',
         id="prompt of messages",
     ),
     pytest.param(
@@ -361,14 +389,6 @@ BAD = [
         "Remove the row.",
         id="blank response",
     ),
-    pytest.param(
-        "prompt-completion",
-        {**ROWS["prompt-completion"], "input": "x"},
-        "",
-        "'input' is not available yet.",
-        REMOVE,
-        id="input beside a prompt",
-    ),
 ]
 
 
@@ -391,14 +411,157 @@ def test_missing_keys(name: str, row: Any, reason: str) -> None:
     assert refusal(row, name) == ("f:1", reason, f"Write {FORMATS[name].shape}.")
 
 
-@pytest.mark.parametrize("name", ROWS)
+# --- keys that a format does not use
+
+MISSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    # what it is: the formats' names, keys that say it, and a word of the reason
+    "weight": ("*", {"weight": 0, "sample_weight": 0.5, "train": False}, "how much a row counts"),
+    "tools": (
+        "chat",
+        {"functions": [{"name": "f"}], "chat_template_kwargs": {"x": 1}},
+        "what the model is shown",
+    ),
+    "history": ("chat", {"history": [["a", "b"]], "chatHistory": ["a"]}, "earlier turns"),
+    "context": ("pair", {"context": "x", "contexts": ["x"], "Context": "x"}, "belongs to the question"),
+    "picture": (
+        "*",
+        {"image": "a.png", "images": [b"x"], "image_path": "x", "Audio": b""},
+        "that is no text",
+    ),
+    "answer": (
+        "*",
+        {
+            "answer": "x",
+            "Answers": ["x"],
+            "summary_text": "x",
+            "goldAnswer": "x",
+            "translation_en": "x",
+            "target": 1,
+        }
+        | {"replies": ["x"], "solution": "x", "answerKey": "A", "highlights": "x", "answer_1": "x"},
+        "looks like an answer",
+    ),
+    "label": (
+        "*",
+        {
+            "label": 0,
+            "labels": ["x"],
+            "LABEL": "x",
+            "class": 1,
+            "intent": "x",
+            "sentiment": "x",
+            "label_id": 2,
+        },
+        "looks like a label",
+    ),
+    "label of a text": ("text", {"category": "x", "stars": 5, "ner_tags": [1], "is_spam": True}, "a label"),
+    "thought": (
+        "*",
+        {
+            "reasoning": "x",
+            "rationale": "x",
+            "chain_of_thought": "x",
+            "CoT": "x",
+            "reasoningContent": "x",
+            "reasoning_steps": ["x"],
+        },
+        "line of thought",
+    ),
+    "tree": (
+        "text",
+        {"role": "x", "parent_id": "x", "message_id": 1, "speaker": "x"},
+        "rows belong together",
+    ),
+    "question": ("text", {"question": "x", "prompt": "x", "instruction": "x"}, "looks like the question"),
+    "passage": (
+        "chat",
+        {"passage": "x", "article_text": "x", "persona": ["x"]},
+        "belongs to the question",
+    ),
+}
+"""Keys that would be missed, whichever way they are written."""
+GROUPS = {
+    "*": [*ROWS, "text"],
+    "chat": [*ROWS],
+    "pair": ["alpaca", "prompt-completion"],
+    "text": ["text"],
+}
+BASIC = {**ROWS, "text": {"text": "once"}}
+
+
+@pytest.mark.parametrize("kind", MISSED)
+def test_keys_that_would_be_missed(kind: str) -> None:
+    group, keys, words = MISSED[kind]
+    for name in GROUPS[group]:
+        for key, value in keys.items():
+            if key in FORMATS[name].used:
+                continue
+            place, reason, remedy = refusal({**BASIC[name], key: value}, name)
+            assert place == "f:1" and f"`{key}`" in reason and words in reason, (name, key, reason)
+            assert len(remedy) > 20
+
+
+def test_the_refusal_names_all_keys_of_a_kind_and_what_to_rename() -> None:
+    row = {"text": "long", "summary": "short", "translation": "kurz", "title": "Act 1"}
+    assert refusal(row, "text") == (
+        "f:1",
+        "`summary` and `translation` would be left out ('short'): that looks like an answer.",
+        "To train on it, rename `text` to `prompt` and `summary` to `completion`. "
+        "If only `text` is meant, write `format: text` beside its path.",
+    )
+
+
+@pytest.mark.parametrize("name", BASIC)
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("functions", [{"name": "f"}]), ("weight", 0), ("train", False), ("system", "Be."), ("label", True)],
+    ("extra", "may_go"),
+    [
+        ({"label": "x"}, True),
+        ({"answer": "x", "reasoning": "y"}, True),
+        ({"label": False}, None),
+        ({"weight": 0}, None),
+        ({"history": [["a", "b"]]}, None),
+        ({"image": "x"}, None),
+    ],
 )
-def test_keys_that_would_be_lost(name: str, key: str, value: Any) -> None:
-    wanted = ("f:1", f"{key!r} is not available yet.", REMOVE)
-    assert refusal({**ROWS[name], key: value}, name) == wanted
+def test_a_named_format_means_its_keys_alone(name: str, extra: dict[str, Any], may_go: bool | None) -> None:
+    """All but what changes the meaning of a conversation may then go; text is text without anything."""
+    row = {**extra, **BASIC[name]}
+    if may_go or name == "text":
+        found = convert(row, name, "f:1", named=True)
+        assert found == convert(BASIC[name], name, "f:1") and dict(found.unused) == extra
+    else:
+        with pytest.raises(DataError):
+            convert(row, name, "f:1", named=True)
+
+
+@pytest.mark.parametrize("name", BASIC)
+def test_keys_that_are_left_out_are_kept_apart(name: str) -> None:
+    described = {"title": "Act 1", "num_answers": 3, "answer_id": 7, "target_language": "de", "Unnamed: 0": 5}
+    empty = {"summary": " \n", "label": None, "answer": [], "reasoning": float("nan"), "history": [{"a": ""}]}
+    found = convert(
+        {**BASIC[name], **described, **empty, "weight": 1, "weights": [1, 1.0], "train": True}, name, "f:1"
+    )
+    assert dict(found.unused) == described
+    assert found == convert(BASIC[name], name, "f:1")
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_a_system_message_beside_a_row_comes_first(name: str, key: str) -> None:
+    row = {**ROWS[name], key: "Be."}
+    assert turns(row, name) == [("system", "Be."), *PAIR]
+    assert turns({**row, key: " "}, name) == PAIR
+    with pytest.raises(DataError, match="and another one beside it"):
+        convert({**row, "system": "Be.", "system_prompt": "Be not."}, name, "f:1")
+
+
+def test_a_system_message_that_stands_there_twice_is_one() -> None:
+    row = {
+        "messages": [{"role": "system", "content": "Be."}, *ROWS["messages"]["messages"]],
+        "system": "Be. ",
+    }
+    assert turns(row, "messages") == [("system", "Be."), *PAIR]
+    assert "another one beside it" in refusal({**row, "system": "Be not."}, "messages")[1]
 
 
 @pytest.mark.parametrize("value", [None, "", [], {}, {"parameters": None}])
@@ -409,7 +572,7 @@ def test_empty_values_lose_nothing(value: Any) -> None:
 # --- plain text
 
 
-@pytest.mark.parametrize("extra", [{}, {"label": 1}, {"source": "x", "system": "y"}])
+@pytest.mark.parametrize("extra", [{}, {"label": None}, {"source": "x", "title": "y"}])
 def test_text(extra: dict[str, Any]) -> None:
     row = {"text": " once\n", **extra}
     assert detect(row, "f:1") == "text"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import phi3_tokenizer
 
-from qlora_phi3.data import Split, draw, load, prompts
+from qlora_phi3.data import Split, draw, load, prepare, prompts
 from qlora_phi3.data.read import MAX_PROBLEMS
 from qlora_phi3.errors import DataError
-from qlora_phi3.recipe import Data, Source
+from qlora_phi3.recipe import Data, Evaluate, Source, Train
 
 TOKENIZER = phi3_tokenizer()
 # <|user|> q... <|end|> <|assistant|> a... <|end|> eos: 5 tokens of the template, 1 of them supervised
@@ -240,3 +240,19 @@ def test_prompt_for_the_last_answer(
 ) -> None:
     [found] = prompts(split_of(tmp_path, row), TOKENIZER, 1)
     assert (TOKENIZER.decode(found.input_ids), found.text, found.expected) == (prompt, text, "d")
+
+
+def test_the_doctor_counts_the_answers_that_are_drawn(tmp_path: Path) -> None:
+    """Not the first: here every answer of the second half is longer than what is generated."""
+    path = tmp_path / "held.jsonl"
+    rows = [{"prompt": f"question {i}", "completion": "x" * (2 if i < 20 else 9)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(path=str(path))
+    evaluate = Evaluate(metrics=("exact_match",), samples=6, max_new_tokens=4)
+    found = prepare(Data(train=source, eval=source), TOKENIZER, Train(seed=3), evaluate)
+    held_out = found.splits().eval
+    assert held_out is not None
+    drawn = prompts(held_out, TOKENIZER, 6, seed=3)
+    num_long = sum(len(one.expected) > 4 for one in drawn)
+    (finding,) = found.answers
+    assert finding.what.startswith(f"{num_long} of the 6 answers") and 0 < num_long < 6

@@ -111,7 +111,7 @@ def test_what_both_begin_with_is_the_prompt() -> None:
             ": chosen[0]",
             "role 'bot' is unknown.",
         ),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be."}, "", "'system' is not available"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be."}, "", "`system` would be left out"),
     ],
 )
 def test_malformed(row: dict[str, Any], where: str, reason: str) -> None:

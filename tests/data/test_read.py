@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_phi3.data import check_files
-from qlora_phi3.data.read import MAX_PROBLEMS, Conversation, Message, check_source, read
-from qlora_phi3.errors import DataError
+from qlora_phi3.data.read import MAX_PROBLEMS, Conversation, Message, check_source, read, stream
+from qlora_phi3.errors import DataError, Problem
 from qlora_phi3.recipe import Data, Source
 
 USER = {"role": "user", "content": "hi"}
@@ -84,7 +84,18 @@ def test_text_is_kept_as_written(tmp_path: Path, text: str, ascii_only: bool) ->
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(row({**USER, "name": "Ann"}, ASSISTANT), id="name"),
+        pytest.param(row({**USER, "name": "user"}, ASSISTANT), id="a name that is the role"),
+        pytest.param(row(USER, {**ASSISTANT, "weight": 1, "train": True}), id="weight 1"),
+        pytest.param(row(USER, {**ASSISTANT, "id": "m7", "created_at": 5}), id="keys that describe"),
+        pytest.param(json.dumps({"messages": json.dumps([USER, ASSISTANT])}), id="the JSON text of a list"),
+        pytest.param(
+            json.dumps({"messages": {"role": ["user", "assistant"], "content": ["hi", "yo"], "name": None}}),
+            id="an object of lists",
+        ),
+        pytest.param(
+            row({**USER, "content": [{"type": "text", "text": "hi "}, {"text": "you"}]}, ASSISTANT),
+            id="parts",
+        ),
         pytest.param(row(USER, {**ASSISTANT, "tool_calls": None}), id="null"),
         pytest.param(row(USER, {**ASSISTANT, "tool_calls": []}), id="no tool calls"),
         pytest.param(json.dumps({"id": 7, "messages": [USER, ASSISTANT]}), id="other keys beside messages"),
@@ -101,11 +112,13 @@ def test_harmless_rows(tmp_path: Path, line: str) -> None:
 
 ONE_OBJECT = "Write one JSON object a line."
 SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, ...]}.'
-FILL = "Remove the row, or fill it."
+FILL = "Write its messages, or remove the row if it has none."
 FIRST = ": messages[0]"
 SECOND = ": messages[1]"
 GIVE_TEXT = "Give the text of the message."
-ONLY_ROLE_AND_CONTENT = "Leave only role and content."
+INTO_CONTENT = "Put what it says into content, or remove it if the message means the same without it."
+ALL_OF_ONE = "Give every message the value 1; data.loss_on: last trains on each row's last answer alone."
+TWICE = "Keep the right one, or give the other a name of its own."
 
 BAD_ROWS = [
     pytest.param("hello", "", "not valid JSON: Expecting value at column 1.", ONE_OBJECT, id="plain text"),
@@ -174,7 +187,41 @@ BAD_ROWS = [
     ),
     pytest.param('{"messages": []}', "", "messages is not a list with messages.", FILL, id="empty messages"),
     pytest.param('{"messages": null}', "", "messages is not a list with messages.", FILL, id="null messages"),
-    pytest.param('{"messages": "hi"}', "", "messages is not a list with messages.", FILL, id="text messages"),
+    pytest.param(
+        '{"messages": "hi"}',
+        "",
+        "messages is not valid JSON: Expecting value at column 1.",
+        "Write the list itself, or as JSON.",
+        id="text messages",
+    ),
+    pytest.param(
+        '{"messages": {"role": ["user"], "content": []}}',
+        "",
+        "messages is not a list with messages.",
+        "It is an object of lists that are not equally long: write [{...}, ...].",
+        id="lists of two lengths",
+    ),
+    pytest.param(
+        '{"messages": [], "messages": []}',
+        "",
+        "names the key 'messages' twice in one object: only one of the two would be read.",
+        TWICE,
+        id="a key twice",
+    ),
+    pytest.param(
+        GOOD.replace('"hi"', '"hi", "content": "hi"'),
+        "",
+        "names the key 'content' twice in one object: only one of the two would be read.",
+        TWICE,
+        id="a key twice inside",
+    ),
+    pytest.param(
+        row({**USER, "name": "Ann"}, ASSISTANT),
+        FIRST,
+        "'name' is not available yet.",
+        'Write who speaks into content ("Ada: ..."), or remove the names if nothing refers to them.',
+        id="name",
+    ),
     pytest.param('{"messages": {}}', "", "messages is not a list with messages.", FILL, id="object messages"),
     pytest.param(
         row("hi", ASSISTANT), FIRST, "is text, not an object.", "Give it role and content.", id="text message"
@@ -208,11 +255,18 @@ BAD_ROWS = [
         row(USER, {**ASSISTANT, "content": None}), SECOND, "content is missing.", GIVE_TEXT, id="null content"
     ),
     pytest.param(
-        row({**USER, "content": [{"type": "text", "text": "hi"}]}, ASSISTANT),
+        row({**USER, "content": [{"type": "text", "text": "hi"}, {"type": "image_url"}]}, ASSISTANT),
         FIRST,
-        "content is a list, not text.",
-        GIVE_TEXT,
-        id="content in parts",
+        "content has a part of type 'image_url', and only parts of text can be read.",
+        'Write {"type": "text", "text": "..."}, or plain text.',
+        id="a picture among the parts",
+    ),
+    pytest.param(
+        row({**USER, "content": [{"text": "hi"}, {"text": "you"}]}, ASSISTANT),
+        FIRST,
+        "content has several parts of text without a blank or a new line between them.",
+        "Join them into one text.",
+        id="parts that would run together",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "content": 7}),
@@ -253,35 +307,35 @@ BAD_ROWS = [
         row(ASSISTANT, USER, ASSISTANT),
         "",
         "begins with the assistant.",
-        "Begin with what it answers to.",
+        "Are user and assistant swapped? Begin with what it answers to.",
         id="assistant first",
     ),
     pytest.param(
         row({**USER, "tool_calls": [{"id": "1"}]}, ASSISTANT),
         FIRST,
         "'tool_calls' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        INTO_CONTENT,
         id="the user calls a tool",
     ),
     pytest.param(
-        row({**USER, "audio": None, "tool_call_id": "1"}, ASSISTANT),
+        row({**USER, "audio": None, "function_call": {"name": "f"}}, ASSISTANT),
         FIRST,
-        "'tool_call_id' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        "'function_call' is not available yet.",
+        INTO_CONTENT,
         id="the user answers a call, beside an empty key",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "weight": 0}),
         SECOND,
         "'weight' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        ALL_OF_ONE,
         id="weight 0: do not train",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "train": False}),
         SECOND,
         "'train' is not available yet.",
-        ONLY_ROLE_AND_CONTENT,
+        ALL_OF_ONE,
         id="train false",
     ),
 ]
@@ -331,6 +385,32 @@ def test_a_bad_row_counts_towards_the_limit(tmp_path: Path) -> None:
     assert [place for place, _, _ in problems_of(path, limit=2)] == [f"{path}:1"]
 
 
+# --- rows of another split
+
+
+@pytest.mark.parametrize(
+    ("use", "key", "value", "wrong"),
+    [
+        ("train", "split", "test", True),
+        ("train", "Split", "validation", True),
+        ("train", "data_split", "dev", True),
+        ("train", "subset", "TEST", True),
+        ("train", "split", "train", False),
+        ("train", "split", "train_sft", False),
+        ("train", "subset", "physics", False),
+        ("train", "fold", 3, False),
+        ("eval", "split", "train", True),
+        ("eval", "split", "test", False),
+    ],
+)
+def test_a_row_that_names_another_split(tmp_path: Path, use: str, key: str, value: Any, wrong: bool) -> None:
+    line = json.dumps({**json.loads(GOOD), key: value})
+    found = list(stream(Source(path=str(write(tmp_path, GOOD, line))), use=use))
+    assert isinstance(found[1], Problem) is wrong
+    if isinstance(found[1], Problem):
+        assert f"`{key}` says {value!r}" in found[1].reason and "data.eval.path" in found[1].remedy
+
+
 # --- files
 
 
@@ -353,7 +433,7 @@ def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "missing.jsonl"
     [(place, reason, remedy)] = problems_of(path)
     assert (place, reason) == (str(path), "no such file.")
-    assert "JSONL file" in remedy
+    assert remedy.startswith("Its folder holds no data file. Give a JSONL file")
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSONL", "chats.ndjson"])
@@ -370,14 +450,30 @@ def test_check_files_reports_both_sources(tmp_path: Path) -> None:
     missing = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
         check_files(Data(train=Source(path=str(missing)), eval=Source(path=str(wrong))))
-    assert [p.place for p in caught.value.problems] == [str(missing), str(wrong)]
+    assert [p.place for p in caught.value.problems] == [
+        f"data.train.path: {missing}",
+        f"data.eval.path: {wrong}",
+    ]
 
 
 def test_check_files_names_only_the_one_that_is_wrong(tmp_path: Path) -> None:
     good, missing = write(tmp_path, GOOD), tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
         check_files(Data(train=Source(path=str(good)), eval=Source(path=str(missing))))
-    assert [p.place for p in caught.value.problems] == [str(missing)]
+    assert [p.place for p in caught.value.problems] == [f"data.eval.path: {missing}"]
+
+
+def test_a_file_that_is_not_there_is_looked_for_beside(tmp_path: Path) -> None:
+    for name in ("branches.jsonl", "tickets.csv", "notes.md"):
+        (tmp_path / name).write_text(GOOD)
+    sources = [Source(path=str(tmp_path / name)) for name in ("branch.jsonl", "sub/a.jsonl", "x" * 300)]
+    with pytest.raises(DataError) as caught:
+        check_files(Data(train=tuple(sources)))
+    first, second, third = caught.value.problems
+    assert first.place == f"data.train[0].path: {tmp_path / 'branch.jsonl'}"
+    assert first.remedy == "Did you mean branches.jsonl? In its folder: branches.jsonl, tickets.csv."
+    assert f"There is no folder {tmp_path / 'sub'} either." in second.remedy
+    assert third.reason == "cannot be looked up: File name too long."
 
 
 @pytest.mark.parametrize("with_eval", [True, False])

@@ -232,6 +232,41 @@ def test_unusable_folder(tmp_path: Path, beside: str | None, place: str, reason:
     assert problems_of(tmp_path) == [(place, reason)]
 
 
+SPLITS = "holds files of several splits: "
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["test.jsonl", "train.jsonl", "valid.jsonl"], "{0}/train.jsonl data.eval.path={0}/valid.jsonl"),
+        (["TRAIN.csv", "Test.csv"], "{0}/TRAIN.csv data.eval.path={0}/Test.csv"),
+        (["dataset.jsonl", "dataset_test.jsonl"], "{0}/dataset.jsonl data.eval.path={0}/dataset_test.jsonl"),
+        (["a-dev.json", "a-train.json"], "{0}/a-train.json data.eval.path={0}/a-dev.json"),
+        (
+            ["test-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+            "folder",
+        ),
+        (["test.txt", "train.txt"], "{0}/train.txt data.eval.path={0}/test.txt"),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], None),
+        (["train.jsonl", "more.jsonl"], None),
+        (["test_1.jsonl", "test_2.jsonl"], None),
+        (["latest.jsonl", "contest.jsonl", "evaluation.jsonl", "attest_b.jsonl"], None),
+        (["brakes.txt", "test-driving.txt"], None),
+    ],
+)
+def test_a_folder_s_splits_are_told_apart(tmp_path: Path, names: list[str], remedy: str | None) -> None:
+    for name in names:
+        (tmp_path / name).write_text("not read")
+    if remedy is None:
+        assert len(check_source(source(tmp_path))) == len(names)
+        return
+    with pytest.raises(DataError) as caught:
+        check_source(source(tmp_path))
+    [problem] = caught.value.problems
+    assert (problem.place, problem.reason) == (str(tmp_path), f"{SPLITS}{', '.join(sorted(names))}.")
+    assert remedy.format(tmp_path) in problem.remedy
+
+
 # --- broken files
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -291,6 +326,13 @@ BROKEN = [
         ": row 2",
         "has no `prompt` and no `completion` or `response` (found a list).",
         id="nested lists",
+    ),
+    pytest.param(
+        "a.json",
+        b'[{"prompt": "a", "prompt": "b", "completion": "c"}, {"prompt": "a", "completion": "b"}]',
+        ": row 1",
+        "names the key 'prompt' twice in one object: only one of the two would be read.",
+        id="a key twice",
     ),
     pytest.param("a.csv", b"\n\n", "", "holds no rows.", id="blank CSV"),
     pytest.param("a.csv", b"prompt,completion\n", "", "holds no rows.", id="header only"),
@@ -360,7 +402,7 @@ BROKEN = [
         "a.csv",
         b"prompt,completion,weight\na,b,0\n",
         ":2",
-        "'weight' is not available yet.",
+        "`weight` would be left out ('0'): that says how much a row counts.",
         id="a weight column",
     ),
 ]

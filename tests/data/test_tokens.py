@@ -359,6 +359,9 @@ BAD_TEMPLATES = [
         "does not end",
         id="ends in plain text",
     ),
+    pytest.param("{{ messages[", "fails on a question", id="no template"),
+    pytest.param("{{ 1 // 0 }}", "fails on a question and its answer: ", id="raises what it likes"),
+    pytest.param("{{ 5 + messages[0]['content'] }}", "fails on a question and its answer: ", id="adds text"),
 ]
 
 

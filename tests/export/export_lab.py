@@ -12,7 +12,7 @@ from conftest import phi3_tokenizer, write_chats
 from qlora_phi3 import adapters, model, strict_yaml, weights
 from qlora_phi3.recipe import Recipe
 
-LEGACY_ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LEGACY_ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 512}
 LONG = {
     "type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
@@ -30,9 +30,10 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mini-128k": {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "rope_scaling": LONG,
         **LEGACY_ROPE,
+        "original_max_position_embeddings": 300,
     },
 }
 """Keys of config.json in the spelling of Microsoft's own checkpoints."""
@@ -53,7 +54,7 @@ def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 512,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -129,7 +129,7 @@ def test_vllm_gets_one_rank_and_the_same_function(run: Path) -> None:
     done = export.export(run, "vllm")
     settings = json.loads((done.folder / "adapter_config.json").read_text())
     assert not settings["rank_pattern"] and not settings["alpha_pattern"]
-    assert settings["r"] == 12 and done.details["flags"] == ["--enable-lora", "--lora-modules NAME=FOLDER"]
+    assert settings["r"] == 12 and done.details["flags"] == ["--enable-lora", "--lora-modules", "NAME=FOLDER"]
     torch.testing.assert_close(logits(done.folder), logits(run / "adapter"), atol=1e-5, rtol=1e-5)
 
 
@@ -146,11 +146,11 @@ def test_vllm_gets_one_rank_and_the_same_function(run: Path) -> None:
     ],
 )
 def test_vllm_s_rules(settings: dict[str, Any], word: str) -> None:
-    from qlora_phi3.export.targets import check_vllm
+    from qlora_phi3.export.targets import vllm_rules
 
-    flags, problems = check_vllm({"r": 48, "init_lora_weights": True, **settings})
+    flags, problems = vllm_rules({"r": 48, "init_lora_weights": True, **settings})
     assert len(problems) == 1 and word in problems[0]
-    assert check_vllm({"r": 48}) == ([*flags[:2], "--max-lora-rank 64"], [])
+    assert vllm_rules({"r": 48}) == ([*flags[:3], "--max-lora-rank", "64"], [])
 
 
 # What it refuses
@@ -401,7 +401,7 @@ def test_what_was_exported_before_a_failure_is_in_the_report(
     recipe = load_recipe(write_recipe(extra="export: [vllm, merged, loralib]\n"))
     with pytest.raises(RunError) as caught:
         pipeline.run(recipe, tmp_path / "out")
-    first, second = caught.value.problems
+    first, second, *_ = caught.value.problems
     assert "merged: the program that it is for cannot load it: TypeError: no such layer." in str(first)
     assert "the run is whole, 2 of its exports are missing." in str(second)
     assert "--to merged --to loralib`" in str(second)

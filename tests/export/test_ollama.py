@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from export_models import TOKENIZERS
 
 from qlora_phi3.errors import InputError
 from qlora_phi3.export import ollama
-from qlora_phi3.phi3 import VARIANTS
 
 MEDIUM = (
     "{% for m in messages %}{% if m['role'] == 'user' %}"
@@ -97,18 +97,63 @@ def test_templates_that_do_more_are_refused(template: str) -> None:
 def test_texts_that_cannot_be_quoted_are_refused(tmp_path: Path) -> None:
     TOKENIZERS["sentencepiece"]().save_pretrained(tmp_path)
     with pytest.raises(InputError, match='holds """'):
-        ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license='a """ b')
+        ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license='a """ \nb')
+
+
+def values(text: str) -> Iterator[tuple[str, str]]:
+    """Commands of a Modelfile by Ollama's rules: a value ends at the first line's end at which it is nothing
+    between triple or single quotes that still waits for its closing ones; what does not print is dropped."""
+    name, value = "", ""
+    for one in text:
+        if not name.endswith(" "):
+            name += one
+            continue
+        whole = value.strip(" \t\r\n")
+        quotes = '"""' if whole.startswith('"""') else '"' if whole.startswith('"') else ""
+        if one in "\r\n" and whole.endswith(quotes) and len(whole) >= 2 * len(quotes):
+            yield name.strip(), whole[len(quotes) : len(whole) - len(quotes)]
+            name, value = "", ""
+        else:
+            value += one if one.isprintable() or one in "\t\r\n" else ""
+
+
+@pytest.mark.parametrize(
+    ("system", "fits"),
+    [
+        ("Be brief.", True),
+        ('Say "yes" or \\n "no"', True),
+        ('"quoted"', True),
+        ("\n begins and ends with a line's end \n", True),
+        ('""\n""', True),
+        ("two\n\n lines\twith a tab\r\n", True),
+        ('a """ b', True),
+        ("{{ .System }} # none", True),
+        ('a """\nb', False),
+        ('"""\nb', False),
+        ("non\u00a0breaking", False),
+        ("zero\u200bwidth", False),
+    ],
+)
+def test_a_system_text_is_read_as_it_was_or_known_not_to_be(tmp_path: Path, system: str, fits: bool) -> None:
+    assert ollama.fits(system) == fits
+    TOKENIZERS["sentencepiece"]().save_pretrained(tmp_path)
+    if fits:
+        text = ollama.modelfile("a b.gguf", tmp_path, num_ctx=4096, license="MIT", system=system)
+        read = dict(values(text))
+        assert read["FROM"] == "./a b.gguf" and read["SYSTEM"] == system and read["LICENSE"] == "MIT"
+    else:
+        assert next(values(f'SYSTEM """{system}"""\n')) != ("SYSTEM", system)
+
+
+def test_every_stop_is_a_parameter(tmp_path: Path) -> None:
+    words = TOKENIZERS["sentencepiece"]()
+    words.save_pretrained(tmp_path)
+    other = words.convert_tokens_to_ids("<|placeholder1|>")
+    text = ollama.modelfile("a.gguf", tmp_path, num_ctx=256, license=None, stop_ids=[other])
+    assert ("PARAMETER", 'stop "<|placeholder1|>"') in values(text)
 
 
 def test_a_system_text_needs_a_system_turn(tmp_path: Path) -> None:
     tokenizer_of("sentencepiece", MEDIUM).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no system turn"):
         ollama.modelfile("model.gguf", tmp_path, num_ctx=4096, license=None, system="Be brief.")
-
-
-def test_the_context_is_4096_or_all_there_is() -> None:
-    from dataclasses import replace
-
-    mini = VARIANTS["microsoft/Phi-3-mini-128k-instruct"]
-    assert ollama.context_of(mini) == 4096
-    assert ollama.context_of(replace(mini, max_positions=2048)) == 2048

@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
             write_adapter(folder / "adapter", tensors, config)
             model = transformers_folder(base)
             tuned = PeftModel.from_pretrained(model.model, folder / "adapter")
-            live = Live("transformers + PEFT", tuned, model.tokenizer)
+            live = Live.of("transformers + PEFT", tuned, model.tokenizer)
             made[kind] = Trained(base, folder, tensors, config, sizes, live)
         return made[kind]
 

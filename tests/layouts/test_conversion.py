@@ -369,11 +369,31 @@ def test_tied_embeddings_of_others(layout: Layout) -> None:
         convert(tensors, config, "fused", sizes)
 
 
-def test_projections_of_different_scales() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "alphas", [{"v_proj": 4}, {"v_proj": 3, "o_proj": 5}, {"q_proj": 0}, {"k_proj": -2.5}]
+)
+@pytest.mark.parametrize("layout", ["fused", "loralib", "unfused"])
+def test_projections_of_different_scales(
+    layout: Layout, alphas: dict[str, float], dtype: torch.dtype
+) -> None:
+    """Their Bs take the difference, exactly where it is a power of two."""
     sizes = geometry("mini")
-    tensors, config = adapter(sizes, "q_proj", "v_proj", layout="unfused", alpha_pattern={"v_proj": 4})
-    with pytest.raises(ModelError, match=r"scaled differently \(q_proj 2, v_proj 1\)"):
-        convert(tensors, config, "fused", sizes)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    tensors, config = adapter(sizes, *names, layout="unfused", alpha_pattern=alphas)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    found, settings = convert(tensors, config, layout, sizes)
+    exact = alphas == {"v_proj": 4} or (alphas == {"q_proj": 0})
+    assert {tensor.dtype for tensor in found.values()} == {dtype if exact else torch.float32}
+    expected, got = deltas(tensors, config, sizes), deltas(found, settings, sizes)
+    near = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-6}
+    for module in linear_shapes(sizes):
+        if module in expected:
+            torch.testing.assert_close(got[module], expected[module], **near)
+
+
+def test_projections_of_one_scale_stay_as_they_are() -> None:
+    sizes = geometry("mini")
     assert same(convert(*adapter(sizes, "q_proj", layout="unfused"), "unfused", sizes)[0],
                 adapter(sizes, "q_proj", layout="unfused")[0])  # fmt: skip
 

@@ -25,6 +25,7 @@ from qlora_phi3.layouts.files import (
     MLX_WEIGHTS,
     PEFT_WEIGHTS,
 )
+from qlora_phi3.layouts.names import linear_shapes
 from qlora_phi3.loralib_bridge import loralib_config
 
 MINI = geometry("mini")
@@ -252,6 +253,60 @@ def test_a_link_inside_the_folder_is_fine(tmp_path: Path) -> None:
     read_adapter(folder, MINI)
 
 
+def test_links_of_the_hubs_cache_are_followed_and_no_others(tmp_path: Path) -> None:
+    made, cache = write(tmp_path), tmp_path / "models--me--lora"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for path in made.iterdir():
+        path.rename(cache / "blobs" / f"hash-of-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash-of-{path.name}")
+    read_adapter(snapshot, MINI)
+    (cache / "blobs").rename(cache / "other")
+    (snapshot / PEFT_WEIGHTS).unlink()
+    (snapshot / PEFT_WEIGHTS).symlink_to(f"../../other/hash-of-{PEFT_WEIGHTS}")
+    with pytest.raises(ModelError, match="is a link out of its folder"):
+        read_adapter(snapshot, MINI)
+
+
+def test_tensors_of_several_types_become_one_that_holds_them(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    tensors = load_file(folder / PEFT_WEIGHTS)
+    mixed = {key: tensor.bfloat16() if "lora_A" in key else tensor for key, tensor in tensors.items()}
+    save_file(mixed, folder / PEFT_WEIGHTS)
+    found, _ = read_adapter(folder, MINI)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(found[key], mixed[key].float()) for key in mixed)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {r"layers\.1\.self_attn\.(q|k)kv_proj": 6, ".*down_proj": 2},
+        {r"model.layers.[0-1].mlp.down_proj$": 6, "o_proj|down_proj": 2},
+        {r"^model\.layers\.\d+\.mlp\.gate_up_proj": 3, "proj": 5},
+        {r".*\.(?:self_attn)\..*qkv_proj": 7},
+    ],
+)
+def test_patterns_that_are_expressions_mean_what_they_mean_in_peft(
+    tmp_path: Path, pattern: dict[str, int]
+) -> None:
+    from peft.utils.other import get_pattern_key
+
+    modules = [module for module in linear_shapes(MINI) if ".layers." in module]
+    ranks = {m: pattern.get(get_pattern_key(pattern, m), 4) for m in modules}
+    assert set(ranks.values()) > {4} or len(pattern) == 2
+    tensors, config = adapter(MINI, rank_pattern={f"^{m}": r for m, r in ranks.items()})
+    write_adapter(tmp_path / "adapter", tensors, config)
+    path = tmp_path / "adapter" / CONFIG_NAME
+    settings = json.loads(path.read_text()) | {"r": 4, "rank_pattern": pattern}
+    path.write_text(json.dumps(settings | {"alpha_pattern": dict.fromkeys(pattern, 16)}))
+    _, found = read_adapter(tmp_path / "adapter", MINI)
+    assert {m: found.rank_of(m) for m in modules} == ranks
+    alphas = {m: 16 if get_pattern_key(pattern, m) in pattern else 8 for m in modules}
+    assert {m: found.alpha_of(m) for m in modules} == alphas
+
+
 def test_pickled_adapters(tmp_path: Path) -> None:
     folder = write(tmp_path)
     torch.save(load_file(folder / PEFT_WEIGHTS), folder / "adapter_model.bin")
@@ -294,7 +349,7 @@ def test_nothing_there(tmp_path: Path, name: str) -> None:
         ({"target_modules": ["o_proj", 7]}, "target_modules is no list of names"),
         ({"target_modules": ["o_proj", "lm_head"]}, "has no tensors for lm_head"),
         ({"rank_pattern": ["a"]}, "rank_pattern is"),
-        ({"rank_pattern": {".*": 4}}, "regular expression"),
+        ({"rank_pattern": {"(.*)*": 4}}, "regular expression"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     ],
 )
@@ -365,6 +420,10 @@ def test_stock_peft_with_its_whole_embedding(tmp_path: Path) -> None:
     save_file(tensors, folder / PEFT_WEIGHTS)
     with pytest.raises(ModelError, match="save_embedding_layers=False"):
         read_adapter(folder, MINI)
+    found, _ = read_adapter(folder, MINI, base_weight=lambda module: torch.zeros(40, 64).bfloat16())
+    assert len(found) == len(tensors) - 1
+    with pytest.raises(ModelError, match="whole weight of a base, and not this one's"):
+        read_adapter(folder, MINI, base_weight=lambda module: torch.ones(40, 64))
 
 
 # --- writing -----------------------------------------------------------------------------------------------
