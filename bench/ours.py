@@ -15,7 +15,7 @@ process.quiet()
 
 import torch  # noqa: E402
 
-from qlora_phi3 import adapters, memory, model, pipeline, trainer, weights  # noqa: E402
+from qlora_phi3 import adapters, memory, model, settle, trainer, weights  # noqa: E402
 from qlora_phi3.data import Split  # noqa: E402
 from qlora_phi3.engine import attention  # noqa: E402
 from qlora_phi3.engine.documents import Documents  # noqa: E402
@@ -73,9 +73,9 @@ def recipe(job: dict[str, Any]) -> Recipe:
 def activations(job: dict[str, Any]) -> dict[str, Any]:
     """What `auto` means for all methods: what our plan for this job has, on this device, now."""
     settings, device = recipe(job), torch.device(job["device"])
-    geometry, kind = weights.locate(settings.model).geometry, pipeline.device_kind(device)
+    geometry, kind = weights.locate(settings.model).geometry, settle.device_kind(device)
     known = tokens.rows(Path(job["stream"])).fullest_step(settings.train.effective_batch)
-    usable = memory.usable_bytes(pipeline.allowed_bytes(settings, device))
+    usable = memory.usable_bytes(settle.allowed_bytes(settings, device))
     # measure() leaves all weights on the device
     way = memory.Ways(settings.settled(host=()), geometry, known=known, device=kind).fastest(usable)
     return {"activations": way.activations}

@@ -142,12 +142,12 @@ def _micro_batch(recipe: Recipe, folder: Path, known: memory.StepRows | None) ->
     """What a run would choose here and now."""
     if isinstance(recipe.train.micro_batch, int):
         return recipe.train.micro_batch
-    from . import model, pipeline
+    from . import model, settle
 
     geometry = _geometry(folder)
     device = model.device_for_run()
-    usable = memory.usable_bytes(pipeline.allowed_bytes(recipe, device))
-    kind = pipeline.device_kind(device)
+    usable = memory.usable_bytes(settle.allowed_bytes(recipe, device))
+    kind = settle.device_kind(device)
     return memory.Ways(recipe, geometry, known=known, device=kind).fastest(usable).micro_batch
 
 

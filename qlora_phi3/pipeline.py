@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -31,15 +31,16 @@ from . import (
     trainer,
     weights,
 )
+from .calibration import Calibration
 from .engine import attention, native, residency
-from .errors import FitError, InputError, Problem, QloraError, RecipeError, RunError, StopError
+from .errors import FitError, InputError, Problem, QloraError, RunError, StopError
 from .interrupts import WAITING, Interrupted, Interrupts
 from .meter import Meter
 from .metrics_log import MetricsLog
 from .progress import Display
 from .recipe import Recipe
 from .recipe_file import dump_recipe
-from .units import format_bytes, parse_bytes
+from .settle import settle
 
 SPARE_BYTES: Final = 16 * 2**20
 """Disk space beside the adapter's weights: tokenizer, answers, report; Phi-3's tokenizer has 3.5 MB."""
@@ -118,12 +119,72 @@ def _unexported(folder: Path, wanted: list[str], made: list[export.Exported]) ->
     return Problem(str(folder), f"the run is whole, {missing}.", remedy)
 
 
+@dataclass
+class _Ready:
+    """All that a run has before its first step."""
+
+    recipe: Recipe
+    plan: memory.Plan
+    engine: dict[str, str]
+    splits: data.Splits
+    base: model.Base
+    tuned: Any
+    resident: residency.Residency | None
+    meter: Meter
+    adapting: _Adapting
+    evaluation: _Evaluation
+    notes: list[str]
+    measured: dict[str, evaluate.Measured] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Planned steps."""
+        return trainer.num_steps(self.recipe, len(self.splits.train.rows))
+
+
 def _run(
     recipe: Recipe, place: run_folder.RunFolder, display: Display, interrupts: Interrupts
 ) -> report.RunReport:
+    ready = _prepare(recipe, place, display)
+    if ready.splits.eval is not None and recipe.evaluate.compare_base:
+        with ready.meter.phase("evaluate base"), ready.tuned.disable_adapter():
+            ready.measured["base"] = _measure("base", ready, display)
+    with interrupts.deferred():  # from here on a signal waits until what there is has been written
+        interrupts.check()
+        place.training_began = True
+        log = MetricsLog(place.path / "metrics.jsonl")
+        with interrupts.deferred(WAITING):
+            trained, calibration = _train(ready, place, display, log, interrupts)
+            with ready.meter.phase("save"):
+                trouble: BaseException | None = _save(ready, place, log, display)
+        process.give_back()
+        during = "saving"
+        if ready.splits.eval is not None and interrupts.asked is None:
+            during = "answering held-out rows"
+            trouble = _evaluate_tuned(ready, display, interrupts) or trouble
+        if interrupts.asked is not None:
+            how_far = f"{trained.num_steps} of {ready.num_steps} steps"
+            ready.notes.append(f"stopped by {interrupts.asked.name} after {how_far}")
+        if log.trouble is not None:
+            ready.notes.append(f"metrics.jsonl lacks lines: {log.trouble.strerror or log.trouble}")
+        ready.notes += ready.splits.changed()
+        done = _report(ready, trained, calibration)
+        if ready.measured:
+            found = {name: one.to_json() for name, one in ready.measured.items()}
+            place.write_json("eval.json", found)
+        report.write(done, place.path)
+    if interrupts.asked is not None:
+        raise endings.saved(interrupts.asked, place, trained.num_steps, ready.num_steps, during)
+    if trouble is not None:
+        raise trouble
+    _note_speed(done, ready.adapting.recipe, display)
+    return done
+
+
+def _prepare(recipe: Recipe, place: run_folder.RunFolder, display: Display) -> _Ready:
+    """Rows, plan, base and adapters; disk space for what will be saved is reserved."""
     device = model.device_for_run()
     meter = Meter(device.type)
-
     tokenizer_folder = weights.locate_tokenizer(recipe.model, display.say)
     before = weights.stamps(tokenizer_folder)
     tokenizer = model.load_tokenizer(tokenizer_folder)
@@ -135,9 +196,7 @@ def _run(
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)
-    adapting = _Adapting(recipe, place, display)
-    evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
-    told = ("overlong", "answers-cut")  # `_notes` counts the one, `evaluate.reservations` the other
+    told = ("overlong", "answers-cut")  # notes.py counts the one, `evaluate.reservations` the other
     notes += [finding.note for finding in findings if finding.code not in told]
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
@@ -151,90 +210,73 @@ def _run(
     for line in adapters.summarize(adapters.trained_table(tuned)):
         display.say(f"training {line}")
     place.reserve(adapters.saved_bytes(tuned) + SPARE_BYTES)
+    adapting = _Adapting(recipe, place, display)
+    evaluation = adapting.evaluation(phases.answer_tokens(recipe, checkpoint.geometry, plan.pass_tokens))
+    chosen = {"name": recipe.train.engine, "reason": why}
+    return _Ready(recipe, plan, chosen, splits, base, tuned, resident, meter, adapting, evaluation, notes)
 
-    measured: dict[str, evaluate.Measured] = {}
-    if splits.eval is not None and recipe.evaluate.compare_base:
-        with meter.phase("evaluate base"), tuned.disable_adapter():
-            measured["base"] = _measure("base", tuned, base, splits, recipe, display, evaluation)
 
-    with interrupts.deferred():  # from here on a signal waits until what there is has been written
-        interrupts.check()
-        place.training_began = True
-        log = MetricsLog(place.path / "metrics.jsonl")
-        with interrupts.deferred(WAITING):
-            with meter.phase("train"):
-                trained, calibration = trainer.train(
-                    tuned,
-                    base,
-                    splits.train,
-                    recipe,
-                    place.path,
-                    meter=meter,
-                    display=display,
-                    resident=resident,
-                    held_out_loss=_held_out_loss(tuned, splits, recipe, evaluation.rows),
-                    adapted=adapting.settle,
-                    log=log,
-                    stop=lambda: interrupts.asked is not None,
-                )
-            with meter.phase("save"):
-                trouble: BaseException | None = _save(tuned, base, place, log, display)
-
-        process.give_back()
-        planned = trainer.num_steps(recipe, len(splits.train.rows))
-        during = "saving"
-        if splits.eval is not None and interrupts.asked is None:
-            during = "answering held-out rows"
-            try:
-                with interrupts.at_once(), meter.phase("evaluate tuned"):
-                    measured["tuned"] = _measure("tuned", tuned, base, splits, recipe, display, evaluation)
-                notes += evaluate.reservations(measured["tuned"], recipe.evaluate)
-            except (Interrupted, QloraError, RuntimeError, MemoryError, OSError) as error:
-                trouble = trouble or error
-                notes.append(f"the tuned model was not evaluated to the end: {weights.first_line(error)}")
-        if interrupts.asked is not None:
-            notes.append(f"stopped by {interrupts.asked.name} after {trained.num_steps} of {planned} steps")
-        if log.trouble is not None:
-            notes.append(f"metrics.jsonl lacks lines: {log.trouble.strerror or log.trouble}")
-        notes += splits.changed()
-
-        done = report.RunReport(
-            name=recipe.name,
-            description=recipe.description,
-            toolkit_version=__version__,
-            finished_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            engine={"name": recipe.train.engine, "reason": why},
-            machine=report.machine(device.type),
-            versions=report.versions(),
-            base=checkpoint.provenance.to_json(),
-            parameters=asdict(model.ParameterCounts.of(tuned)),
-            trained=[row.to_json() for row in adapters.trained_table(tuned)],
-            data=_data_json(splits, recipe, measured),
-            training=asdict(trained),
-            metrics={name: found.metrics for name, found in measured.items()},
-            memory={
-                "predicted": plan.to_json(),
-                "measured": meter.to_json(),
-                "calibration": calibration.to_json(),
-                "adapted": [event.to_json() for event in adapting.events],
-            },
-            recipe=adapting.recipe.model_dump(mode="json"),
-            notes=[*notes, *trained.notes(), *calibration.notes(), *map(str, adapting.events)],
+def _train(
+    ready: _Ready, place: run_folder.RunFolder, display: Display, log: MetricsLog, interrupts: Interrupts
+) -> tuple[trainer.Trained, Calibration]:
+    with ready.meter.phase("train"):
+        return trainer.train(
+            ready.tuned,
+            ready.base,
+            ready.splits.train,
+            ready.recipe,
+            place.path,
+            meter=ready.meter,
+            display=display,
+            resident=ready.resident,
+            held_out_loss=_held_out_loss(ready),
+            adapted=ready.adapting.settle,
+            log=log,
+            stop=lambda: interrupts.asked is not None,
         )
-        if measured:
-            place.write_json("eval.json", {name: found.to_json() for name, found in measured.items()})
-        report.write(done, place.path)
-    if interrupts.asked is not None:
-        raise endings.saved(interrupts.asked, place, trained.num_steps, planned, during)
-    if trouble is not None:
-        raise trouble
-    _note_speed(done, adapting.recipe, display)
-    return done
 
 
-def _save(
-    tuned: Any, base: model.Base, place: run_folder.RunFolder, log: MetricsLog, display: Display
-) -> RunError | None:
+def _evaluate_tuned(ready: _Ready, display: Display, interrupts: Interrupts) -> BaseException | None:
+    """What kept the tuned model from being measured, if anything did: it costs its metrics, not the run."""
+    try:
+        with interrupts.at_once(), ready.meter.phase("evaluate tuned"):
+            ready.measured["tuned"] = _measure("tuned", ready, display)
+        ready.notes += evaluate.reservations(ready.measured["tuned"], ready.recipe.evaluate)
+    except (Interrupted, QloraError, RuntimeError, MemoryError, OSError) as error:
+        ready.notes.append(f"the tuned model was not evaluated to the end: {weights.first_line(error)}")
+        return error
+    return None
+
+
+def _report(ready: _Ready, trained: trainer.Trained, calibration: Calibration) -> report.RunReport:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    rows = adapters.trained_table(ready.tuned)
+    return report.RunReport(
+        name=ready.recipe.name,
+        description=ready.recipe.description,
+        toolkit_version=__version__,
+        finished_utc=now.isoformat(timespec="seconds"),
+        engine=ready.engine,
+        machine=report.machine(ready.meter.device),
+        versions=report.versions(),
+        base=ready.base.checkpoint.provenance.to_json(),
+        parameters=asdict(model.ParameterCounts.of(ready.tuned)),
+        trained=[row.to_json() for row in rows],
+        data=_data_json(ready),
+        training=asdict(trained),
+        metrics={name: found.metrics for name, found in ready.measured.items()},
+        memory={
+            "predicted": ready.plan.to_json(),
+            "measured": ready.meter.to_json(),
+            "calibration": calibration.to_json(),
+            "adapted": [event.to_json() for event in ready.adapting.events],
+        },
+        recipe=ready.adapting.recipe.model_dump(mode="json"),
+        notes=[*ready.notes, *trained.notes(), *calibration.notes(), *map(str, ready.adapting.events)],
+    )
+
+
+def _save(ready: _Ready, place: run_folder.RunFolder, log: MetricsLog, display: Display) -> RunError | None:
     """Save the adapter, in another folder where the run's can no longer be written: then the error says so.
 
     Raises:
@@ -244,12 +286,12 @@ def _save(
     place.release()
     try:
         place.restore()
-        adapters.save(tuned, base, place.path / "adapter")
+        adapters.save(ready.tuned, ready.base, place.path / "adapter")
     except (OSError, SafetensorError) as error:
         display.say(f"{wanted} cannot be written: {weights.first_line(error)}")
         try:
             place.move()
-            adapters.save(tuned, base, place.path / "adapter")
+            adapters.save(ready.tuned, ready.base, place.path / "adapter")
         except (OSError, SafetensorError) as last:
             reason = f"the adapter cannot be written here or elsewhere: {weights.first_line(last)}."
             raise RunError(str(place.path), reason, "Free some space, and train again.") from None
@@ -269,36 +311,6 @@ def _note_speed(done: report.RunReport, recipe: Recipe, display: Display) -> Non
         speeds.note(speeds.Speed.of(recipe, done.machine, reached, row_tokens, done.finished_utc))
     except OSError as error:
         display.say(f"the tokens/s are not noted for later plans: {error}")
-
-
-def settle(
-    recipe: Recipe,
-    checkpoint: weights.Checkpoint,
-    splits: data.Splits,
-    device: torch.device,
-    say: Callable[[str], None] = lambda text: None,
-) -> tuple[Recipe, memory.Plan, list[str]]:
-    """Replace `auto` by what fits and say so, predict its memory, and note what a user should know."""
-    row_tokens = max(split.longest for split in (splits.train, splits.eval) if split is not None)
-    known = splits.train.rows.fullest_step(recipe.train.effective_batch)
-    usable, kind = memory.usable_bytes(allowed_bytes(recipe, device)), device_kind(device)
-    way = memory.Ways(recipe, checkpoint.geometry, known=known, device=kind).fastest(usable)
-    notes = []
-    chosen_host = recipe.memory.host == "auto" and bool(way.host)
-    if chosen_host or "auto" in (recipe.train.activations, recipe.train.micro_batch):
-        notes.append(way.of(usable))
-        say(notes[0])
-    recipe = recipe.settled(**way.keys)
-    plan = memory.predict(
-        recipe,
-        checkpoint.geometry,
-        micro_batch=way.micro_batch,
-        row_tokens=row_tokens,
-        known=known,
-        device=kind,
-    )
-    _hold_to_budget(recipe, plan, device)
-    return recipe, plan, notes + _notes(recipe, splits, device)
 
 
 @dataclass(frozen=True)
@@ -321,7 +333,7 @@ class _Adapting:
     def settle(self, event: ladder.Adapted, recipe: Recipe) -> None:
         """Training goes on with `recipe`."""
         self.recipe = recipe
-        self.place.write_text("recipe.yaml", dump_recipe(recipe))
+        self.place.keep_text("recipe.yaml", dump_recipe(recipe))
         self._note(event)
 
     def evaluation(self, answer_tokens: int) -> _Evaluation:
@@ -345,63 +357,6 @@ class _Adapting:
         self.display.say(str(event))
 
 
-def device_kind(device: torch.device) -> Literal["cuda", "cpu"]:
-    return "cuda" if device.type == "cuda" else "cpu"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a run may use now: free on the GPU, or available to the process on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def allowed_bytes(recipe: Recipe, device: torch.device) -> int:
-    """Memory that a run may use: what is free, and no more than the budget leaves beside context or imports.
-
-    Raises:
-        RecipeError: the budget is more than the device has.
-    """
-    free = free_bytes(device)
-    if recipe.memory.budget == "auto":
-        return free
-    budget, total = parse_bytes(recipe.memory.budget), total_bytes(device)
-    if budget > total:
-        reason = f"{recipe.memory.budget} is more than the {format_bytes(total)} of this {device.type}."
-        raise RecipeError("memory.budget", reason, "Lower it, or write auto.")
-    on_cpu = memory.IMPORTS_BYTES + memory.HEAP_BYTES
-    beside = memory.CONTEXT_BYTES if device.type == "cuda" else on_cpu
-    return min(free, budget - beside)
-
-
-def total_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or of the computer."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    import psutil
-
-    return int(psutil.virtual_memory().total)
-
-
-def _hold_to_budget(recipe: Recipe, plan: memory.Plan, device: torch.device) -> None:
-    """Refuse a plan above the budget, and let CUDA's allocator refuse what the plan did not foresee.
-
-    Raises:
-        FitError: the plan needs more than the budget.
-    """
-    if recipe.memory.budget == "auto":
-        return
-    budget = parse_bytes(recipe.memory.budget)
-    if plan.needed_bytes > budget:
-        reason = f"the run needs {format_bytes(plan.needed_bytes)}, the budget is {recipe.memory.budget}."
-        raise FitError("memory.budget", reason, "The plan command's --vram says which keys to change.")
-    if device.type == "cuda":
-        share = (budget - memory.CONTEXT_BYTES) / total_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(share, device)
-
-
 def write_inputs(recipe: Recipe, plan: memory.Plan, place: run_folder.RunFolder) -> None:
     """The settled recipe and the prediction, before anything is trained."""
     place.plan = plan.to_json()
@@ -415,28 +370,21 @@ def _one_process() -> None:
         raise InputError("WORLD_SIZE", reason, "Start it with plain python, without torchrun or accelerate.")
 
 
-def _measure(
-    which: str,
-    tuned: Any,
-    base: model.Base,
-    splits: data.Splits,
-    recipe: Recipe,
-    display: Display,
-    evaluation: _Evaluation,
-) -> evaluate.Measured:
+def _measure(which: str, ready: _Ready, display: Display) -> evaluate.Measured:
+    splits, recipe = ready.splits, ready.recipe
     assert splits.eval is not None
     settings = recipe.evaluate
     scored = len(splits.eval.rows) if {"loss", "perplexity"} & set(settings.metrics) else 0
     total = scored + min(settings.num_answered, len(splits.eval.conversations))
     with display.steps(f"evaluate {which}", total) as steps:
         found = evaluate.measure(
-            tuned,
-            base.tokenizer,
+            ready.tuned,
+            ready.base.tokenizer,
             splits.eval,
             settings,
             splits.turns.end,
-            batch_rows=evaluation.rows,
-            batch_tokens=evaluation.tokens,
+            batch_rows=ready.evaluation.rows,
+            batch_tokens=ready.evaluation.tokens,
             seed=recipe.train.seed,
             scored=lambda count: steps.update(count, "rows"),
             done=lambda count: steps.update(scored + count, "rows and answers"),
@@ -445,55 +393,15 @@ def _measure(
     return found
 
 
-def _held_out_loss(tuned: Any, splits: data.Splits, recipe: Recipe, at_once: ladder.Halving) -> Any:
-    if splits.eval is None or recipe.train.eval_every is None:
+def _held_out_loss(ready: _Ready) -> Callable[[], float] | None:
+    if ready.splits.eval is None or ready.recipe.train.eval_every is None:
         return None
-    rows = evaluate.scored_rows(splits.eval, recipe.train.seed)
-    return lambda: evaluate.mean_loss(tuned, rows, at_once)
+    rows = evaluate.scored_rows(ready.splits.eval, ready.recipe.train.seed)
+    return lambda: evaluate.mean_loss(ready.tuned, rows, ready.evaluation.rows)
 
 
-def _notes(recipe: Recipe, splits: data.Splits, device: torch.device) -> list[str]:
-    notes = []
-    optimizer, chosen = recipe.train.optimizer, "optimizer" in recipe.train.model_fields_set
-    if device.type == "cpu" and optimizer.startswith("paged") and chosen:
-        notes.append(f"{optimizer}: on a CPU optimizer states stay where they are; paging needs CUDA")
-    if device.type == "cpu" and recipe.train.activations == "offload":
-        notes.append("layer inputs are copied and gain nothing by it on a CPU; offloading them needs CUDA")
-    if device.type == "cpu" and recipe.memory.host:
-        parts = " and ".join(recipe.memory.host)
-        notes.append(f"{parts} in host memory: a CPU has no other, nothing is gained; it needs CUDA")
-    rows, batch = len(splits.train.rows), recipe.train.effective_batch
-    notes += _overlong_notes(splits.train, "training", recipe)
-    if splits.eval is not None:
-        notes += _overlong_notes(splits.eval, "held-out", recipe)
-    if rows % batch:
-        notes.append(f"the last step of an epoch has {rows % batch} rows instead of {batch}")
-    if splits.eval is None:
-        notes.append("data.eval is null: nothing was evaluated")
-    elif recipe.evaluate.compares_answers and len(splits.eval.rows) < recipe.evaluate.samples:
-        notes.append(
-            f"only {len(splits.eval.rows)} held-out rows for evaluate.samples {recipe.evaluate.samples}"
-        )
-    return notes
-
-
-def _overlong_notes(split: data.Split, which: str, recipe: Recipe) -> list[str]:
-    """A sentence for each thing that happened to rows longer than data.max_length."""
-    dropped, longer = split.num_dropped, "longer than data.max_length"
-    notes = []
-    if dropped and recipe.data.overlong == "drop":
-        notes.append(f"{dropped} {which} rows were {longer} and dropped")
-    elif dropped:
-        what = "rows or exchanges" if recipe.data.overlong == "split" else "rows"
-        notes.append(f"{dropped} {which} {what} were {longer} and dropped: no room for an answer to train on")
-    if split.num_truncated:
-        notes.append(f"{split.num_truncated} {which} rows were {longer} and truncated: their end is missing")
-    if split.num_split:
-        notes.append(f"{split.num_split} {which} rows were {longer} and split between turns")
-    return notes
-
-
-def _data_json(splits: data.Splits, recipe: Recipe, measured: dict[str, evaluate.Measured]) -> dict[str, Any]:
+def _data_json(ready: _Ready) -> dict[str, Any]:
+    splits, recipe, measured = ready.splits, ready.recipe, ready.measured
     found: dict[str, Any] = {"train": splits.train.to_json(), "eval": None, "eval_samples": 0}
     found["system_prompt"] = splits.train.system_prompt
     found["sources"] = splits.sources_json()

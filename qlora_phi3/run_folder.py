@@ -48,6 +48,7 @@ class RunFolder:
         self.plan: dict[str, Any] | None = None
         self._claimed, self._made = path, made
         self._texts: dict[str, str] = {}
+        self._unwritten: set[str] = set()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of this run, whole or not at all.
@@ -60,6 +61,14 @@ class RunFolder:
             files.write_text(self.path / name, text)
         except OSError as error:
             raise self.cannot_write(name, error) from None
+
+    def keep_text(self, name: str, text: str) -> None:
+        """Write a file while training; where that fails it is written by `restore`, at the end."""
+        self._texts[name] = text
+        self._unwritten.add(name)
+        with contextlib.suppress(OSError):
+            files.write_text(self.path / name, text)
+            self._unwritten.discard(name)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON document of this run; errors as `write_text`."""
@@ -109,8 +118,9 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for name, text in self._texts.items():
-            if not (self.path / name).is_file():
+            if name in self._unwritten or not (self.path / name).is_file():
                 files.write_text(self.path / name, text)
+                self._unwritten.discard(name)
 
     def move(self) -> Path:
         """Go on in a folder elsewhere, since this one can no longer be written; returns that.

@@ -62,6 +62,8 @@ COMMANDS = {
         "data.train.path=odd.jsonl",
         "data.eval.path=chats.jsonl",
         "train.effective_batch=4",
+        "evaluate.metrics=[exact_match]",
+        "evaluate.max_new_tokens=1",
     ],
     "auto": ["tiny.yaml", "train.micro_batch=auto", "train.effective_batch=4", "--json"],
     "unreadable": ["tiny.yaml", "data.train.path=broken.jsonl"],
@@ -193,7 +195,7 @@ def test_warnings_do_not_fail(answers: dict[str, Answer]) -> None:
     done = answers["warnings"]
     assert (done.returncode, done.stderr) == (0, "")
     found = [row.split(":")[1].strip() for row in done.stdout.splitlines() if row.startswith("warning: ")]
-    assert found == ["turn-order", "garbled", "large-batch", "overlap"]
+    assert found == ["turn-order", "garbled", "large-batch", "answers-cut", "overlap"]
     assert "chats.jsonl:3 (as " in done.stdout and "'Ã©'" in done.stdout
 
 

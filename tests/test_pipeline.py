@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_phi3 import memory, pipeline
+from qlora_phi3 import memory, settle
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import load_recipe
@@ -253,7 +253,7 @@ def test_notes_are_of_what_was_asked_for(
     recipe = load_recipe(write_recipe(), ["evaluate.samples=9", *overrides])
     checkpoint = weights.locate(recipe.model)
     splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
-    _, _, notes = pipeline.settle(recipe, checkpoint, splits, torch.device("cpu"))
+    _, _, notes = settle.settle(recipe, checkpoint, splits, torch.device("cpu"))
     notes = notes[1:]  # the first is how it trains
     assert len(notes) == len(told), notes
     assert [word for word in told if not any(word in note for note in notes)] == []
@@ -287,7 +287,7 @@ def test_notes_say_what_became_of_overlong_rows(
     write_recipe: Callable[..., Path], tmp_path: Path, overlong: str, expected: list[str]
 ) -> None:
     """One row each that fits, is cut, has no room for an answer, and holds two exchanges."""
-    from qlora_phi3 import data, model, pipeline, weights
+    from qlora_phi3 import data, model, weights
 
     rows = [["hi", "yo"], ["abcd", "e" * 20], ["a" * 20, "b"], ["abcd", "efgh", "ijkl", "mnop"]]
     chats, roles = tmp_path / "long.jsonl", ("user", "assistant") * 2
@@ -297,7 +297,7 @@ def test_notes_say_what_became_of_overlong_rows(
     recipe = load_recipe(write_recipe(), [*overrides, "data.max_length=16", f"data.overlong={overlong}"])
     checkpoint = weights.locate(recipe.model)
     splits = data.load(recipe.data, model.load_tokenizer(checkpoint.folder))
-    _, _, notes = pipeline.settle(recipe, checkpoint, splits, torch.device("cpu"))
+    _, _, notes = settle.settle(recipe, checkpoint, splits, torch.device("cpu"))
     told = [note for note in notes if "data.max_length" in note]
     assert told == [note.format(which) for which in ("training", "held-out") for note in expected]
 
@@ -348,20 +348,18 @@ def test_several_processes_are_refused(write_recipe: Callable[..., Path], tmp_pa
 
 def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(pipeline, "total_bytes", lambda device: 16 * 1024**3)
-    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 12 * 1024**3)
+    monkeypatch.setattr(settle, "total_bytes", lambda device: 16 * 1024**3)
+    monkeypatch.setattr(settle, "free_bytes", lambda device: 12 * 1024**3)
 
     def budget(text: str) -> Recipe:
         data = {"train": {"path": "rows.jsonl"}}
         return Recipe.model_validate({"version": 1, "name": "b", "data": data, "memory": {"budget": text}})
 
-    assert pipeline.allowed_bytes(budget("auto"), cpu) == 12 * 1024**3
-    assert (
-        pipeline.allowed_bytes(budget("8GiB"), cpu) == 8 * 1024**3 - memory.IMPORTS_BYTES - memory.HEAP_BYTES
-    )
-    assert pipeline.allowed_bytes(budget("14GiB"), cpu) == 12 * 1024**3
+    assert settle.allowed_bytes(budget("auto"), cpu) == 12 * 1024**3
+    assert settle.allowed_bytes(budget("8GiB"), cpu) == 8 * 1024**3 - memory.IMPORTS_BYTES - memory.HEAP_BYTES
+    assert settle.allowed_bytes(budget("14GiB"), cpu) == 12 * 1024**3
     with pytest.raises(RecipeError, match=r"memory\.budget: 32GiB is more than the 16\.00 GiB of this cpu"):
-        pipeline.allowed_bytes(budget("32GiB"), cpu)
+        settle.allowed_bytes(budget("32GiB"), cpu)
 
 
 def test_a_run_above_its_budget_is_refused_before_it_begins(

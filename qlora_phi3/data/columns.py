@@ -49,7 +49,7 @@ class Meaning:
     judges: bool = False
     answers: bool = False
 
-    def fits(self, words: list[str], format_: str) -> bool:
+    def fits(self, words: tuple[str, ...], format_: str) -> bool:
         if format_ not in self.formats:
             return False
         return "_".join(words) in self.phrases or any(one in self.last for one in singulars(words[-1]))
@@ -101,7 +101,7 @@ MEANINGS: Final = (
     ),
     Meaning(
         "that is no text",
-        "Leave out the rows that mean nothing without it.",
+        "Leave out the rows that mean nothing without it, and the key of the others.",
         CHATS,
         last=_set("image img audio video picture pixel_values"),
         phrases=_set("pixel_values"),
@@ -110,7 +110,7 @@ MEANINGS: Final = (
     ),
     Meaning(
         "that is no text",
-        "Leave out the rows that mean nothing without it.",
+        "Leave out the rows that mean nothing without it, and the key of the others.",
         TEXT,
         last=_set("image img audio video picture"),
         phrases=_set("pixel_values"),
@@ -236,11 +236,12 @@ _TRAINING: Final = re.compile(r"train", re.IGNORECASE)
 _SPLIT: Final = _set("split subset partition fold set")
 
 
-def words_of(key: str) -> list[str]:
+@lru_cache(maxsize=4096)
+def words_of(key: str) -> tuple[str, ...]:
     """`goldAnswer_text` -> gold, answer, text; `CoT` is one word."""
     if len(key) <= 4 and key.isalpha():
-        return [key.casefold()]
-    return [word.casefold() for word in _WORD.findall(key)]
+        return (key.casefold(),)
+    return tuple(word.casefold() for word in _WORD.findall(key))
 
 
 @lru_cache(maxsize=4096)
@@ -256,7 +257,7 @@ def meaning(key: str, format_: str) -> Meaning | None:
     return next(whole, None) or next(numbered, None)
 
 
-def _without(words: list[str], endings: frozenset[str]) -> list[str]:
+def _without(words: tuple[str, ...], endings: frozenset[str]) -> tuple[str, ...]:
     """Without words at the end that add nothing; numbers, letters and language codes are such words too."""
     stop = len(words)
     while stop > 1 and (
@@ -303,7 +304,7 @@ def carries(value: Any) -> bool:
 def is_neutral(key: str, value: Any) -> bool:
     """Whether a weight or switch is what every row has without it, such as OpenAI's `weight: 1`."""
     words = words_of(key)
-    if words == ["train"]:
+    if words == ("train",):
         return value in (True, "true", "True")
     values = value if isinstance(value, list) else [value]
     weight = bool(words) and words[-1] in ("weight", "weights", "mask")
@@ -367,21 +368,23 @@ def _short(key: str) -> str:
     return key if len(key) <= 60 else f"{key[:57]}..."
 
 
-@lru_cache(maxsize=4096)
-def _names_a_split(key: str) -> bool:
-    return not _SPLIT.isdisjoint(words_of(key)[-1:])
-
-
 def split_problem(unused: Unused, place: str, use: str) -> Problem | None:
     """Why a row that names its own split is no row to train on, or none to hold out."""
+    wrong, done = (_HELD_OUT, "trained on") if use == "train" else (_TRAINING, "held out")
     for key, value in unused:
-        if not (isinstance(value, str) and _names_a_split(key)):
-            continue
-        wrong, done = (_HELD_OUT, "trained on") if use == "train" else (_TRAINING, "held out")
-        if wrong.match(value.strip()):
+        if wrong.match(_named_split(key, value)):
             reason = f"`{_short(key)}` says {shown(value)}, and the row would be {done}."
             remedy = (
                 "Give each split a file of its own: data.train.path=train.jsonl data.eval.path=test.jsonl."
             )
             return Problem(place, reason, remedy)
     return None
+
+
+def _named_split(key: str, value: Any) -> str:
+    """What `split: test` and `is_test: true` say; nothing for other keys."""
+    words = words_of(key)
+    if words and words[-1] in _SPLIT and isinstance(value, str):
+        return value.strip()
+    yes = words[:1] == ("is",) and len(words) == 2 and value in (True, "true", "True", "1")
+    return words[1] if yes else ""

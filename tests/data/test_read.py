@@ -395,6 +395,8 @@ def test_a_bad_row_counts_towards_the_limit(tmp_path: Path) -> None:
         ("train", "Split", "validation", True),
         ("train", "data_split", "dev", True),
         ("train", "subset", "TEST", True),
+        ("train", "is_test", True, True),
+        ("train", "is_test", False, False),
         ("train", "split", "train", False),
         ("train", "split", "train_sft", False),
         ("train", "subset", "physics", False),
