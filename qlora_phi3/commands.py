@@ -6,6 +6,7 @@ all else is the command line's library's.
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any, Final
 
@@ -69,7 +70,8 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         typed = args[0]
         if typed not in self.commands:
-            told = INSTEAD.get(typed.lower())
+            close = difflib.get_close_matches(typed.lower(), (*INSTEAD, *self.commands), n=1, cutoff=0.8)
+            told = INSTEAD.get(close[0]) if close else None
             if typed.endswith((".yaml", ".yml")) or typed in {path.stem for path in list_recipes()}:
                 told = "is a recipe.", f"Write `recipe {typed}`, or plan or doctor before it."
             if told is not None:

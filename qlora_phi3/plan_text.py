@@ -15,7 +15,7 @@ from rich.table import Table
 from . import fit, memory, speeds
 from .phi3 import Geometry
 from .recipe import Recipe
-from .units import format_bytes
+from .units import format_bytes, parse_bytes
 
 NO_BFLOAT16: Final = (
     "T4, V100, RTX 20 and GTX cards have no bfloat16: there set model.compute_dtype=float16, as large as that"
@@ -55,6 +55,9 @@ def show_least(recipe: Recipe, geometry: Geometry, plan: memory.Plan) -> None:
     host = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in plan.host)
     if host:
         say(f"on the host, the computer's own memory, then: {host}, and the data")
+    budget = recipe.memory.budget
+    if budget != "auto" and parse_bytes(budget) < plan.needed_bytes:
+        say(f"memory.budget {budget} is less: on a card the run would stop with exit code 4")
     if recipe.model.compute_dtype == "bfloat16":
         say(NO_BFLOAT16)
 

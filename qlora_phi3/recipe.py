@@ -351,6 +351,7 @@ class Train(_Part):
     effective_batch: int = Field(
         default=16,
         ge=1,
+        le=100_000,
         description="rows per optimizer step over all processes; never changed behind your back",
     )
     micro_batch: Annotated[

@@ -19,8 +19,6 @@ from .units import HOW_TO_WRITE, parse_bytes
 Method = Literal["lora", "rslora", "dora", "loftq"]
 
 GGUF_KINDS: Final = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-K_QUANTS: Final = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
-"""Kinds of GGUF that need llama.cpp's own quantizer."""
 
 EXPORTS: Final = (
     *("adapter", "loralib", "mlx", "vllm", "merged", "gguf-lora", "ollama"),
@@ -156,7 +154,7 @@ def check_targets(value: Any) -> Any:
     return value
 
 
-_LLAMA_CPP_S: Final = re.compile(r"(?:gguf:)?(q\d_k\w*|[it]q\d\w*)", re.IGNORECASE)
+QUANTIZER_KIND: Final = re.compile(r"(?:gguf:)?(q\d_k\w*|[it]q\d\w*)", re.IGNORECASE)
 """Kinds of GGUF that only llama.cpp's own quantizer makes."""
 
 
@@ -167,7 +165,7 @@ def check_export(name: Any) -> Any:
     if name in EXPORTS:
         return name
     known = {"allowed": list(EXPORTS)}
-    kind = _LLAMA_CPP_S.fullmatch(name)
+    kind = QUANTIZER_KIND.fullmatch(name)
     if kind is None:
         raise PydanticCustomError("target", "is no export", known)
     instead = f"Write gguf:f16, then run `llama-quantize NAME-f16.gguf NAME.gguf {kind[1].upper()}`."

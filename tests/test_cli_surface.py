@@ -474,6 +474,7 @@ def test_unusual_names_are_told_in_one_plain_line(place: Path) -> None:
 ELSEWHERE = {
     # what is typed: the whole of one message's beginning, and words of its remedy
     ("train", "x.yaml"): ("train: the command is `recipe`.", "Write `recipe NAME` to train"),
+    ("trian", "x.yaml"): ("trian: the command is `recipe`.", "Write `recipe NAME` to train"),
     ("Chat", "runs/x"): ("Chat: is not available yet.", "`export RUN --to ollama`"),
     ("evaluate", "runs/x", "--data", "y"): ("evaluate: is not available yet.", "evaluate.metrics"),
     ("serve",): ("serve: is not available yet.", "docs/export.md"),

@@ -17,7 +17,8 @@ def test_every_card_has_a_row() -> None:
     assert list(rows) == ["4", "6", "8", "10", "12", "16", "24"]
     assert "recompute, last 15 of 32" in rows["8"] and "1 row    7.83 GiB" in rows["8"]
     assert "all activations kept" in rows["24"] and "2 rows" in rows["24"]
-    assert "does not fit" in output("plan", RECIPE, "model.base=microsoft/phi-4")
+    other = output("plan", RECIPE, "model.base=microsoft/phi-4", "memory.budget=8GiB")
+    assert "does not fit" in other and "memory.budget 8GiB is less: " in other
     assert "the least it can do with: 3.33 GiB: offload, embedding on the host, 1 row a pass" in text
     assert "time on a card: not measured" in text and "model.compute_dtype=float16" in text
     assert "allocator slack" not in text  # what it is made of is for who asks

@@ -296,7 +296,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "train.slice_columns": {name: "a multiple of 64" for name in ("0", "100", "-64", "most", "true")},
     "train.epochs": COUNT,
     "train.max_steps": COUNT_OR_NULL,
-    "train.effective_batch": COUNT,
+    "train.effective_batch": {**COUNT, "9" * 29: "must be 100000 or less"},
     "train.micro_batch": {
         "0": AUTO,
         "-1": AUTO,

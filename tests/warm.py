@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def _child(
     given: tuple[Any, ...],
 ) -> None:
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for descriptor, path in zip((1, 2), told, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), descriptor)
     from qlora_phi3 import cli

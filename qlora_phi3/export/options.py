@@ -7,13 +7,12 @@ silence. Knows nothing of torch.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from ..errors import InputError, Problem, shown
-from ..recipe_values import EXPORTS
+from ..recipe_values import EXPORTS, QUANTIZER_KIND
 
 Say = Callable[[str], None]
 
@@ -21,17 +20,13 @@ MergeBase = Literal["dequant", "original"]
 PeftLayout = Literal["fused", "split", "unfused"]
 Dtype = Literal["bf16", "fp16"]
 
-_QUANTIZER_S: Final = re.compile(r"(?:gguf:)?(?:q\d_k(?:_\w+)?|iq\d\w*|tq\d\w*)", re.IGNORECASE)
-"""Kinds of GGUF that only llama.cpp's own quantizer makes."""
-
-_MADE: Final = tuple(name for name in EXPORTS if not _QUANTIZER_S.fullmatch(name))
-TARGETS: Final = (*_MADE, "hub")
+TARGETS: Final = (*EXPORTS, "hub")
 MERGED: Final = ("merged", "gguf", "ollama")
 """Targets with the adapter in the weights, gguf of any kind."""
 
 LAYOUTS: Final[tuple[PeftLayout, ...]] = get_args(PeftLayout)
 MERGE_BASES: Final = ("auto", *get_args(MergeBase))
-OLLAMA_KINDS: Final = tuple(name.removeprefix("gguf:") for name in _MADE if name.startswith("gguf:"))
+OLLAMA_KINDS: Final = tuple(name.removeprefix("gguf:") for name in EXPORTS if name.startswith("gguf:"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ BELONGS: Final = {
     "repo": ("hub",),
     "what": ("hub",),
     "dry_run": ("hub",),
-    "gate": tuple(dict.fromkeys(name.partition(":")[0] for name in _MADE)),
+    "gate": tuple(dict.fromkeys(name.partition(":")[0] for name in EXPORTS)),
 }
 """Option -> the targets that heed it."""
 
@@ -106,7 +101,7 @@ def flag(name: str) -> str:
 
 
 def _unknown(place: str, value: str, allowed: Sequence[str]) -> Problem:
-    if _QUANTIZER_S.fullmatch(value):
+    if QUANTIZER_KIND.fullmatch(value):
         kind = value.rpartition(":")[2].upper()
         reason = f"{shown(value)} is a kind that llama.cpp's own quantizer makes, and no Python package."
         remedy = f"Export gguf:f16, then run `llama-quantize NAME-f16.gguf NAME.gguf {kind}`."

@@ -379,7 +379,7 @@ def test_a_recipe_exports_at_its_end(write_recipe: Callable[..., Path], tmp_path
 
 
 def test_a_failing_export_never_takes_the_run_with_it(
-    write_recipe: Callable[..., Path], tmp_path: Path
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(extra="export: [gguf:q8_0]\n")  # whose base has no rows to spare for llama.cpp
     done = command("recipe", str(path), "--out", str(tmp_path / "out"))
