@@ -25,6 +25,8 @@ from . import results
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 RAW_BATCH = 1000
 SEED = 20
+DEFAULT_LENGTH = 2048
+"""data.max_length's default; a base with fewer positions has those."""
 _CHECKOUT = Path(__file__).parent.parent
 
 
@@ -110,9 +112,12 @@ def _empty(cache: Path, base: str) -> str:
 
 
 def _recipe(chosen: argparse.Namespace, file: str) -> Any:
-    from qlora_phi3.recipe import Recipe
+    from qlora_phi3 import weights
+    from qlora_phi3.recipe import Model, Recipe
 
-    data = {"train": {"path": str(chosen.folder / file)}}
+    known = weights.known_geometry(Model(base=chosen.base))
+    longest = known.max_positions if known is not None else DEFAULT_LENGTH
+    data = {"train": {"path": str(chosen.folder / file)}, "max_length": min(DEFAULT_LENGTH, longest)}
     return Recipe.model_validate(
         {"version": 1, "name": "bench", "model": {"base": chosen.base}, "data": data}
     )

@@ -28,10 +28,13 @@ SMALL_LOGIT_TOKENS: Final = 256
 _SAID: Final = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",  # on Windows
+    "could not create a primitive",  # oneDNN, of a product whose scratch finds no room
     "CUDA error: out of memory",  # beside the caching allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What a RuntimeError that is no torch.OutOfMemoryError says when memory ran out."""
+_UNSUPPORTED: Final = "could not create a primitive descriptor"
+"""oneDNN of a product that it does not have."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,7 +66,10 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error means that the device's memory did not suffice."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    text = str(error)
+    if not isinstance(error, RuntimeError) or _UNSUPPORTED in text:
+        return False
+    return any(said in text for said in _SAID)
 
 
 def tried(work: Callable[[], Result]) -> Result | RanOut:
