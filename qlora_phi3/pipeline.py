@@ -41,6 +41,7 @@ from .progress import Display
 from .recipe import Recipe
 from .recipe_file import dump_recipe
 from .settle import settle
+from .watch import Trained
 
 SPARE_BYTES: Final = 16 * 2**20
 """Disk space beside the adapter's weights: tokenizer, answers, report; Phi-3's tokenizer has 3.5 MB."""
@@ -218,7 +219,7 @@ def _prepare(recipe: Recipe, place: run_folder.RunFolder, display: Display) -> _
 
 def _train(
     ready: _Ready, place: run_folder.RunFolder, display: Display, log: MetricsLog, interrupts: Interrupts
-) -> tuple[trainer.Trained, Calibration]:
+) -> tuple[Trained, Calibration]:
     with ready.meter.phase("train"):
         return trainer.train(
             ready.tuned,
@@ -248,7 +249,7 @@ def _evaluate_tuned(ready: _Ready, display: Display, interrupts: Interrupts) -> 
     return None
 
 
-def _report(ready: _Ready, trained: trainer.Trained, calibration: Calibration) -> report.RunReport:
+def _report(ready: _Ready, trained: Trained, calibration: Calibration) -> report.RunReport:
     now = datetime.datetime.now(datetime.timezone.utc)
     rows = adapters.trained_table(ready.tuned)
     return report.RunReport(

@@ -21,6 +21,7 @@ from qlora_phi3.meter import Meter
 from qlora_phi3.progress import Display
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import load_recipe
+from qlora_phi3.watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -176,7 +177,7 @@ def built(settings: Recipe, out: Path) -> tuple[trainer.PhiTrainer, Any, data.Sp
             torch.nn.init.normal_(parameter, std=0.05)
     meter = Meter("cpu")
     with meter.phase("x"), quiet().steps("t", 1) as steps:
-        watch = trainer._Watch(settings, meter, steps, io.StringIO(), None)
+        watch = Watch(settings, meter, steps, io.StringIO(), None)
         return trainer.build(tuned, base, splits.train, settings, out, watch), tuned, splits
 
 
@@ -378,7 +379,7 @@ def test_8_bit_states_of_embedding_and_head_and_the_way_to_disk_and_back(
     (tmp_path / "checkpoints").mkdir()
     before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
     with meter.phase("x"), quiet().steps("t", 3) as steps:
-        watch = trainer._Watch(settings, meter, steps, io.StringIO(), None)
+        watch = Watch(settings, meter, steps, io.StringIO(), None)
         ours = trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
         ours.train()
     optimizer = ours.optimizer.optimizer
@@ -419,7 +420,7 @@ def test_dtypes_hold_after_the_trainer_is_built(recipe: Callable[..., Recipe], t
     tuned, base, splits = ready(settings)
     before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
     with Meter("cpu").phase("x"), quiet().steps("t", 1) as steps:
-        watch = trainer._Watch(settings, Meter("cpu"), steps, io.StringIO(), None)
+        watch = Watch(settings, Meter("cpu"), steps, io.StringIO(), None)
         trainer.build(tuned, base, splits.train, settings, tmp_path, watch)
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
