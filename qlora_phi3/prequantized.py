@@ -20,7 +20,7 @@ import xxhash
 from . import builtin, entries
 from .recipe import Model
 from .units import format_bytes
-from .weights import Checkpoint, Say, first_line
+from .weights import Checkpoint, Say, first_line, weight_files
 
 MIN_BYTES: Final = 10**9
 """Smaller checkpoints are not kept: seconds, beside a training of minutes. The built-in one, 0.27 GB, took
@@ -60,7 +60,7 @@ def entry_of(checkpoint: Checkpoint, settings: Model, device_type: str) -> Entry
     Unquantized bases are not: a copy of the checkpoint loads no faster. Kernels of devices and versions of
     libraries may round differently, so they count.
     """
-    files = sorted(checkpoint.folder.glob("*.safetensors"))
+    files = weight_files(checkpoint.folder)
     large = sum(path.stat().st_size for path in files) >= MIN_BYTES
     if not (settings.cache and settings.quantization == "nf4" and large):
         return None

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import base_names, builtin, phi3
-from .errors import ModelError, is_folder
+from .errors import ModelError, is_folder, shown
 from .recipe import Model
 
 Say = Callable[[str], None]
+
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 
 TOKENIZER_PATTERNS: Final = ["*.json", "*.jinja", "tokenizer.model"]
 """What a tokenizer needs, and the small files beside it."""
@@ -158,16 +161,50 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor of a checkpoint -> the file that transformers loads it from.
 
     Raises:
-        ModelError: the index of a sharded checkpoint cannot be read.
+        ModelError: the index of a sharded checkpoint cannot be used.
     """
     from safetensors import safe_open
 
-    whole = folder / "model.safetensors"
+    whole = folder / WEIGHTS
     if not whole.is_file():
-        index = _read_json(folder / "model.safetensors.index.json")
-        return {name: folder / file for name, file in index["weight_map"].items()}
+        return {name: folder / file for name, file in _weight_map(folder).items()}
     with safe_open(whole, framework="numpy") as tensors:
         return dict.fromkeys(tensors.keys(), whole)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads a checkpoint's weights from, and no others that lie beside them.
+
+    Raises:
+        ModelError: as `tensor_files`.
+    """
+    whole = folder / WEIGHTS
+    there = whole.is_file() or whole.is_symlink()  # a link to nowhere is told as what it is
+    return [whole] if there else [folder / name for name in sorted({*_weight_map(folder).values()})]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file of a sharded checkpoint: each a safetensors file in the folder itself.
+
+    Raises:
+        ModelError: the index is missing, is none, or names anything else.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        reason = f"holds neither {WEIGHTS} nor {INDEX}, from which the weights would be loaded."
+        raise ModelError(str(folder), reason, "Give a folder that holds a whole checkpoint.")
+    found = _read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ModelError(str(path), "has no weight_map.", "Download it again.")
+    for name in found.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            reason = f"names {shown(name)}, which is no safetensors file of this folder."
+            raise ModelError(str(path), reason, "Choose a checkpoint whose weights are all in its folder.")
+        if not (folder / name).is_file():
+            raise ModelError(
+                str(path), f"names {name}, which is not there.", "Download the checkpoint again."
+            )
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -279,7 +316,7 @@ def _provenance(base: str, source: str, revision: str | None, folder: Path) -> P
     tokenizer = folder / "tokenizer.json"
     weights = [
         {"file": path.name, "header_sha256": _header_sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in weight_files(folder)
     ]
     return Provenance(
         base=base,

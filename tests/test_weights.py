@@ -183,6 +183,50 @@ def test_damaged_safetensors(folder: Path, spoil: Callable[[Path], object]) -> N
     assert problem.reason.startswith("is truncated or no safetensors file")
 
 
+def test_provenance_names_what_is_loaded(folder: Path) -> None:
+    before = provenance(folder)
+    add_tensor(folder)  # into a file of its own, which nobody loads
+    assert provenance(folder) == before
+    shard = folder / "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(saved_names(shard), shard.name)}))
+    assert [one["file"] for one in provenance(folder)["weights"]] == [shard.name]
+    assert set(weights.tensor_files(folder).values()) == {shard}
+
+
+@pytest.mark.parametrize(
+    "named", ["evil.bin", "../secret.safetensors", "/secret.safetensors", "gone.safetensors", 5, None, []]
+)
+def test_an_index_names_safetensors_of_its_folder(folder: Path, named: object) -> None:
+    """What is checked, loaded and recorded is one list."""
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    for name in ("evil.bin", "../secret.safetensors"):
+        (folder / name).write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": named}})
+    )
+    problem = refusal(folder)
+    assert problem.place.endswith("model.safetensors.index.json")
+    assert "which is" in problem.reason
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', None])
+def test_weights_that_nothing_names(folder: Path, index: str | None) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(index)
+    reason = refusal(folder).reason
+    assert ("has no weight_map" if index else "holds neither model.safetensors nor") in reason
+
+
+def saved_names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        return list(tensors.keys())
+
+
 @pytest.mark.parametrize(
     ("quantization", "method"),
     [
@@ -536,7 +580,6 @@ def provenance(folder: Path) -> dict[str, Any]:
         pytest.param(append("tokenizer.json"), "tokenizer_sha256", id="tokenizer"),
         pytest.param(append("chat_template.jinja"), "chat_template_sha256", id="template"),
         pytest.param(rename_tensor, "weights", id="name of a weight"),
-        pytest.param(add_tensor, "weights", id="another file of weights"),
     ],
 )
 def test_provenance_tells_checkpoints_apart(folder: Path, change: Callable[[Path], None], field: str) -> None:
