@@ -19,7 +19,7 @@ import pytest
 from qlora_phi3 import builtin, phi3
 from qlora_phi3.errors import ModelError, Problem
 from qlora_phi3.recipe import Model
-from qlora_phi3.weights import first_line, known_geometry, locate, read_config
+from qlora_phi3.weights import first_line, known_geometry, locate, read_config, tensor_files
 
 REPOSITORY = Path(builtin.__file__).parents[1]
 HUB_ID = "org/tiny-phi3"
@@ -192,7 +192,7 @@ def test_provenance_names_what_is_loaded(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(saved_names(shard), shard.name)}))
     assert [one["file"] for one in provenance(folder)["weights"]] == [shard.name]
-    assert set(weights.tensor_files(folder).values()) == {shard}
+    assert set(tensor_files(folder).values()) == {shard}
 
 
 @pytest.mark.parametrize(
