@@ -8,7 +8,6 @@ and trains; here a folder is made once and afterwards only named.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from qlora_phi3.errors import ModelError, OutputError
+from qlora_phi3.files import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -145,11 +146,15 @@ def ensure(name: str = "smollm2-135m", *, say: Callable[[str], None] = lambda me
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why the folder cannot be used, or None; reads the provenance and file sizes, not the weights."""
+    """Why the folder cannot be used, or None; every file is hashed, once a process: a third of a second.
+
+    With one bit turned the model was used all the same, at a loss of 10.8 in place of 0.8.
+    """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         found = provenance["format_version"]
         sizes = {name: int(entry["bytes"]) for name, entry in provenance["files"].items()}
+        hashes = {name: str(entry["sha256"]) for name, entry in provenance["files"].items()}
     except OSError as error:
         return f"{PROVENANCE}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -162,7 +167,16 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
+        status = file.stat()
+        if _hash_of(file, status.st_ino, status.st_mtime_ns) != hashes[name]:
+            return f"{name} is not what was written"
     return None if sizes else f"{PROVENANCE} lists no files"
+
+
+@lru_cache
+def _hash_of(file: Path, inode: int, modified_ns: int) -> str:
+    """Of a file as it is now; asked again of the same one, it is not read again."""
+    return sha256(file)
 
 
 @contextmanager
@@ -257,17 +271,9 @@ def _open_wheel(model: Builtin, wheel: Path, work: Path, *, place: str) -> Sourc
 
 def _check_sha256(file: Path, place: str, expected: str, model: Builtin) -> None:
     """Raise ModelError, with both digests, unless the file is the one we know."""
-    found = _sha256(file)
+    found = sha256(file)
     if found != expected:
         raise ModelError(place, f"sha256 is {found}, expected {expected}.", model.recovery)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _from_hub(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
@@ -286,7 +292,7 @@ def _from_hub(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
             allow_patterns=list(HUB_FILES),
             etag_timeout=HUB_TIMEOUT_SECONDS,
         )
-        hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        hashes = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
     except Exception as error:  # its own, httpx's and the OS's errors share no narrower base
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise Unavailable(f"{model.hub_repository} on the hub failed ({line.strip()})") from error
@@ -422,7 +428,7 @@ def _write_provenance(name: str, source: Source, built: Path) -> None:
             f"tokenizer: padding token {PAD} instead of {END}",
         ],
         "libraries": {library: version(library) for library in libraries},
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(built.iterdir())},
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(built.iterdir())},
     }
     (built / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 

@@ -328,8 +328,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not text": (lambda f: (f / "provenance.json").write_bytes(b"\xff\xfe"), "not what we wrote"),
     "no file sizes": (lambda f: rewrite_provenance(f, files={"config.json": {}}), "not what we wrote"),
     "no files": (lambda f: rewrite_provenance(f, files={}), "lists no files"),
+    "one bit of the weights": (lambda f: turn_a_bit(f / "model.safetensors"), "is not what was written"),
     "old format": (lambda f: rewrite_provenance(f, format_version=0), "format version 0, expected"),
 }
+
+
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
