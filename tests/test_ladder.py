@@ -625,12 +625,12 @@ def test_a_computer_out_of_memory(write_recipe: Callable[..., Path], tmp_path: P
     """Really: rows whose pass takes hundreds of megabytes, in a process that may not have them."""
     long = tmp_path / "long.jsonl"
     talk = [{"role": "user", "content": "x" * 240}, {"role": "assistant", "content": "y" * 240}]
-    long.write_text((json.dumps({"messages": talk}) + "\n") * 64)
+    long.write_text((json.dumps({"messages": talk}) + "\n") * 192)
     keys = [f"data.train.path={long}", "data.eval=", "evaluate.metrics=[loss]", "data.max_length=512"]
-    keys += ["train.effective_batch=64", "train.micro_batch=64", "train.max_steps=1", "data.packing=false"]
+    keys += ["train.effective_batch=192", "train.micro_batch=192", "train.max_steps=1", "data.packing=false"]
     arguments = ["recipe", str(write_recipe()), *keys, "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(200 * 2**20), *arguments],
+        [sys.executable, "-c", LIMITED, str(300 * 2**20), *arguments],
         capture_output=True,
         text=True,
         timeout=600,
@@ -638,8 +638,8 @@ def test_a_computer_out_of_memory(write_recipe: Callable[..., Path], tmp_path: P
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "before step 1: out of memory; taken again with train.micro_batch=32 instead of 64" in done.stderr
-    assert int(load_recipe(tmp_path / "out" / "recipe.yaml").train.micro_batch) <= 32
+    assert "before step 1: out of memory; taken again with train.micro_batch=96 instead of 192" in done.stderr
+    assert int(load_recipe(tmp_path / "out" / "recipe.yaml").train.micro_batch) <= 96
     first = json.loads(done.stdout)["memory"]["adapted"][0]
     said = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
     assert any(words in first["error"] for words in said)  # torch's allocator's, or oneDNN's

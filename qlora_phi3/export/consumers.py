@@ -5,7 +5,11 @@ Owns how each is asked. Refuses nothing: an export that a program cannot load ra
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -247,6 +251,28 @@ def gguf_reader_limit(config: Mapping[str, Any]) -> str | None:
     return f"transformers' GGUF reader loses {' and '.join(names)} of a Phi-3." if names else None
 
 
+def own_mlx_folder() -> None:
+    """Have mlx compile, and load what it compiled, in a folder that is the user's own.
+
+    mlx 0.32 takes `mlx/VERSION/cpu` in TMPDIR, the first user's who came: closed to others, it fails,
+    and open it holds their code. TMPDIR stays so for the process.
+    """
+    shared = Path(tempfile.gettempdir()) / "mlx"
+    try:
+        found = [shared, *shared.glob("*"), *shared.glob("*/*")] if shared.exists() else []
+        usable = all(path.is_dir() and _is_own(path) for path in found)
+    except OSError:
+        usable = False
+    if not usable:
+        own = tempfile.mkdtemp(prefix="mlx-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        os.environ["TMPDIR"] = own
+
+
+def _is_own(path: Path) -> bool:
+    return os.access(path, os.W_OK | os.X_OK) and path.stat().st_uid == os.getuid()
+
+
 class MlxLm:
     """mlx-lm on a folder of safetensors and, where given, an adapter in the mlx layout.
 
@@ -256,6 +282,7 @@ class MlxLm:
     name = "mlx-lm"
 
     def __init__(self, base: Path, adapter: Path | None = None, stops: list[int] | None = None) -> None:
+        own_mlx_folder()
         from mlx.core import float32
         from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import load_model

@@ -7,8 +7,8 @@ the parity module's matter.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,21 +61,15 @@ class Gates:
         from . import consumers, parity
 
         with ExitStack() as stack:
-            try:
+            with _told(target, "the program that it is for cannot load it"):
                 opened = _open(consumers, target, self._source, partial, details, stack)
-            except (QloraError, MemoryError):
-                raise
-            except Exception as error:  # whatever a program raises where it cannot read a folder
-                why = f"{type(error).__name__}: {first_line(error)}"
-                reason = f"the program that it is for cannot load it: {why}."
-                remedy = "The export was removed; --no-gate leaves it there, unproven."
-                raise RunError(target, reason, remedy) from error
             if isinstance(opened, str):
                 return _skipped(target, opened), ""
             live, reference = self._reference(partial, details)
             self._say(f"comparing it in {opened.name} with the model as trained")
             name = f"ollama:{details['kind']}" if target == "ollama" else target
-            found = parity.gate(name, reference, opened, stops=live.stops)
+            with _told(target, f"{opened.name} cannot run it"):
+                found = parity.gate(name, reference, opened, stops=live.stops)
         return found.to_json(), str(found.first_difference or "")
 
     def _reference(self, partial: Path, details: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -104,6 +98,23 @@ class Gates:
             reference = parity.Reference.of(live, live.control(), asked, max_new_tokens=new)
             self._asked[key] = live, reference
         return self._asked[key]
+
+
+@contextmanager
+def _told(target: str, what: str) -> Iterator[None]:
+    """Have whatever another program raises told as an export that is not proven.
+
+    Raises:
+        RunError: in its place.
+    """
+    try:
+        yield
+    except (QloraError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        remedy = "The export was removed; --no-gate leaves it there, unproven."
+        raise RunError(target, f"{what}: {why}.", remedy) from error
 
 
 def _as_peft(source: Source) -> tuple[layouts.Tensors, layouts.AdapterConfig]:

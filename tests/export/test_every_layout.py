@@ -15,6 +15,7 @@ from export_lab import make_base, make_run
 from safetensors.torch import load_file
 
 from qlora_phi3 import export
+from qlora_phi3.export import consumers
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("mlx_lm")
@@ -81,6 +82,7 @@ def by_peft(base: Path, folder: Path, targets: list[str], **settings: Any) -> to
 
 def by_mlx_lm(base: Path, folder: Path) -> torch.Tensor:
     """As `mlx_lm.lora` trains the last layer and saves it."""
+    consumers.own_mlx_folder()
     import mlx.core
     from mlx.utils import tree_flatten
     from mlx_lm.lora import CONFIG_DEFAULTS

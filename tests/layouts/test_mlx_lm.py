@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import pytest
 import torch
 from layout_models import FAMILY, IDS, adapter, geometry_of, logits, phi3_model
 
+from qlora_phi3.export.consumers import own_mlx_folder
 from qlora_phi3.layouts import Layout, convert, write_adapter
 
 mlx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
+own_mlx_folder()
 
 
 def mlx_logits(model: Any) -> torch.Tensor:
@@ -67,3 +72,25 @@ def test_it_computes_what_transformers_and_peft_do(
     tuned = logits(PeftModel.from_pretrained(model, tmp_path / "peft"))
     torch.testing.assert_close(mlx_logits(theirs), tuned, rtol=1e-4, atol=1e-5)
     assert (tuned - untrained).abs().max() > 0.1
+
+
+COMPILED = """
+from qlora_phi3.export.consumers import own_mlx_folder
+own_mlx_folder()
+import mlx.core as mx
+print(float(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.array([0.0]))[0]))
+"""
+
+
+def test_a_temporary_folder_that_others_have_used(tmp_path: Path) -> None:
+    """Where mlx would compile there is something that is not ours; for root a file stands for that."""
+    (tmp_path / "mlx").write_text("another user's")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert done.stdout == "3.0\n", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mlx"]
