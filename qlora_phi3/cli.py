@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -84,8 +85,10 @@ def main() -> None:
         app(prog_name="qlora-phi3")
     except QloraError as error:
         code = error.exit_code
-        for problem in error.problems:
-            print(problem, file=sys.stderr)  # noqa: T201
+        told: set[str] = set()
+        for problem in error.problems:  # of a wrong export's rows all have one remedy: once is enough
+            print(replace(problem, remedy="") if problem.remedy in told else problem, file=sys.stderr)  # noqa: T201
+            told.add(problem.remedy)
     except SystemExit as end:
         code = end.code
     lost = progress.drop_unwritten(sys.stdout)
@@ -389,6 +392,7 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
     card = _card(found)
     typer.echo(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
     typer.echo("card by card: `plan NAME`; part by part: `plan NAME --parts`")
+    typer.echo("rows were not read: `doctor NAME` reads them as a run would")
 
 
 def _room(vram: str) -> int:

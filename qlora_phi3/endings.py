@@ -6,6 +6,7 @@ Owns the messages of stopped and failed runs, and the plan that an out-of-memory
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,29 +72,18 @@ def stopped(asked: Interrupted, place: RunFolder | None) -> StopError:
 
 
 def saved(asked: Interrupted, place: RunFolder, trained: int, planned: int, during: str) -> StopError:
-    """A run that was ended and has saved what it had trained."""
-    how_far = (
-        f"after step {trained} of {planned}"
-        if trained < planned
-        else f"while {during}, after all {planned} steps"
-    )
-    adapter = place.path / "adapter"
-    remedy = f"Go on from it in another run with adapter.init={adapter}; its learning rate begins anew."
-    if trained >= planned:
-        remedy = f"Use it, or `export {place.path}`."
-    first = Problem(str(place.path), f"stopped by {asked.name} {how_far}.")
-    return StopError.of(
-        (
-            first,
-            Problem(
-                str(adapter),
-                "is the adapter as trained so far."
-                if trained < planned
-                else "is the trained adapter, saved whole.",
-                remedy,
-            ),
-        )
-    )
+    """A run that was ended and has saved what it had trained: how far it was, and how to go on."""
+    adapter, recipe = place.path / "adapter", place.path / "recipe.yaml"
+    if trained < planned:
+        how_far, what = f"after step {trained} of {planned}", "is the adapter as trained so far."
+        keys = shlex.join([f"adapter.init={adapter}", f"train.max_steps={planned - trained}"])
+        command = f"`python -m qlora_phi3 recipe {shlex.quote(str(recipe))} {keys}`"
+        remedy = f"Go on from it: {command}; the learning rate and the order of rows begin anew."
+    else:
+        how_far, what = f"while {during}, after all {planned} steps", "is the trained adapter, saved whole."
+        remedy = f"Use it, or `export {shlex.quote(str(place.path))}`."
+    stop = Problem(str(place.path), f"stopped by {asked.name} {how_far}.")
+    return StopError.of((stop, Problem(str(adapter), what, remedy)))
 
 
 def elsewhere(wanted: Path, place: RunFolder, error: Any) -> RunError:

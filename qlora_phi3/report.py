@@ -111,7 +111,8 @@ def write(report: RunReport, folder: Path) -> None:
 
     files.write_json(folder / "report.json", content)
     told = {"stop_ids": stops.in_folder(folder / "adapter")}
-    about = card.About("adapter", report.name, report.base["base"], told, local=True)
+    licence = "apache-2.0" if report.base["source"] == "builtin" else None  # the others' is in their folder
+    about = card.About("adapter", report.name, report.base["base"], told, licence=licence, local=True)
     files.write_text(folder / "adapter" / "README.md", card.render(content, about))
     files.write_text(folder / "report.html", report_page.render(content, folder))
 
@@ -181,14 +182,18 @@ def show(report: RunReport, folder: Path, console: Console) -> None:
 def _next_steps(report: RunReport, folder: Path) -> Iterator[tuple[str, str]]:
     """What users do after a run, each with what to type or to open."""
     run, again = shlex.quote(str(folder)), shlex.quote(f"adapter.init={folder / 'adapter'}")
+    recipe = shlex.quote(str(folder / "recipe.yaml"))
     yield "next: look at it   ", f"open {folder / 'report.html'} in a browser"
-    yield "      use it       ", f"{folder / 'adapter' / 'README.md'} has the Python that loads and asks it"
+    yield (
+        "      use it       ",
+        f"{folder / 'adapter' / 'README.md'} has Python to run in {folder}",
+    )
     if not report.exports:
         yield (
             "      elsewhere    ",
             f"python -m qlora_phi3 export {run} --to gguf:q8_0   (llama.cpp; docs/export.md)",
         )
-    yield "      train more   ", f"python -m qlora_phi3 recipe RECIPE {again}"
+    yield "      train more   ", f"python -m qlora_phi3 recipe {recipe} {again}"
 
 
 def _show_answers(answers: report_page.Answers, console: Console, say: Callable[[str], None]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -220,10 +222,10 @@ def test_stopped_while_training_the_adapter_is_saved(
     report = check_whole(tmp_path / "out", steps)
     assert any("stopped by Ctrl-C" in note for note in report["notes"]) or moment == "reporting"
     if moment == "in step 2":
-        again = run(
-            "recipe", tmp_path / "tiny.yaml", "adapter.init=out/adapter", "--out", "next", cwd=tmp_path
-        )
+        (words_to_type,) = re.findall(r"`python -m qlora_phi3 (recipe [^`]+)`", ended.stderr)
+        again = run(*shlex.split(words_to_type), "--out", "next", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
+        check_whole(tmp_path / "next", 1)
 
 
 @pytest.mark.parametrize(("name", "words"), [("SIGTERM", "SIGTERM"), ("SIGHUP", "the terminal was closed")])
