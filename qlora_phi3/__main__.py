@@ -12,3 +12,5 @@ if __name__ == "__main__":
         main()
     except ImportError as error:
         installed.stop(error)
+    except KeyboardInterrupt:  # before the commands were there
+        raise SystemExit(130) from None

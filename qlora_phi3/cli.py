@@ -32,7 +32,7 @@ from .errors import (
     is_folder,
     shown,
 )
-from .interrupts import Interrupted
+from .interrupts import Interrupted, Interrupts
 from .recipe import Recipe
 from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
@@ -82,7 +82,8 @@ def main() -> None:
         sys.stderr = progress.lossy(sys.stderr)  # what is only told may be lost, nothing else with it
     code: int | str | None = 0
     try:
-        app(prog_name="qlora-phi3")
+        with Interrupts().watched():  # SIGTERM and a closed terminal are told as Ctrl-C is
+            app(prog_name="qlora-phi3")
     except QloraError as error:
         code = error.exit_code
         told: set[str] = set()
@@ -424,7 +425,8 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
             _print_json(done.to_json() | {"folder": str(folder)})
         else:
             report.show(done, folder, progress.Output())
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         raise endings.untold(error, folder) from None
 

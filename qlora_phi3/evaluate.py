@@ -122,7 +122,7 @@ def _to_look_at(split: Split, answers: Callable[[], tuple[Sample, ...]]) -> tupl
         return (), f"it failed: {error.problems[0].reason}"
     return (
         found,
-        "" if found else "every prompt that was drawn is too long to be answered beside the training",
+        "" if found else "no prompt that was drawn leaves room for an answer of evaluate.max_new_tokens",
     )
 
 

@@ -5,6 +5,7 @@ Owns that a full disk or a lost folder costs neither the training nor, once ther
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +17,13 @@ from . import files
 
 
 class MetricsLog:
-    """A text file that keeps what it was given: a few hundred bytes a line, 40 MB for 100,000 steps."""
+    """A text file that keeps what it was given: a few hundred bytes a line, 40 MB for 100,000 steps.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    `ours`: whether its folder still is this run's; at the end nothing is written into another's.
+    """
+
+    def __init__(self, path: Path, ours: Callable[[], bool] = lambda: True) -> None:
+        self._path, self._ours = path, ours
         self._texts: list[str] = []
         self._file: TextIO | None = None
         self.trouble: OSError | None = None
@@ -37,7 +41,8 @@ class MetricsLog:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-        self.complete(self._path)
+        if self._ours():
+            self.complete(self._path)
 
     def write(self, text: str) -> None:
         """Add a line; one that cannot be written now waits for `complete`."""

@@ -153,7 +153,7 @@ def _run(
     with interrupts.deferred():  # from here on a signal waits until what there is has been written
         interrupts.check()
         place.training_began = True
-        log = MetricsLog(place.path / "metrics.jsonl")
+        log = MetricsLog(place.path / "metrics.jsonl", place.is_ours)
         with interrupts.deferred(WAITING):
             trained, calibration = _train(ready, place, display, log, interrupts)
             with ready.meter.phase("save"):
@@ -194,6 +194,7 @@ def _prepare(recipe: Recipe, place: run_folder.RunFolder, display: Display) -> _
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
     recipe_checks.check_base(recipe, checkpoint.geometry)
+    export.check_base(recipe.export, checkpoint.config, checkpoint.folder)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class RunFolder:
         self.training_began = False
         self.plan: dict[str, Any] | None = None
         self._claimed, self._made = path, made
+        self._token = secrets.token_hex(8)
         self._texts: dict[str, str] = {}
         self._unwritten: set[str] = set()
 
@@ -67,8 +69,9 @@ class RunFolder:
         self._texts[name] = text
         self._unwritten.add(name)
         with contextlib.suppress(OSError):
-            files.write_text(self.path / name, text)
-            self._unwritten.discard(name)
+            if self.is_ours():
+                files.write_text(self.path / name, text)
+                self._unwritten.discard(name)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON document of this run; errors as `write_text`."""
@@ -103,20 +106,50 @@ class RunFolder:
             free = format_bytes(shutil.disk_usage(self.path).free)
             reason = f"{format_bytes(num_bytes)} are needed for the adapter and the report ({error.strerror})"
             remedy = "Free some space or choose another folder with --out; nothing was trained yet."
+            if error.errno == errno.EFBIG:
+                remedy = "Raise the limit on the size of a file (`ulimit -f`); nothing was trained yet."
             raise RunError(str(self.path), f"{reason}; {free} are free on its disk.", remedy) from None
 
     def release(self) -> None:
         """Give the reserved space back, right before it is used."""
         with contextlib.suppress(OSError):
-            (self._claimed / RESERVE).unlink()
+            if self.is_ours():
+                (self._claimed / RESERVE).unlink()
+
+    def sign(self) -> None:
+        """Make the claim.
+
+        Raises:
+            FileExistsError: another run has it.
+            OSError: it cannot be written.
+        """
+        path = self.path / CLAIM
+        file = path.open("x", encoding="utf-8")
+        try:
+            with file:
+                json.dump({"process": os.getpid(), "host": platform.node(), "run": self._token}, file)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def is_ours(self) -> bool:
+        """Whether the folder is the one that was claimed, not another in its place."""
+        try:
+            return self._token in (self._claimed / CLAIM).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
 
     def restore(self) -> None:
         """Make the folder again where somebody removed it, with the texts that it had.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be made, or is another's now.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self.path.mkdir(parents=True)
+            self.sign()
+        if not self.is_ours():
+            raise OSError(errno.EEXIST, "the folder was replaced by another")
         for name, text in self._texts.items():
             if name in self._unwritten or not (self.path / name).is_file():
                 files.write_text(self.path / name, text)
@@ -133,27 +166,30 @@ class RunFolder:
             try:
                 found = Path(tempfile.mkdtemp(prefix=f"{left.name}-", dir=parent))
                 found.chmod(0o777 & ~_umask())
-                self.path = found
+                self.path = self._claimed = found
+                self.sign()
                 self.restore()
                 return self.path
             except OSError as error:
-                self.path, problem = left, error
+                self.path, self._claimed, problem = left, left, error
         raise problem
 
     def remove(self) -> None:
         """Undo all that this run made, and nothing else."""
-        for name in (*self._texts, RESERVE, CLAIM):
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
+        if self.is_ours():
+            for name in (*self._texts, RESERVE, CLAIM):
+                with contextlib.suppress(OSError):
+                    (self.path / name).unlink()
         for folder in self._made:
             with contextlib.suppress(OSError):  # not ours alone any more
                 folder.rmdir()
 
     def close(self) -> None:
         """End the claim; what the run wrote stays."""
-        for name in (RESERVE, CLAIM):
-            with contextlib.suppress(OSError):
-                (self._claimed / name).unlink()
+        if self.is_ours():
+            for name in (RESERVE, CLAIM):
+                with contextlib.suppress(OSError):
+                    (self._claimed / name).unlink()
 
 
 @contextlib.contextmanager
@@ -193,15 +229,14 @@ def _claim(folder: Path) -> RunFolder:
     made: list[Path] = []
     try:
         _make(folder.absolute(), made)
-        with (folder / CLAIM).open("x", encoding="utf-8") as file:
-            json.dump({"process": os.getpid(), "host": platform.node()}, file)
+        run = RunFolder(folder, made)
+        run.sign()
     except FileExistsError:
         _unmake(made)
         raise _Taken(str(folder), "another run writes into it.", REMEDY) from None
     except OSError as error:
-        RunFolder(folder, made).remove()
+        _unmake(made)
         raise OutputError(str(folder), f"cannot be written to: {error.strerror}.", REMEDY) from None
-    run = RunFolder(folder, made)
     try:
         check_folder(folder, but=CLAIM)  # again: it was another's a moment ago, perhaps
     except OutputError:

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,25 @@ def test_a_folder_that_cannot_be_written_any_more_costs_nothing(
     check_whole(moved, 3)
 
 
+def _another_s(folder: str) -> None:
+    shutil.rmtree(folder)
+    Path(folder).mkdir()
+    (Path(folder) / "metrics.jsonl").write_text("another run's")
+
+
+@pytest.mark.parametrize("moment", [Moment(STEP, 2), Moment("qlora_phi3.pipeline:_save")], ids=str)
+def test_a_folder_that_became_another_s_is_left_alone(
+    start: Callable[..., Running], tmp_path: Path, moment: Moment
+) -> None:
+    accident = {"moment": moment, "act": _another_s, "given": (str(tmp_path / "out"),)}
+    ended = start("--out", "out", **accident).wait()
+    check_words(ended, 1, "was replaced by another", "The whole run, adapter")
+    (left,) = (tmp_path / "out").iterdir()
+    assert left.read_text() == "another run's"
+    (moved,) = tmp_path.glob("out-*")
+    check_whole(moved, 3)
+
+
 def _limit(num_bytes: int) -> None:
     import resource
 
@@ -182,6 +202,17 @@ def test_nobody_listens(
     words = ["standard output: cannot be written", "The run itself is whole"] if descriptors == (1,) else []
     check_words(ended, 1 if untold else 0, *words)
     check_whole(tmp_path / "out", 3)
+
+
+def test_closed_from_the_start(start: Callable[..., Running], tmp_path: Path) -> None:
+    accident = {"moment": Moment("qlora_phi3.cli:main"), "act": _close_streams}
+    assert start("--out", "out", **accident).wait().returncode == 0
+    check_whole(tmp_path / "out", 3)
+
+
+def _close_streams() -> None:
+    """As Python has them where the shell closed them: `>&- 2>&-`."""
+    sys.stdout = sys.stderr = None
 
 
 # --- signals
@@ -235,6 +266,15 @@ def test_other_signals_are_no_different(
     ended = start("--out", "out", moment=Moment(STEP, 2), act=_signal, given=(name,)).wait()
     check_words(ended, 3, words)
     check_whole(tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_commands_end_in_a_sentence(
+    start: Callable[..., Running], tmp_path: Path, name: str, code: int
+) -> None:
+    moment = Moment("qlora_phi3.checkup:check_machine")
+    ended = run("doctor", cwd=tmp_path, moment=moment, act=_signal, given=(name,))
+    check_words(ended, code, "doctor: stopped by")
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start: Callable[..., Running], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .gates import Gates
     from .source import Source
 
-__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "export", "export_all"]
+__all__ = ["BELONGS", "TARGETS", "Exported", "Options", "check", "check_base", "export", "export_all"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Exported:
 
     def __str__(self) -> str:
         return f"{self.target}  {self.folder}  {format_bytes(sum(self.files.values()))}"
+
+
+def check_base(targets: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse, before a training, a base that one of its exports could not be made of.
+
+    Raises:
+        ModelError: llama.cpp cannot repeat its tokenizer, or LongRoPE's tables are not whole.
+    """
+    if any(target == "ollama" or target.startswith("gguf:") for target in targets):
+        from . import gguf
+
+        gguf.check_base(config, folder)
 
 
 def export(

@@ -154,8 +154,12 @@ def _find(path: Path) -> tuple[Path, Path | None]:
 
 
 def _base_of(folder: Path) -> Model:
-    """The base that an adapter's own files name: ours, PEFT's, mlx-lm's (`model`)."""
+    """The base that an adapter's own files name: ours, PEFT's, mlx-lm's (`model`).
+
+    Ours has a local folder by its last part only: where another file names a path, that counts.
+    """
     found: dict[str, Any] = {}
+    bare: Model | None = None
     for name in (adapters.PROVENANCE_NAME, CONFIG_NAME, LORALIB_CONFIG):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -168,7 +172,12 @@ def _base_of(folder: Path) -> Model:
         base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
             revision = found.get("revision")
-            return Model(base=base, revision=revision if isinstance(revision, str) else None)
+            named = Model(base=base, revision=revision if isinstance(revision, str) else None)
+            if ":" in base or "/" in base:  # builtin:, org/name, a path
+                return named
+            bare = bare or named
+    if bare is not None:
+        return bare
     if not found and (folder / LORALIB_WEIGHTS).exists():
         remedy = "Write one, with layout, rank, alpha, enable_lora and base (docs/export.md)."
         raise ModelError(str(folder), f"holds no {LORALIB_CONFIG} beside {LORALIB_WEIGHTS}.", remedy)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from export_lab import make_base, make_run
 from test_cli_surface import ENVIRONMENT, Answer, check_refused, command, listing, several
 
@@ -379,14 +380,34 @@ def test_a_recipe_exports_at_its_end(write_recipe: Callable[..., Path], tmp_path
 
 
 def test_a_failing_export_never_takes_the_run_with_it(
-    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Callable[..., Path], checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = write_recipe(extra="export: [gguf:q8_0]\n")  # whose base has no rows to spare for llama.cpp
-    done = command("recipe", str(path), "--out", str(tmp_path / "out"))
+    """The base is removed when the training is over."""
+    base = shutil.copytree(checkpoints("gqa"), tmp_path / "base")
+    path = write_recipe(extra="export: [merged]\n")
+    done = warm.run(
+        *("recipe", path, f"model.base={base}", "--out", "out"),
+        cwd=tmp_path,
+        moment=warm.Moment("qlora_phi3.export:export_all"),
+        act=shutil.rmtree,
+        given=(str(base),),
+    )
     assert done.returncode == 1, done.stderr
     assert "the run is whole, only its exports are missing" in done.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "report.json").is_file() and not (tmp_path / "out" / "exports").exists()
+
+
+@pytest.mark.parametrize("target", ["gguf:q8_0", "ollama"])
+def test_an_export_that_the_base_does_not_allow_is_refused_before_training(
+    write_recipe: Callable[..., Path], tmp_path: Path, target: str
+) -> None:
+    path = write_recipe(
+        extra=f"export: [merged, {target}]\n"
+    )  # whose base has no rows to spare for llama.cpp
+    done = warm.run("recipe", path, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "rows to spare" in done.stderr
+    assert "loading" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_what_was_exported_before_a_failure_is_in_the_report(
