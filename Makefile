@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m qlora_phi3 recipe quickstart --out $(RUN_DIR)
 
-## the fast tests: offline, on the CPU, about 12 minutes on two cores
+## the fast tests: offline, on the CPU, about 10 minutes on two cores
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
