@@ -53,7 +53,7 @@ def test_llama_cpp_answers_as_the_tuned_model_did(run: Path) -> None:
     tokenizer = model.load_tokenizer(weights.locate(recipe.model).folder)
     split = data.load(recipe.data, tokenizer).eval
     assert split is not None
-    asked = prompts(split, tokenizer, recipe.evaluate.samples)
+    asked = prompts(split, tokenizer, recipe.evaluate.samples, recipe.train.seed)
     [path] = (run / "exports" / "gguf-q8_0").glob("*.gguf")
     right = 0
     with llama_cpp(path, context=1024) as program:
