@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import layouts, loftq, phi3, recipe_checks
+from . import json_files, layouts, loftq, phi3, recipe_checks
 from .errors import ModelError, RunError
 from .layouts.files import give_usual_modes
 from .layouts.names import linear_shapes
@@ -177,8 +177,8 @@ def check_provenance(folder: Path, checkpoint: Checkpoint) -> None:
     if not note.is_file():
         return
     ours = json.loads(json.dumps(checkpoint.provenance.to_json()))
+    theirs = json_files.read(note, ModelError, "Remove it, or mend it.")
     try:
-        theirs = json.loads(note.read_text(encoding="utf-8"))
         same = all(theirs[key] == ours[key] for key in ("config_sha256", "weights"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

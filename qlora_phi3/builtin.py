@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from qlora_phi3 import json_files
 from qlora_phi3.errors import ModelError, OutputError
 from qlora_phi3.files import sha256
 
@@ -151,7 +152,7 @@ def find_damage(folder: Path) -> str | None:
     With one bit turned the model was used all the same, at a loss of 10.8 in place of 0.8.
     """
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        provenance = json_files.load(folder / PROVENANCE)
         found = provenance["format_version"]
         sizes = {name: int(entry["bytes"]) for name, entry in provenance["files"].items()}
         hashes = {name: str(entry["sha256"]) for name, entry in provenance["files"].items()}

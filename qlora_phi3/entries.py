@@ -18,6 +18,8 @@ from typing import Final
 
 import xxhash
 
+from . import json_files
+
 STALE_SECONDS: Final = 24 * 3600
 """Age of an unfinished entry after which the run that was writing it is taken for dead."""
 
@@ -33,7 +35,7 @@ def check(entry: Path) -> None:
         OSError: it is missing, or a file cannot be read.
         ValueError: a file is not what was written.
     """
-    if json.loads((entry / _MANIFEST).read_text(encoding="utf-8")) != _hashes(entry):
+    if json_files.load(entry / _MANIFEST) != _hashes(entry):
         raise ValueError("a file is not what was written")
     os.utime(entry)
 

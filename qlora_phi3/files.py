@@ -1,18 +1,56 @@
-"""Files written whole or not at all, and hashes of what is in them.
+"""Files written whole or not at all, read without waiting, and hashes of what is in them.
 
-Owns the one way to put a text under its name, so that a full disk or a kill leaves the old one. No torch.
+Owns the one way to put a text under its name, so that a full disk or a kill leaves the old one, and the one
+way to open what others have put there. No torch.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from stat import S_ISREG
+from typing import Any, BinaryIO, Final
+
+from .units import format_bytes
 
 _BLOCK: Final = 2**20
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file to read. A pipe in its place would have the reader wait, a device never end.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    opener = _without_waiting if os.name == "posix" else None
+    file = open(path, "rb", opener=opener)  # noqa: SIM115  # it is the caller's to close
+    mode = os.fstat(file.fileno()).st_mode
+    if not S_ISREG(mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than `most` bytes.
+    """
+    with open_file(path) as file:
+        content = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(content) > most:
+        raise ValueError(f"larger than {format_bytes(most)}")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,7 +92,7 @@ def sha256(path: Path) -> str:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

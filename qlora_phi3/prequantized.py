@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import xxhash
 
-from . import builtin, entries
+from . import builtin, entries, json_files
 from .recipe import Model
 from .units import format_bytes
 from .weights import Checkpoint, Say, first_line, weight_files
@@ -85,7 +85,7 @@ def is_whole(entry: Entry, say: Say) -> bool:
         return False
     try:
         entries.check(entry.folder)
-        if json.loads((entry.folder / _ABOUT).read_text(encoding="utf-8")) != entry.about:
+        if json_files.load(entry.folder / _ABOUT) != entry.about:
             raise ValueError("it is another base's")
     except (OSError, ValueError) as error:
         remove(entry, str(error), say)

@@ -5,7 +5,6 @@ Owns the shape of the report. Every view is made from the same RunReport, and on
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import files, report_page
+from . import files, json_files, report_page
 from .errors import InputError, OutputError
 from .export import card
 from .findings import graded
@@ -125,7 +124,7 @@ def rebuild(folder: Path) -> Path:
         OutputError: report.html cannot be written.
     """
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = json_files.load(folder / "report.json")
         if report["format_version"] != RunReport.format_version:
             raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
         html = report_page.render(report, folder)

@@ -6,14 +6,13 @@ it is refused by name and line. Paths of this machine become names: a page is fo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import strict_yaml
+from . import json_files, strict_yaml
 from .export import card
 from .pages import template
 
@@ -26,6 +25,8 @@ LOG_FROM: Final = 10
 """How many times the lowest loss the highest must be for a logarithmic axis."""
 
 MAX_TICKS: Final = 6
+MAX_LOG_BYTES: Final = 2**30
+"""Of metrics.jsonl, some 200 bytes a step, and of eval.json with all its answers."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         return
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(json_files.read_text(path, MAX_LOG_BYTES).splitlines(), start=1):
         place = f"{path.name}:{number}"
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = json_files.parse(text)
+        except json_files.NotJson:
             raise ValueError(f"{place} is not JSON") from None
         if not isinstance(line, dict):
             raise ValueError(f"{place} is not a JSON object")
@@ -120,7 +121,7 @@ def read_answers(path: Path) -> Answers:
     """The samples of eval.json; none without the file, as where nothing was held out."""
     if not path.is_file():
         return Answers([])
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json_files.load(path, MAX_LOG_BYTES)
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     measured = {model: found[model] for model in ("base", "tuned") if model in found}

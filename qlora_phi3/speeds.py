@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import builtin
+from . import builtin, json_files
+from .files import read_bytes
 from .recipe import Recipe
 
 MAX_BYTES: Final = 2**20
@@ -121,13 +122,13 @@ def _path() -> Path:
 def _all() -> list[Speed]:
     """Those that can be read, the oldest first; lines of another version say nothing."""
     try:
-        lines = _path().read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_bytes(_path(), 2 * MAX_BYTES).decode("utf-8", "replace").splitlines()
+    except (OSError, ValueError):
         return []
     found = []
     for line in lines:
         try:
-            speed = Speed(**json.loads(line))
+            speed = Speed(**json_files.parse(line))
             _ = speed.words
         except (ValueError, TypeError):
             continue

@@ -7,7 +7,6 @@ in checkpoints, other architectures, and checkpoints that are quantized already.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import base_names, builtin, phi3
+from . import base_names, builtin, json_files, phi3
 from .errors import ModelError, is_folder, shown
 from .recipe import Model
 
@@ -349,17 +348,8 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(str(path), "is missing.", "Give a folder that holds a whole checkpoint.") from None
-    except RecursionError:
-        raise ModelError(str(path), "cannot be read: nested too deeply.", "Download it again.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(str(path), f"cannot be read: {first_line(error)}", "Download it again.") from None
-    if not isinstance(found, dict):
-        raise ModelError(str(path), "is not a JSON object.", "Download it again.")
-    return found
+    whole = "Give a folder that holds a whole checkpoint."
+    return json_files.read_object(path, ModelError, "Download it again.", missing=whole, nan=False)
 
 
 def first_line(error: BaseException) -> str:

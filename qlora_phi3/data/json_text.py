@@ -8,25 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from ..errors import DataError, shown
-
-
-class RepeatedKey(ValueError):
-    """An object names a key twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedKey(next(name for i, name in enumerate(names) if name in names[:i]))
-    return found
-
-
-DECODER: Final = json.JSONDecoder(object_pairs_hook=_object)
-"""Made once: `json.loads` with a hook makes one at every call."""
+from ..json_files import DECODER, RepeatedKey
 
 
 def parse(text: str, place: str, remedy: str, what: str = "") -> Any:
@@ -55,5 +40,5 @@ def decoded(decode: Callable[[], Any], place: str, remedy: str, what: str = "") 
 
 def repeated(error: RepeatedKey, place: str) -> DataError:
     """What is said of a key that stands twice."""
-    reason = f"names the key {shown(str(error))} twice in one object: only one of the two would be read."
+    reason = f"names the key {shown(error.args[0])} twice in one object: only one of the two would be read."
     return DataError(place, reason, "Keep the right one, or give the other a name of its own.")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, Problem
 from ..findings import Finding
+from ..json_files import load
 from ..recipe import Data, Evaluate, Fraction, Source, Train
 from .batches import Outcome, mark_all
 from .doctor import Examiner, Places, examine_sizes
@@ -137,7 +138,7 @@ class Part:
         Raises:
             OSError, ValueError, KeyError, TypeError: a file is missing, or not what was written.
         """
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        facts = load(folder / _FACTS, None)
         arrays = load_arrays(folder / _ARRAYS)
         places = RowPlaces(tuple(facts["prefixes"]), arrays["place_which"], arrays["place_numbers"])
         return cls(

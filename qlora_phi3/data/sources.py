@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, Problem, is_file, is_folder, shown
-from .json_text import DECODER, RepeatedKey, decoded, parse, repeated
+from ..json_files import DECODER, RepeatedKey
+from .json_text import decoded, parse, repeated
 from .provenance import Record, SourceFile
 
 Row = tuple[str, Any]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OutputError
+from ..json_files import load
 from ..memory import StepRows
 from .tokens import Marked, TokenRow
 
@@ -155,7 +156,7 @@ class Rows(Sequence[TokenRow]):
             OSError, ValueError, KeyError: a file is missing, or not what was written.
         """
         arrays = load_arrays(folder / _ARRAYS)
-        prefixes = tuple(json.loads((folder / _PREFIXES).read_text(encoding="utf-8")))
+        prefixes = tuple(load(folder / _PREFIXES, None))
         places = Places(prefixes, arrays["place_which"], arrays["place_numbers"])
         ids = map_ids(folder)
         if len(ids) != arrays["starts"][-1]:

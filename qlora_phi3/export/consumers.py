@@ -6,7 +6,6 @@ Owns how each is asked. Refuses nothing: an export that a program cannot load ra
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .. import json_files
 from .. import model as models
 from ..data.tokens import Turns
 from ..generate import stop_ids
@@ -288,7 +288,7 @@ class MlxLm:
         from mlx_lm.utils import load_model
 
         # transformers 5 writes RoPE's base into `rope_parameters` alone, which mlx-lm 0.32 does not know
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = json_files.load(base / "config.json")
         theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
         self.model, read = load_model(base, model_config={} if theta is None else {"rope_theta": theta})
         if adapter is not None:

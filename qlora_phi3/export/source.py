@@ -7,6 +7,7 @@ adapters that are more than B @ A times a scale.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .. import adapters, layouts, model, weights
+from .. import adapters, json_files, layouts, model, weights
 from ..errors import ModelError, Problem, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
@@ -161,13 +162,9 @@ def _base_of(folder: Path) -> Model:
     found: dict[str, Any] = {}
     bare: Model | None = None
     for name in (adapters.PROVENANCE_NAME, CONFIG_NAME, LORALIB_CONFIG):
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(folder / name):
             continue
-        except (OSError, ValueError, RecursionError) as error:
-            reason = f"cannot be read: {weights.first_line(error)}."
-            raise ModelError(str(folder / name), reason, "Copy the adapter again.") from None
+        content = json_files.read(folder / name, ModelError, "Copy the adapter again.")
         found = content if isinstance(content, dict) else {}
         base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
@@ -200,11 +197,7 @@ def _report(run: Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     again = "Move it away to export without it, or run the recipe again."
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f"cannot be read: {weights.first_line(error)}."
-        raise ModelError(str(path), reason, again) from None
+    found: dict[str, Any] = json_files.read(path, ModelError, again)
     try:
         for target in ("merged", "adapter"):
             card.render(found, card.About(target, "", ""))
@@ -221,7 +214,7 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
             shutil.copyfile(source.checkpoint.folder / name, folder / name)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json_files.read_object(path, ModelError, "Download it again.")
         if "auto_map" in settings or "name_or_path" in settings:
             kept = {k: v for k, v in settings.items() if k not in ("auto_map", "name_or_path")}
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

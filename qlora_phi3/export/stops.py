@@ -6,15 +6,14 @@ transformers goes on behind `<|end|>`. Refuses a generation_config.json that can
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import json_files
 from ..data.tokens import Turns
 from ..errors import ModelError
 from ..model import load_tokenizer
-from ..weights import first_line
 
 if TYPE_CHECKING:
     from .source import Source
@@ -63,11 +62,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return {name: config[name] for name in names if config.get(name) is not None}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f"cannot be read: {first_line(error)}."
-        raise ModelError(str(path), reason, "Download it again.") from None
+    found = json_files.read(path, ModelError, "Download it again.")
     eos = found.get("eos_token_id") if isinstance(found, dict) else ""
     ids = eos if isinstance(eos, list) else [eos]
     if not all(one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in ids):

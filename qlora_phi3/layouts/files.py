@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import json_files
 from ..errors import ModelError, OutputError, RunError
 from ..phi3 import EMBEDDINGS, Geometry
 from ..weights import first_line
@@ -44,7 +45,6 @@ LORALIB_WEIGHTS: Final = "lora.pt"
 CONFIG_NAME: Final = "adapter_config.json"
 LORALIB_CONFIG: Final = "loralib_config.json"
 
-_MAX_CONFIG_BYTES: Final = 1 << 20
 _AGAIN: Final = "Copy or download the adapter again."
 
 
@@ -221,15 +221,7 @@ def _read_config(weights: Path, tensors: Tensors, geometry: Geometry, style: str
 
 def _read_json(path: Path) -> dict[str, Any]:
     _check_inside(path)
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError("it is larger than any adapter's config")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(str(path), f"cannot be read: {first_line(error)}.", _AGAIN) from None
-    if not isinstance(found, dict):
-        raise ModelError(str(path), "is not a JSON object.", _AGAIN)
-    return found
+    return json_files.read_object(path, ModelError, _AGAIN)
 
 
 def write_adapter(
