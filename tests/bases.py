@@ -15,12 +15,12 @@ from qlora_phi3.weights import locate
 
 
 @lru_cache(maxsize=16)
-def _loaded(settings: Model, attention: str | None) -> Base:
+def _loaded(settings: Model, attention: str) -> Base:
     return load(locate(settings), settings, torch.device("cpu"), attention)
 
 
 def load_base(
-    folder: Path, quantization: str = "nf4", dtype: str = "bfloat16", attention: str | None = None
+    folder: Path, quantization: str = "nf4", dtype: str = "bfloat16", attention: str = "sdpa"
 ) -> Base:
     """What `model.load` makes of a checkpoint that no test changes; the caller may change what it gets."""
     settings = Model(base=str(folder), quantization=quantization, compute_dtype=dtype)
