@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from memory_lab import build, compare, documents, host_is_apart, loss_of, recipe, rows, trained
+from pairs import every_pair, thinned
 
 from qlora_phi3 import activations, native_replay, phases, phi3
 from qlora_phi3.case import Case
@@ -150,9 +151,19 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("shape", "lengths", "passes", "keys"), [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE, *MIXED]
+def settings_of(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> list[object]:
+    """What differs between cases, in an order that is the same for all."""
+    names = {name for one in GRID for name in one.values[3]} - {"train__effective_batch", "data__max_length"}
+    return [shape, lengths, passes, *(keys.get(name) for name in sorted(names))]
+
+
+GRID = sorted(
+    [*LINEARS, *LENGTHED, *BESIDE_LAYERS, *OFFLOADED, *NATIVE, *MIXED],
+    key=lambda case: sum(case.values[1]) * case.values[2],  # of two cases that serve, the quicker one
 )
+
+
+@pytest.mark.parametrize(("shape", "lengths", "passes", "keys"), thinned(GRID, settings_of))
 def test_peak_of_a_training_step(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> None:
     found = compare(recipe(**keys), 3, lengths, passes, **SHAPES[shape])
     assert found.ratio == pytest.approx(1, rel=0.02)
@@ -168,15 +179,14 @@ def test_norms_take_some_rows_at_once(
     assert found.ratio == pytest.approx(1, rel=0.02)
 
 
-def test_the_grid_is_large_enough() -> None:
-    assert len(LINEARS) + len(BESIDE_LAYERS) >= 60
-    assert len(NATIVE) >= 50
-
-
-@pytest.mark.parametrize("policy", ["recompute", "keep"])
-@pytest.mark.parametrize("shape", ["mini", "gqa"])
-@pytest.mark.parametrize(("window", "lengths"), [(48, [256]), (300, [700]), (400, [1300])])
-def test_peak_with_a_window(shape: str, window: int, lengths: list[int], policy: str) -> None:
+@every_pair(
+    "policy, shape, windowed",
+    ["recompute", "keep"],
+    ["mini", "gqa"],
+    [(48, [256]), (300, [700]), (400, [1300])],
+)
+def test_peak_with_a_window(policy: str, shape: str, windowed: tuple[int, list[int]]) -> None:
+    window, lengths = windowed
     settings = recipe(adapter__rank=8, train__activations=policy, train__effective_batch=2)
     found = compare(settings, 3, lengths, 2, **{**SHAPES[shape], "sliding_window": window})
     assert found.ratio == pytest.approx(1, rel=0.02)
@@ -213,10 +223,13 @@ class OnCuda(Case):
         return "eager" if self.length <= 512 else "sdpa"
 
 
-@pytest.mark.parametrize("lengths", [[256], [600]])
-@pytest.mark.parametrize("base", [("nf4", "bfloat16"), ("none", "bfloat16")])
-@pytest.mark.parametrize("policy", ["recompute", "keep", "offload"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@every_pair(
+    "lengths, base, policy, method",
+    [[256], [600]],
+    [("nf4", "bfloat16"), ("none", "bfloat16")],
+    ["recompute", "keep", "offload"],
+    ["lora", "dora"],
+)
 def test_peak_as_on_cuda(
     lengths: list[int], base: tuple[str, str], policy: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,24 +282,23 @@ KEPT: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("keys", KEPT)
-@pytest.mark.parametrize("tokens", [64, 600])
-@pytest.mark.parametrize("shape", ["mini", "gqa"])
-@pytest.mark.parametrize("policy", ["keep", "attention", "recompute"])
+@every_pair(
+    "policy, shape, tokens, keys",
+    ["keep", "attention", "recompute"],
+    ["mini", "gqa"],
+    [64, 600],
+    [keys for keys in KEPT if keys.get("adapter__method") != "dora"],
+)
 def test_what_a_native_layer_saves(policy: str, shape: str, tokens: int, keys: dict[str, Any]) -> None:
     how = {"train__activations": "keep"} if policy == "keep" else {"train__activations": "recompute"}
     how |= {"train__keep_attention": policy == "attention", "train__engine": "native"}
     settings = recipe(adapter__rank=4, **how, **keys)
-    if settings.adapter.method == "dora":
-        pytest.skip("native has no DoRA")
     fewer, _ = saved_in_pass(2, settings, tokens, shape)
     more, case = saved_in_pass(3, settings, tokens, shape)
     assert more - fewer == (activations.saved_bytes if policy == "keep" else activations.input_bytes)(case)
 
 
-@pytest.mark.parametrize("keys", KEPT)
-@pytest.mark.parametrize("tokens", [64, 600])
-@pytest.mark.parametrize("shape", ["mini", "gqa"])
+@every_pair("shape, tokens, keys", ["mini", "gqa"], [64, 600], KEPT)
 def test_what_autograd_saves_in_a_layer(shape: str, tokens: int, keys: dict[str, Any]) -> None:
     settings = recipe(adapter__rank=4, train__activations="keep", **keys)
     fewer, _ = saved_in_pass(2, settings, tokens, shape)
@@ -326,23 +338,24 @@ def test_the_lab_trains_every_adapter() -> None:
     assert all(p.grad is not None for p in trained(model))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize(
-    ("shape", "lengths", "targets"),
-    [
-        ("mini", [300], "all-linear"),
-        ("gqa", [700], "all-linear"),
-        ("tied", [1300], "all-linear"),
-        ("tied", [1300], ["o", "embed_tokens", "lm_head"]),
-        ("tied", [700, 700], ["lm_head"]),
-    ],
+SCORED: list[tuple[str, list[int], Any]] = [
+    ("mini", [300], "all-linear"),
+    ("gqa", [700], "all-linear"),
+    ("tied", [1300], "all-linear"),
+    ("tied", [1300], ["o", "embed_tokens", "lm_head"]),
+    ("tied", [700, 700], ["lm_head"]),
+]
+
+
+@every_pair(
+    "method, quantization, scored",
+    ["lora", "dora"],
+    ["nf4", "none"],
+    SCORED,
+    allowed=lambda method, _, scored: method == "lora" or scored[2] == "all-linear",
 )
-def test_peak_of_scoring(
-    shape: str, lengths: list[int], targets: Any, quantization: str, method: str
-) -> None:
-    if method == "dora" and targets != "all-linear":
-        pytest.skip("dora is for the layers' linears")
+def test_peak_of_scoring(method: str, quantization: str, scored: tuple[str, list[int], Any]) -> None:
+    shape, lengths, targets = scored
     keys = {"adapter__targets": targets, "adapter__method": method, "data__eval": {"path": "eval.jsonl"}}
     settings = recipe(adapter__rank=8, model__quantization=quantization, **keys)
     model, geometry = build(settings, 3, **SHAPES[shape])

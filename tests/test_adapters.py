@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from bases import load_base
 from conftest import GEOMETRIES
+from pairs import every_pair, thinned
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3 import phi3
@@ -28,20 +30,14 @@ from qlora_phi3.adapters import (
     trained_table,
 )
 from qlora_phi3.errors import ModelError, RunError
-from qlora_phi3.model import Base, ParameterCounts, check_dtypes, load
-from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
-from qlora_phi3.weights import locate
+from qlora_phi3.model import Base, ParameterCounts, check_dtypes
+from qlora_phi3.recipe import Adapter, Data, Recipe, Source
 
 IDS = torch.arange(24).view(2, 12)
 QUANTIZATIONS = ["nf4", "none"]
 SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(phi3.LINEARS, size)]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """What recipes for Llama ask for; PEFT would train o_proj and down_proj and say nothing."""
-
-
-def load_base(folder: Path, quantization: str = "nf4") -> Base:
-    settings = Model(base=str(folder), quantization=quantization)
-    return load(locate(settings), settings, torch.device("cpu"))
 
 
 def recipe(**adapter: Any) -> Recipe:
@@ -72,8 +68,17 @@ def base(checkpoints: Callable[[str], Path]) -> Base:
 # --- what is trained ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("geometry", "targets"),
+    thinned(
+        [
+            pytest.param(one, targets, id=f"{one}-{'+'.join(targets)}")
+            for one in GEOMETRIES
+            for targets in SUBSETS
+        ],
+        lambda geometry, targets: [geometry, *(linear in targets for linear in phi3.LINEARS)],
+    ),
+)
 def test_exactly_the_targets_are_trained(
     checkpoints: Callable[[str], Path], geometry: str, targets: tuple[str, ...]
 ) -> None:
@@ -570,10 +575,7 @@ def test_the_table_of_embedding_and_head(
     check_dtypes(model, compute=torch.bfloat16, quantized=True)
 
 
-@pytest.mark.parametrize("targets", BESIDE, ids="+".join)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@every_pair("targets, geometry, quantization, method", BESIDE, GEOMETRIES, QUANTIZATIONS, ["lora", "rslora"])
 def test_stock_peft_loads_embedding_and_head(
     checkpoints: Callable[[str], Path],
     tmp_path: Path,
@@ -617,9 +619,7 @@ def test_tied_adapters_are_independent(checkpoints: Callable[[str], Path]) -> No
     torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("targets", BESIDE, ids="+".join)
-@pytest.mark.parametrize("geometry", ["gqa", "tied"])
+@every_pair("layout, targets, geometry", LAYOUTS, BESIDE, ["gqa", "tied"])
 def test_it_goes_on_with_embedding_and_head(
     checkpoints: Callable[[str], Path], tmp_path: Path, layout: str, targets: list[str], geometry: str
 ) -> None:

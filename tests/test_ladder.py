@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from memory_lab import recipe as in_memory
+from pairs import every_pair
 from rich.console import Console
 from test_pipeline import KEPT
 from test_trainer import quiet, ready
@@ -272,6 +273,12 @@ class Limit:
         return found
 
 
+def failing(step: int, times: int) -> Limit:
+    """Out of memory so often after as many steps."""
+    limit = Limit(lambda _, made: made.state.global_step == step and limit.failed < times)
+    return limit
+
+
 @pytest.fixture
 def train(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -317,6 +324,7 @@ def train(
 
 FLOAT32 = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
 QLORA = ["train.optimizer=adamw_8bit", "adapter.rank=16"]
+BASES = {"float32": FLOAT32, "nf4": QLORA}
 COUNTS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
 
 
@@ -331,13 +339,11 @@ def full_pass(settings: Recipe) -> int:
     return sum(lengths[: int(settings.train.micro_batch)])
 
 
-@pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@every_pair("base, dropout, activations", BASES, [0.0, 0.3], ["keep", "recompute"])
 def test_from_before_step_1_the_run_is_the_settled_one(
-    recipe: Callable[..., Recipe], train: Any, base: list[str], dropout: float, activations: str
+    recipe: Callable[..., Recipe], train: Any, base: str, dropout: float, activations: str
 ) -> None:
-    settings = recipe(*base, f"adapter.dropout={dropout}", f"train.activations={activations}")
+    settings = recipe(*BASES[base], f"adapter.dropout={dropout}", f"train.activations={activations}")
     most = full_pass(settings.settled(micro_batch=2))
     limit = Limit(lambda tokens, _: tokens > most)
     lines, events, settled = train(settings, limit)
@@ -349,14 +355,13 @@ def test_from_before_step_1_the_run_is_the_settled_one(
         assert curve(lines) != curve(train(settings)[0]), "the size of passes decides what is dropped"
 
 
-@pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
-@pytest.mark.parametrize("packing", ["true", "false"])
+@every_pair("base, packing", BASES, ["true", "false"])
 def test_from_the_middle_on_the_run_is_one_that_changed_there(
-    recipe: Callable[..., Recipe], train: Any, base: list[str], packing: str
+    recipe: Callable[..., Recipe], train: Any, base: str, packing: str
 ) -> None:
     """Steps 1 and 2 as before, from step 3 on as if the smaller passes had been set between the two."""
     keys = ["adapter.dropout=0.3", "data.max_length=100", f"data.packing={packing}"]
-    settings = recipe(*base, *keys)
+    settings = recipe(*BASES[base], *keys)
     smaller = settings.settled(micro_batch=4)
 
     def too_much(tokens: int, made: trainer.PhiTrainer) -> bool:
@@ -391,7 +396,7 @@ def test_from_the_middle_on_the_run_is_one_that_changed_there(
 def test_fewer_kept_layers_change_no_loss(recipe: Callable[..., Recipe], train: Any) -> None:
     keys = ["train.micro_batch=1", "train.activations=keep", "train.kept_layers=2", "train.engine=reference"]
     settings = recipe(*FLOAT32, *keys, "adapter.dropout=0.3")
-    limit = Limit(lambda _, made: made.state.global_step == 2 and limit.failed < 2)
+    limit = failing(2, times=2)
     lines, events, settled = train(settings, limit)
     assert [event.change for event in events] == [
         "train.activations=recompute instead of keep, train.kept_layers=1 instead of 2",
@@ -402,36 +407,37 @@ def test_fewer_kept_layers_change_no_loss(recipe: Callable[..., Recipe], train: 
     assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0]) == curve(train(half)[0])
 
 
-@pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
-@pytest.mark.parametrize("step", [0, 2])
-def test_the_last_rungs_change_no_loss(
-    recipe: Callable[..., Recipe], train: Any, base: list[str], step: int
-) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_the_last_rungs_change_no_loss(recipe: Callable[..., Recipe], train: Any, base: str) -> None:
     """Recomputing is bit-equal, from the first step or from a later one; chunks of logits are rows of one."""
-    settings = recipe(*base, "train.micro_batch=1", "train.activations=keep", "adapter.dropout=0.3")
-    limit = Limit(lambda _, made: made.state.global_step == step and limit.failed < 2)
-    lines, events, settled = train(settings, limit)
-    assert [event.change.split("=")[0] for event in events] == ["train.activations", "train.logit_tokens"]
-    assert settled == settings.settled(activations="recompute", logit_tokens=256)
-    assert limit.trainer.model.is_activation_checkpointing
-    assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0])
+    keys = ["train.micro_batch=1", "train.activations=keep", "adapter.dropout=0.3"]
+    settings = recipe(*BASES[base], *keys)
+    expected = settings.settled(activations="recompute", logit_tokens=256)
+    plain = curve(train(settings)[0])
+    assert plain == curve(train(expected)[0])
+    for step in (0, 2):
+        limit = failing(step, times=2)
+        lines, events, settled = train(settings, limit)
+        assert [event.change.split("=")[0] for event in events] == ["train.activations", "train.logit_tokens"]
+        assert settled == expected and curve(lines) == plain
+        assert limit.trainer.model.is_activation_checkpointing
 
 
-@pytest.mark.parametrize("base", [FLOAT32, QLORA], ids=["float32", "nf4"])
-@pytest.mark.parametrize("step", [0, 2])
-def test_offloading_changes_no_loss(
-    recipe: Callable[..., Recipe], train: Any, base: list[str], step: int
-) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_offloading_changes_no_loss(recipe: Callable[..., Recipe], train: Any, base: str) -> None:
     """As a rung from the full pass or a later step on, and from the beginning; as on a card."""
     keys = ["train.micro_batch=1", "train.activations=recompute", "adapter.dropout=0.3"]
-    settings = recipe(*base, *keys)
-    limit = Limit(lambda _, made: made.state.global_step == step and limit.failed < 1)
-    lines, events, settled = train(settings, limit, lambda made: setattr(made.ladder, "host_apart", True))
-    assert [event.change for event in events] == ["train.activations=offload instead of recompute"]
-    assert settled == settings.settled(activations="offload")
-    layers = limit.trainer.model.get_base_model().model.layers
-    assert all(isinstance(layer._gradient_checkpointing_func, Parking) for layer in layers)
-    assert curve(lines) == curve(train(settings)[0]) == curve(train(settled)[0])
+    settings = recipe(*BASES[base], *keys)
+    expected = settings.settled(activations="offload")
+    plain = curve(train(settings)[0])
+    assert plain == curve(train(expected)[0])
+    for step in (0, 2):
+        limit = failing(step, times=1)
+        lines, events, settled = train(settings, limit, lambda made: setattr(made.ladder, "host_apart", True))
+        assert [event.change for event in events] == ["train.activations=offload instead of recompute"]
+        assert settled == expected and curve(lines) == plain
+        layers = limit.trainer.model.get_base_model().model.layers
+        assert all(isinstance(layer._gradient_checkpointing_func, Parking) for layer in layers)
 
 
 def test_the_full_pass_before_step_1_leaves_nothing(

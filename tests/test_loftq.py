@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from bases import load_base
 from conftest import GEOMETRIES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from qlora_phi3 import adapters, loftq
 from qlora_phi3.errors import ModelError
-from qlora_phi3.model import Base, load
-from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
-from qlora_phi3.weights import locate, tensor_files
+from qlora_phi3.recipe import Adapter, Data, Recipe, Source
+from qlora_phi3.weights import tensor_files
 
 IDS = torch.arange(48).view(2, 24) % 30 + 3
 
@@ -26,11 +26,6 @@ IDS = torch.arange(48).view(2, 24) % 30 + 3
 def recipe(**adapter: Any) -> Recipe:
     settings = Adapter(**{"method": "loftq", "rank": 4, "alpha": 8, **adapter})
     return Recipe(version=1, name="t", adapter=settings, data=Data(train=Source(path="unused.jsonl")))
-
-
-def load_base(folder: Path, quantization: str = "nf4", dtype: str = "bfloat16") -> Base:
-    settings = Model(base=str(folder), quantization=quantization, compute_dtype=dtype)
-    return load(locate(settings), settings, torch.device("cpu"))
 
 
 def attached(folder: Path, **adapter: Any) -> Any:

@@ -73,10 +73,6 @@ def test_activations_are_linear_in_long_rows_without_a_mask(name: str) -> None:
     assert three - two == two - one > 0
 
 
-def test_keeping_activations_costs_more_than_recomputing() -> None:
-    assert training(recipe(train__activations="keep")).peak_bytes > 2 * training(recipe()).peak_bytes
-
-
 def offloaded(**keys: Any) -> memory.Plan:
     return memory.predict(recipe(train__activations="offload"), MINI, micro_batch=1, **keys)
 
@@ -98,15 +94,6 @@ def test_offloading_on_a_cpu_gains_nothing() -> None:
 
 def test_auto_activations_are_recomputed() -> None:
     assert training(recipe()) == training(recipe(train__activations="recompute"))
-
-
-@pytest.mark.parametrize("keys", [{"adapter__rank": 64}, {"adapter__dropout": 0.05}])
-def test_bigger_or_dropped_adapters_cost_more(keys: dict[str, Any]) -> None:
-    assert training(recipe(**keys)).peak_bytes > training(recipe()).peak_bytes
-
-
-def test_fewer_targets_cost_less() -> None:
-    assert training(recipe(adapter__targets=["o_proj"])).peak_bytes < training(recipe()).peak_bytes
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -167,25 +154,14 @@ def test_adapters_then_a_pass_then_optimizer_states() -> None:
 
 
 def test_answers_need_a_cache() -> None:
+    """For as many prompts as 4096 tokens hold with their answers, and for no more than are answered."""
     keys = {"data__eval": {"path": "eval.jsonl"}, "evaluate__metrics": ["exact_match"]}
-    settings = recipe(**keys, evaluate__max_new_tokens=128)
-    for row_tokens, at_once in ((2048, 1), (1024, 3), (256, 10)):
+    for row_tokens, samples, at_once in ((2048, 32, 1), (1024, 32, 3), (256, 32, 10), (256, 2, 2)):
+        settings = recipe(**keys, evaluate__samples=samples, evaluate__max_new_tokens=128)
         plan = memory.predict(settings, MINI, micro_batch=1, row_tokens=row_tokens)
+        assert phases.answer_tokens(settings, MINI, row_tokens) == 4096
         tokens = at_once * (row_tokens + 128)
-        assert tokens <= phases.answer_tokens(settings, MINI, row_tokens) == 4096 < tokens + row_tokens + 128
         assert part(phase(plan, "evaluate"), "KV cache") == tokens * 32 * 2 * 3072 * 2
-
-
-def test_fewer_samples_than_a_batch_need_less() -> None:
-    keys = {"data__eval": {"path": "eval.jsonl"}, "evaluate__metrics": ["exact_match"]}
-    many, one = (
-        phase(
-            memory.predict(recipe(**keys, evaluate__samples=n), MINI, micro_batch=1, row_tokens=256),
-            "evaluate",
-        ).peak_bytes
-        for n in (32, 1)
-    )
-    assert one < many
 
 
 def test_plan_as_json() -> None:

@@ -461,6 +461,8 @@ def test_one_parameter_against_the_policy(
 def test_float32_parameters_may_be_trained(checkpoints: Any) -> None:
     base = load_base(checkpoints("gqa"))
     cast("model.norm.weight", torch.float32)(base.model)
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight is torch\.float32"):
+        check_dtypes(base.model, compute=torch.bfloat16, quantized=True)
     train("model.norm.weight")(base.model)
     check_dtypes(base.model, compute=torch.bfloat16, quantized=True)
 

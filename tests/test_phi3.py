@@ -74,10 +74,6 @@ def test_parameters_of_every_variant(name: str, total: int) -> None:
     assert phi3.VARIANTS[name].num_parameters == total
 
 
-def test_every_variant_has_a_known_total() -> None:
-    assert len(phi3.VARIANTS) == 8
-
-
 def test_parts_of_phi_3_mini() -> None:
     assert MINI.num_linear_parameters == 32 * 113_246_208  # 3.624 B
     assert MINI.num_embedding_parameters == 2 * 98_500_608
@@ -91,11 +87,6 @@ def test_tied_head_has_no_parameters_of_its_own() -> None:
 def test_rank_16_lora_of_phi_3_mini() -> None:
     assert MINI.lora_parameters(phi3.LINEARS, 16) == 25_165_824
     assert round(MINI.lora_parameters(("o_proj", "down_proj"), 16) / 1e6, 1) == 8.9
-
-
-def test_a_geometry_cannot_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MINI.num_layers = 1  # type: ignore[misc]
 
 
 # Slices

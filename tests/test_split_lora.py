@@ -8,15 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bases
 import pytest
 import torch
 from conftest import make_checkpoint
+from pairs import every_pair
 from safetensors.torch import load_file
 from torch import nn
 
 from qlora_phi3 import adapters, phi3, sizes
 from qlora_phi3.errors import ModelError
-from qlora_phi3.model import Base, load
+from qlora_phi3.model import Base
 from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
 from qlora_phi3.split_lora import blocks
 from qlora_phi3.weights import locate
@@ -30,9 +32,8 @@ def recipe(**adapter: Any) -> Recipe:
     return Recipe(version=1, name="t", adapter=settings, data=Data(train=Source(path="unused.jsonl")))
 
 
-def load_base(folder: Path, quantization: str = "none", dtype: str = "float32") -> Base:
-    settings = Model(base=str(folder), quantization=quantization, compute_dtype=dtype)
-    return load(locate(settings), settings, torch.device("cpu"))
+def load_base(folder: Path, quantization: str = "none") -> Base:
+    return bases.load_base(folder, quantization, "float32")
 
 
 def tuned(base: Base, **adapter: Any) -> Any:
@@ -200,10 +201,10 @@ def check_off_diagonal(weight: torch.Tensor, linear: str, geometry: phi3.Geometr
         assert not rest.any(), "exactly zero"
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize(
-    "adapter",
+@every_pair(
+    "geometry, quantization, adapter",
+    GEOMETRIES,
+    ["nf4", "none"],
     [
         {},
         {"targets": ["q", "v"]},
@@ -212,7 +213,6 @@ def check_off_diagonal(weight: torch.Tensor, linear: str, geometry: phi3.Geometr
         {"dropout": 0.1},
         {"split_fused": False},
     ],
-    ids=str,
 )
 def test_what_is_saved_loads_in_stock_peft(
     tmp_path: Path,

@@ -480,5 +480,6 @@ def test_a_file_that_is_not_there_is_looked_for_beside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_eval", [True, False])
 def test_check_files_does_not_read(tmp_path: Path, with_eval: bool) -> None:
-    source = Source(path=str(write(tmp_path, b"\xff not a row")))
+    source = Source(path=str(path := write(tmp_path, b"\xff not a row")))
     check_files(Data(train=source, eval=source if with_eval else None))
+    assert problems_of(path), "whoever reads it is told"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import every_pair
 
 from qlora_phi3.engine import attention
 
@@ -45,10 +46,13 @@ def attended(
     return out[0]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize("path", ["eager", "sdpa"])
+@every_pair(
+    "lengths, heads, window, path",
+    LENGTHS,
+    [(4, 4), (6, 2), (3, 1)],
+    [None, 1, 4, 100],
+    ["eager", "sdpa"],
+)
 def test_documents_see_themselves_only(
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],

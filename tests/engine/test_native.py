@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from memory_lab import adapt, build, documents, loss_of, recipe, tiny, trained
+from pairs import every_pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,9 +100,7 @@ def compare_gradients(one: Any, other: Any, tolerance: float) -> None:
         torch.testing.assert_close(b.grad, a.grad, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_pair("geometry, adapter, keep", GEOMETRIES, ADAPTERS, KEEPS)
 def test_loss_and_gradients_are_the_references(geometry: str, adapter: str, keep: Keep) -> None:
     stock, ours, chosen = pair(geometry, EXACT, **ADAPTERS[adapter])
     install(ours, keep, keep)
@@ -110,11 +109,12 @@ def test_loss_and_gradients_are_the_references(geometry: str, adapter: str, keep
     compare_gradients(stock, ours, 2e-5)
 
 
-@pytest.mark.parametrize("columns", [64, 128, None])
-@pytest.mark.parametrize("adapter", ["fused", "split", "dropout", "rslora on down"])
-@pytest.mark.parametrize("settings", [EXACT, NF4], ids=["float32", "nf4"])
-def test_slices_and_packed_weights(settings: dict[str, Any], adapter: str, columns: int | None) -> None:
-    stock, ours, chosen = pair("mini", settings, **ADAPTERS[adapter])
+BASES = {"float32": EXACT, "nf4": NF4}
+
+
+@every_pair("base, adapter, columns", BASES, ["fused", "split", "dropout", "rslora on down"], [64, 128, None])
+def test_slices_and_packed_weights(base: str, adapter: str, columns: int | None) -> None:
+    stock, ours, chosen = pair("mini", BASES[base], **ADAPTERS[adapter])
     install(ours, "input", "all", slice_columns=columns)
     found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -123,33 +123,31 @@ def test_slices_and_packed_weights(settings: dict[str, Any], adapter: str, colum
 
 SIX_HEADS = SMALL | dict(hidden_size=192, num_attention_heads=6, num_key_value_heads=6)
 TWO_SHARED = SMALL | dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4, sliding_window=5)
+GROUPS: dict[str, tuple[dict[str, Any], int, list[int]]] = {
+    "even": (SIX_HEADS, 64, [2, 2, 2]),
+    "uneven": (SIX_HEADS, 384, [4, 2]),
+    "shared": (TWO_SHARED, 320, [2, 2]),
+}
+"""Sizes, columns of a slice, and the heads of each group that those make."""
 
 
-@pytest.mark.parametrize("keep", ["input", "attention"])
-@pytest.mark.parametrize(
-    ("settings", "adapter"),
-    [*((EXACT, name) for name in ADAPTERS), (NF4, "split"), (NF4, "dropout")],
-    ids=[*ADAPTERS, "nf4 split", "nf4 dropout"],
-)
-@pytest.mark.parametrize(
-    ("sizes", "columns", "groups"),
-    [(SIX_HEADS, 64, [2, 2, 2]), (SIX_HEADS, 384, [4, 2]), (TWO_SHARED, 320, [2, 2])],
-    ids=["even", "uneven", "shared"],
+@every_pair(
+    "groups, base, adapter, keep",
+    GROUPS,
+    BASES,
+    ADAPTERS,
+    ["input", "attention"],
+    allowed=lambda _, base, adapter, __: base == "float32" or adapter in ("split", "dropout"),
 )
 def test_heads_in_groups(
-    sizes: dict[str, Any],
-    columns: int,
-    groups: list[int],
-    settings: dict[str, Any],
-    adapter: str,
-    keep: Keep,
-    monkeypatch: pytest.MonkeyPatch,
+    groups: str, base: str, adapter: str, keep: Keep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sizes, columns, expected_groups = GROUPS[groups]
     monkeypatch.setitem(GEOMETRIES, "grouped", sizes)
-    stock, ours, chosen = pair("grouped", settings, **ADAPTERS[adapter])
+    stock, ours, chosen = pair("grouped", BASES[base], **ADAPTERS[adapter])
     heads = heads_of(ours.get_base_model().config)
     spans = head_groups(heads.num, heads.num_kv, heads.width, columns)
-    assert [stop - start for start, stop in spans] == groups
+    assert [stop - start for start, stop in spans] == expected_groups
     install(ours, keep, keep, slice_columns=columns)
     found, expected = backward(ours, chosen, LENGTHS), backward(stock, chosen, LENGTHS)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -208,21 +206,28 @@ def test_attention_in_blocks(geometry: str, scores: int, monkeypatch: pytest.Mon
     compare_gradients(stock, ours, 2e-5)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_half_precision_to_its_rounding(keep: Keep) -> None:
+def test_half_precision_to_its_rounding() -> None:
     """Ours rounds less often than autocast: both lie as near to float32."""
-    errors = {"stock": 0.0, "ours": 0.0}
+    errors = dict.fromkeys(("stock", *KEEPS), 0.0)
     for seed in range(6):
         exact, _, in_full = pair("mini", NF4, seed, **ADAPTERS["split"])
         stock, ours, chosen = pair("mini", HALF, seed, **ADAPTERS["split"])
-        install(ours, keep, keep)
-        lengths = [9, 13, 20, 7, seed + 3]
+        native, lengths = install(ours), [9, 13, 20, 7, seed + 3]
         backward(exact, in_full, lengths)
-        assert backward(ours, chosen, lengths) == pytest.approx(backward(stock, chosen, lengths), rel=2e-3)
-        for name, model in (("stock", stock), ("ours", ours)):
-            each = zip(trained(model), trained(exact), strict=True)
-            errors[name] += sum(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in each)
-    assert errors["ours"] < 1.1 * errors["stock"]
+        loss = backward(stock, chosen, lengths)
+        errors["stock"] += distance(stock, exact)
+        for keep in KEEPS:
+            native.policy = Policy((keep, keep))
+            ours.zero_grad()
+            assert backward(ours, chosen, lengths) == pytest.approx(loss, rel=2e-3)
+            errors[keep] += distance(ours, exact)
+    assert max(errors[keep] for keep in KEEPS) < 1.1 * errors["stock"]
+
+
+def distance(model: Any, exact: Any) -> float:
+    """Of all gradients, relative to the exact ones."""
+    each = zip(trained(model), trained(exact), strict=True)
+    return sum(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in each)
 
 
 def test_parked_inputs_give_the_same() -> None:
@@ -234,17 +239,23 @@ def test_parked_inputs_give_the_same() -> None:
         assert torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("settings", [EXACT, NF4], ids=["float32", "nf4"])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_trains_as_the_reference_does(geometry: str, settings: dict[str, Any]) -> None:
-    """50 steps of AdamW, two passes each, gradients clipped.
+@pytest.mark.parametrize(
+    ("geometry", "base", "num_steps"),
+    [
+        ("window", "float32", 12),
+        ("phi-4-mini", "nf4", 12),
+        *(pytest.param(one, base, 50, marks=pytest.mark.grid) for one in GEOMETRIES for base in BASES),
+    ],
+)
+def test_trains_as_the_reference_does(geometry: str, base: str, num_steps: int) -> None:
+    """Steps of AdamW, two passes each, gradients clipped; a fault shows in the first.
 
     Steps this small: where a gradient is all rounding, Adam makes a whole step of it.
     """
-    stock, ours, chosen = pair(geometry, settings, **ADAPTERS["split"])
+    stock, ours, chosen = pair(geometry, BASES[base], **ADAPTERS["split"])
     install(ours, "all", "input")
-    losses = [curve(model, chosen, 50) for model in (stock, ours)]
-    assert min(losses[0][-2:]) < 0.98 * losses[0][0]
+    losses = [curve(model, chosen, num_steps) for model in (stock, ours)]
+    assert min(losses[0][-2:]) < (1 - num_steps / 2500) * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
