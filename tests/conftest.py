@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,13 @@ os.environ.setdefault("QLORA_PHI3_OWN_THREADS", os.environ.get("OMP_NUM_THREADS"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules are never garbage: each training collects it, and would look through all of torch for some."""
+    gc.collect()
+    gc.freeze()
+
 
 PHI3_TEMPLATE = (
     "{% for message in messages %}"

@@ -325,6 +325,7 @@ def train(
 FLOAT32 = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
 QLORA = ["train.optimizer=adamw_8bit", "adapter.rank=16"]
 BASES = {"float32": FLOAT32, "nf4": QLORA}
+ROW_BY_ROW = ["train.effective_batch=2", "train.micro_batch=1", "train.max_steps=4", "adapter.dropout=0.3"]
 COUNTS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
 
 
@@ -394,8 +395,8 @@ def test_from_the_middle_on_the_run_is_one_that_changed_there(
 
 
 def test_fewer_kept_layers_change_no_loss(recipe: Callable[..., Recipe], train: Any) -> None:
-    keys = ["train.micro_batch=1", "train.activations=keep", "train.kept_layers=2", "train.engine=reference"]
-    settings = recipe(*FLOAT32, *keys, "adapter.dropout=0.3")
+    keys = ["train.activations=keep", "train.kept_layers=2", "train.engine=reference"]
+    settings = recipe(*FLOAT32, *ROW_BY_ROW, *keys)
     limit = failing(2, times=2)
     lines, events, settled = train(settings, limit)
     assert [event.change for event in events] == [
@@ -410,8 +411,7 @@ def test_fewer_kept_layers_change_no_loss(recipe: Callable[..., Recipe], train: 
 @pytest.mark.parametrize("base", BASES)
 def test_the_last_rungs_change_no_loss(recipe: Callable[..., Recipe], train: Any, base: str) -> None:
     """Recomputing is bit-equal, from the first step or from a later one; chunks of logits are rows of one."""
-    keys = ["train.micro_batch=1", "train.activations=keep", "adapter.dropout=0.3"]
-    settings = recipe(*BASES[base], *keys)
+    settings = recipe(*BASES[base], *ROW_BY_ROW, "train.activations=keep")
     expected = settings.settled(activations="recompute", logit_tokens=256)
     plain = curve(train(settings)[0])
     assert plain == curve(train(expected)[0])
@@ -426,8 +426,7 @@ def test_the_last_rungs_change_no_loss(recipe: Callable[..., Recipe], train: Any
 @pytest.mark.parametrize("base", BASES)
 def test_offloading_changes_no_loss(recipe: Callable[..., Recipe], train: Any, base: str) -> None:
     """As a rung from the full pass or a later step on, and from the beginning; as on a card."""
-    keys = ["train.micro_batch=1", "train.activations=recompute", "adapter.dropout=0.3"]
-    settings = recipe(*BASES[base], *keys)
+    settings = recipe(*BASES[base], *ROW_BY_ROW, "train.activations=recompute")
     expected = settings.settled(activations="offload")
     plain = curve(train(settings)[0])
     assert plain == curve(train(expected)[0])
@@ -631,12 +630,12 @@ def test_a_computer_out_of_memory(write_recipe: Callable[..., Path], tmp_path: P
     """Really: rows whose pass takes hundreds of megabytes, in a process that may not have them."""
     long = tmp_path / "long.jsonl"
     talk = [{"role": "user", "content": "x" * 240}, {"role": "assistant", "content": "y" * 240}]
-    long.write_text((json.dumps({"messages": talk}) + "\n") * 192)
+    long.write_text((json.dumps({"messages": talk}) + "\n") * 96)
     keys = [f"data.train.path={long}", "data.eval=", "evaluate.metrics=[loss]", "data.max_length=512"]
-    keys += ["train.effective_batch=192", "train.micro_batch=192", "train.max_steps=1", "data.packing=false"]
+    keys += ["train.effective_batch=96", "train.micro_batch=96", "train.max_steps=1", "data.packing=false"]
     arguments = ["recipe", str(write_recipe()), *keys, "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(300 * 2**20), *arguments],
+        [sys.executable, "-c", LIMITED, str(150 * 2**20), *arguments],
         capture_output=True,
         text=True,
         timeout=600,
@@ -644,8 +643,8 @@ def test_a_computer_out_of_memory(write_recipe: Callable[..., Path], tmp_path: P
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "before step 1: out of memory; taken again with train.micro_batch=96 instead of 192" in done.stderr
-    assert int(load_recipe(tmp_path / "out" / "recipe.yaml").train.micro_batch) <= 96
+    assert "before step 1: out of memory; taken again with train.micro_batch=48 instead of 96" in done.stderr
+    assert int(load_recipe(tmp_path / "out" / "recipe.yaml").train.micro_batch) <= 48
     first = json.loads(done.stdout)["memory"]["adapted"][0]
     said = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
     assert any(words in first["error"] for words in said)  # torch's allocator's, or oneDNN's

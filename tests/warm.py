@@ -6,6 +6,7 @@ A moment is "module:function" or "module:Class.function" and a number: `act` hap
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -78,6 +79,7 @@ def _child(
     given: tuple[Any, ...],
 ) -> None:
     os.chdir(cwd)
+    gc.freeze()  # of what was preloaded nothing is garbage, and a run collects it several times
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for descriptor, path in zip((1, 2), told, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), descriptor)
