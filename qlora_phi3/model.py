@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import prequantized
-from .errors import ModelError
+from . import prequantized, shards, tokenizer_files
+from .errors import ModelError, is_file
 from .recipe import Model
 from .weights import Checkpoint, Say, first_line, read_config
 
@@ -94,15 +94,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
     """Refuse tokens that were added and never given a row: the embedding would be read behind its end."""
-    if not (folder / "config.json").is_file():  # a tokenizer by itself, as an export has it
+    if not is_file(folder / "config.json", ModelError):  # a tokenizer by itself, as an export has it
         return
     rows = read_config(folder).get("vocab_size")
     highest = max((*tokenizer.added_tokens_decoder, len(tokenizer) - 1))
     if isinstance(rows, int) and highest >= rows:
-        added = tokenizer.convert_ids_to_tokens(highest)
-        reason = f"the tokenizer has {highest + 1} tokens, the embedding {rows} rows ({added!r} has none)."
-        remedy = "Resize the embedding with resize_token_embeddings and save it, or remove the added tokens."
-        raise ModelError(str(folder), reason, remedy)
+        added = str(tokenizer.convert_ids_to_tokens(highest))
+        raise tokenizer_files.beyond(folder, highest, added, rows)
 
 
 def load(
@@ -200,6 +198,7 @@ def _load_weights(
             return _read(entry.folder, checkpoint, settings, device, attention)
         except ModelError as error:  # another run removed it meanwhile, or it never was what we write
             prequantized.remove(entry, error.problems[0].reason, say)
+    shards.check_finite(checkpoint.folder)
     model = _read(checkpoint.folder, checkpoint, settings, device, attention)
     if settings.quantization == "nf4":
         _leave_files(model)
