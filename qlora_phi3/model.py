@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import prequantized, shards, tokenizer_files
+from . import prequantized, shards, template_limits, tokenizer_files
 from .errors import ModelError, is_file
 from .recipe import Model
 from .weights import Checkpoint, Say, first_line, read_config
@@ -83,6 +83,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
     if not tokenizer.chat_template:
         raise ModelError(str(folder), "the tokenizer has no chat template.", "Choose an instruct checkpoint.")
+    several = isinstance(tokenizer.chat_template, dict)
+    for template in tokenizer.chat_template.values() if several else [tokenizer.chat_template]:
+        template_limits.check(template, str(folder))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")

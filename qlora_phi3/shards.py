@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: the index of a sharded checkpoint is missing, or names anything but files of the folder.
     """
     whole = folder / WEIGHTS
-    there = is_file(whole, ModelError) or whole.is_symlink()  # a link to nowhere is told as what it is
+    there = os.path.lexists(whole)  # a pipe, or a link to nowhere, is told as what it is
     return [whole] if there else [folder / name for name in sorted({*_weight_map(folder).values()})]
 
 
@@ -197,7 +198,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         ModelError: the index is missing, is none, or names anything else.
     """
     path = folder / INDEX
-    if not is_file(path, ModelError) and not path.is_symlink():
+    if not os.path.lexists(path):
         reason = f"holds neither {WEIGHTS} nor {INDEX}, from which the weights would be loaded."
         raise ModelError(str(folder), reason, _WHOLE)
     found = json_files.read_object(path, ModelError, _AGAIN, nan=False).get("weight_map")

@@ -46,8 +46,8 @@ _SWITCHES: Final = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 def _is_template(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(one, dict) and all(map(_is_text, map(one.get, _NAMED))) for one in value)
-    return _is_text(value)
+        return all(isinstance(one, dict) and all(map(_is_template, map(one.get, _NAMED))) for one in value)
+    return _is_text(value) and len(value) <= MAX_TEMPLATE
 
 
 _NAMED: Final = ("name", "template")
@@ -90,7 +90,9 @@ _CHECKS: Final[dict[str, dict[str, Check]]] = {
         "model_max_length": _or_null(
             lambda value: type(value) in (int, float) and 0 < value < 10**40, "a positive number"
         ),
-        "chat_template": _or_null(_is_template, "a text, or a list of names and texts"),
+        "chat_template": _or_null(
+            _is_template, f"a text of at most {MAX_TEMPLATE:,} characters, or a list of names and texts"
+        ),
         "tokenizer_class": _or_null(_is_text, "a name"),
         "model_input_names": _or_null(
             lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"

@@ -76,7 +76,7 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
         json_files.load(path, 999)
     with path.open("wb") as file:
         file.truncate(2**40)  # takes no room on a disk, and all of the memory to read
-    with pytest.raises(DataError, match="it is larger than 100.00 MiB"):
+    with pytest.raises(DataError, match=r"it is larger than 100\.00 MiB"):
         json_files.read(path, DataError, "Copy it again.")
 
 
