@@ -27,7 +27,7 @@ from .model import Base, logical_numel
 from .recipe import Adapter, Recipe
 from .split_lora import DiagonalB, blocks, split
 from .strict_yaml import dotted_path
-from .weights import Checkpoint, first_line
+from .weights import Checkpoint, Say, first_line
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_NAME: Final = "base_provenance.json"
@@ -167,8 +167,10 @@ def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geom
             )
 
 
-def check_provenance(folder: Path, checkpoint: Checkpoint) -> None:
+def check_provenance(folder: Path, checkpoint: Checkpoint, say: Say = lambda _: None) -> None:
     """Where the adapter says what it was trained on, that must be this base.
+
+    Adapters of older versions tell names and shapes of the weights only, and `say` hears that.
 
     Raises:
         ModelError: another config or other weights, or the note cannot be read.
@@ -179,11 +181,18 @@ def check_provenance(folder: Path, checkpoint: Checkpoint) -> None:
     ours = json.loads(json.dumps(checkpoint.provenance.to_json()))
     theirs = json_files.read(note, ModelError, "Remove it, or mend it.")
     try:
+        told = all("samples_xxh3" in one for one in theirs["weights"])
+        if not told:
+            ours["weights"] = [
+                {k: v for k, v in one.items() if k != "samples_xxh3"} for one in ours["weights"]
+            ]
         same = all(theirs[key] == ours[key] for key in ("config_sha256", "weights"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             str(note), f"cannot be read: {first_line(error)}.", "Remove it, or mend it."
         ) from None
+    if same and not told:
+        say(f"{note} tells names and shapes of the base's weights, not whether they are still the same")
     if not same:
         reason = (
             f"the adapter was trained on {theirs.get('base')}, which is not {ours['base']} as it is here."

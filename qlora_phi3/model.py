@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import prequantized
-from .errors import ModelError
+from . import prequantized, shards, template_limits, tokenizer_files
+from .errors import ModelError, is_file
 from .recipe import Model
 from .weights import Checkpoint, Say, first_line, read_config
 
@@ -83,6 +83,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
     if not tokenizer.chat_template:
         raise ModelError(str(folder), "the tokenizer has no chat template.", "Choose an instruct checkpoint.")
+    several = isinstance(tokenizer.chat_template, dict)
+    for template in tokenizer.chat_template.values() if several else [tokenizer.chat_template]:
+        template_limits.check(template, str(folder))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")
@@ -94,15 +97,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
     """Refuse tokens that were added and never given a row: the embedding would be read behind its end."""
-    if not (folder / "config.json").is_file():  # a tokenizer by itself, as an export has it
+    if not is_file(folder / "config.json", ModelError):  # a tokenizer by itself, as an export has it
         return
     rows = read_config(folder).get("vocab_size")
     highest = max((*tokenizer.added_tokens_decoder, len(tokenizer) - 1))
     if isinstance(rows, int) and highest >= rows:
-        added = tokenizer.convert_ids_to_tokens(highest)
-        reason = f"the tokenizer has {highest + 1} tokens, the embedding {rows} rows ({added!r} has none)."
-        remedy = "Resize the embedding with resize_token_embeddings and save it, or remove the added tokens."
-        raise ModelError(str(folder), reason, remedy)
+        added = str(tokenizer.convert_ids_to_tokens(highest))
+        raise tokenizer_files.beyond(folder, highest, added, rows)
 
 
 def load(
@@ -200,6 +201,7 @@ def _load_weights(
             return _read(entry.folder, checkpoint, settings, device, attention)
         except ModelError as error:  # another run removed it meanwhile, or it never was what we write
             prequantized.remove(entry, error.problems[0].reason, say)
+    shards.check_finite(checkpoint.folder)
     model = _read(checkpoint.folder, checkpoint, settings, device, attention)
     if settings.quantization == "nf4":
         _leave_files(model)

@@ -48,6 +48,11 @@ def inside(linear: str) -> tuple[str, ...]:
 EMBEDDINGS: Final = ("embed_tokens", "lm_head")
 """The embedding and the head, one of each; a base may store them as one matrix."""
 
+EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
+HEAD_WEIGHT: Final = "lm_head.weight"
+NORMS: Final = ("input_layernorm", "post_attention_layernorm")
+"""The two norms of a decoder layer, beside `model.norm` behind the last."""
+
 ADAPTABLE: Final = (EMBEDDINGS[0], *LINEARS, EMBEDDINGS[1])
 """Modules that can get adapters, in the order of the forward pass."""
 
@@ -128,6 +133,17 @@ class Geometry:
     @property
     def num_parameters(self) -> int:
         return self.num_linear_parameters + self.num_embedding_parameters + self.num_norm_parameters
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a checkpoint by name; a tied one has no head of its own."""
+        hidden = (self.hidden_size,)
+        found: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: (self.vocab_size, self.hidden_size)}
+        for i in range(self.num_layers):
+            layer = f"model.layers.{i}"
+            found |= {f"{layer}.{norm}.weight": hidden for norm in NORMS}
+            found |= {f"{layer}.{BLOCKS[name]}.{name}.weight": self.linear_shape(name) for name in LINEARS}
+        found["model.norm.weight"] = hidden
+        return found if self.tied_embeddings else found | {HEAD_WEIGHT: found[EMBEDDING_WEIGHT]}
 
     def num_modules(self, name: str) -> int:
         """How many modules of a name there are: one in every layer, but a single embedding and head."""

@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
-
 from . import builtin, entries, json_files
 from .recipe import Model
 from .units import format_bytes
@@ -37,7 +35,6 @@ _LIBRARIES: Final = ("bitsandbytes", "torch", "transformers")
 _ABOUT: Final = "about.json"
 _CONFIGS: Final = ("generation_config.json", "config.json")
 """Where transformers looks for the settings of answers, beside the weights; the second where no first is."""
-_NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def entry_of(checkpoint: Checkpoint, settings: Model, device_type: str) -> Entry
         "base": known.base,
         "revision": known.revision,
         "configs": {path.name: _sha256(path.read_bytes()) for path in configs},
-        "weights": [{**one, **_traces(checkpoint.folder / one["file"])} for one in known.weights],
+        "weights": [{**one, "modified_ns": _modified_ns(checkpoint, one["file"])} for one in known.weights],
         "settings": settings.model_dump(include={"quantization", "double_quant", "compute_dtype"}),
         "device": device_type,
         "versions": {name: version(name) for name in _LIBRARIES},
@@ -135,17 +132,9 @@ def _write(tensors: dict[str, Any], entry: Entry) -> None:
         entries.publish(folder, entry.folder, MAX_BYTES)
 
 
-def _traces(path: Path) -> dict[str, Any]:
-    """When a file was written, and a hash of some of it: names, shapes and sizes stay when weights change.
-
-    All of it is not read: on a disk that takes longer than the load it saves.
-    """
-    status, digest = path.stat(), xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for i in range(_NUM_SAMPLES):
-            file.seek(i * status.st_size // _NUM_SAMPLES)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return {"modified_ns": status.st_mtime_ns, "samples_xxh3": digest.hexdigest()}
+def _modified_ns(checkpoint: Checkpoint, name: str) -> int:
+    """When a file was written, beside what its provenance tells of it."""
+    return (checkpoint.folder / name).stat().st_mtime_ns
 
 
 def _sha256(content: bytes) -> str:

@@ -6,22 +6,19 @@ in checkpoints, other architectures, and checkpoints that are quantized already.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import base_names, builtin, json_files, phi3
-from .errors import ModelError, is_folder, shown
+from . import base_names, builtin, files, json_files, phi3, shards, tokenizer_files
+from .errors import ModelError, is_file, is_folder
 from .recipe import Model
+from .shards import tensor_files as tensor_files
+from .shards import weight_files as weight_files
 
 Say = Callable[[str], None]
-
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
 
 TOKENIZER_PATTERNS: Final = ["*.json", "*.jinja", "tokenizer.model"]
 """What a tokenizer needs, and the small files beside it."""
@@ -87,12 +84,8 @@ def locate(settings: Model, say: Say = lambda _: None, tokenizer: Path | None = 
         revision = folder.name
     _check_files(folder, base if source == "folder" else f"model.base: {base}")
     config = read_config(folder)
-    return Checkpoint(
-        folder=folder,
-        config=config,
-        geometry=phi3.geometry_from_config(config, str(folder / "config.json")),
-        provenance=_provenance(base, source, revision, folder),
-    )
+    geometry = _check_sizes(folder, config)
+    return Checkpoint(folder, config, geometry, _provenance(base, source, revision, folder))
 
 
 def locate_tokenizer(settings: Model, say: Say = lambda _: None) -> Path:
@@ -107,9 +100,12 @@ def locate_tokenizer(settings: Model, say: Say = lambda _: None) -> Path:
     elif Path(base).is_absolute():
         folder = _local_folder(base)
         _check_files(folder, base)
+        _check_sizes(folder, read_config(folder))
     else:
         folder = _download(base, settings.revision, say, TOKENIZER_PATTERNS)
-    read_config(folder)
+        config = read_config(folder)
+        geometry = phi3.geometry_from_config(config, str(folder / "config.json"))
+        tokenizer_files.check(folder, geometry.vocab_size)
     return folder
 
 
@@ -148,62 +144,12 @@ def known_geometry(settings: Model) -> phi3.Geometry | None:
     if Path(settings.base).is_absolute():
         folder = _local_folder(settings.base)
         _check_files(folder, settings.base)
-        return phi3.geometry_from_config(read_config(folder), str(folder / "config.json"))
+        return _check_sizes(folder, read_config(folder))
     if settings.base.startswith("builtin:"):
         builtin.check_name(settings.base.removeprefix("builtin:"))
     else:
         _check_name(settings)
     return phi3.VARIANTS.get(settings.base)
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint -> the file that transformers loads it from.
-
-    Raises:
-        ModelError: the index of a sharded checkpoint cannot be used.
-    """
-    from safetensors import safe_open
-
-    whole = folder / WEIGHTS
-    if not whole.is_file():
-        return {name: folder / file for name, file in _weight_map(folder).items()}
-    with safe_open(whole, framework="numpy") as tensors:
-        return dict.fromkeys(tensors.keys(), whole)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads a checkpoint's weights from, and no others that lie beside them.
-
-    Raises:
-        ModelError: as `tensor_files`.
-    """
-    whole = folder / WEIGHTS
-    there = whole.is_file() or whole.is_symlink()  # a link to nowhere is told as what it is
-    return [whole] if there else [folder / name for name in sorted({*_weight_map(folder).values()})]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file of a sharded checkpoint: each a safetensors file in the folder itself.
-
-    Raises:
-        ModelError: the index is missing, is none, or names anything else.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        reason = f"holds neither {WEIGHTS} nor {INDEX}, from which the weights would be loaded."
-        raise ModelError(str(folder), reason, "Give a folder that holds a whole checkpoint.")
-    found = _read_json(path).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise ModelError(str(path), "has no weight_map.", "Download it again.")
-    for name in found.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            reason = f"names {shown(name)}, which is no safetensors file of this folder."
-            raise ModelError(str(path), reason, "Choose a checkpoint whose weights are all in its folder.")
-        if not (folder / name).is_file():
-            raise ModelError(
-                str(path), f"names {name}, which is not there.", "Download the checkpoint again."
-            )
-    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -217,7 +163,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     phi3.check_architecture(config, str(path))
     check_auto_map(config, path)
     tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file():
+    if is_file(tokenizer_config, ModelError) or tokenizer_config.exists():
         check_auto_map(_read_json(tokenizer_config), tokenizer_config)
     for key, value in config.items():
         if key.startswith("_") and not isinstance(value, _HARMLESS_UNDERSCORE.get(key, ())):
@@ -265,7 +211,7 @@ def _check_files(folder: Path, place: str) -> None:
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
-        raise ModelError(place, f"cannot be read: {error.strerror}.", "Check its permissions.") from None
+        raise ModelError(place, f"cannot be read: {error.strerror}.", "Check who may read it.") from None
     if not any(name.endswith(".safetensors") for name in names):
         other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         reason = f"holds {other[0]} but no safetensors." if other else "holds no *.safetensors."
@@ -274,6 +220,14 @@ def _check_files(folder: Path, place: str) -> None:
         adapter = folder / "adapter_config.json"
         reason = "stands beside the base: transformers would load the base that this adapter names instead."
         raise ModelError(str(adapter), reason, "Give the folder of a base without an adapter in it.")
+
+
+def _check_sizes(folder: Path, config: Mapping[str, Any]) -> phi3.Geometry:
+    """Sizes of a checkpoint, once its tokenizer and the headers of its weights were found to be of them."""
+    geometry = phi3.geometry_from_config(config, str(folder / "config.json"))
+    shards.check(folder, geometry)
+    tokenizer_files.check(folder, geometry.vocab_size)
+    return geometry
 
 
 def _download(base: str, revision: str | None, say: Say, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
@@ -310,11 +264,16 @@ def _explain_hub(error: Exception, status: int | None) -> tuple[str, str]:
 
 def _provenance(base: str, source: str, revision: str | None, folder: Path) -> Provenance:
     template = folder / "chat_template.jinja"
-    if not template.is_file():
+    if not is_file(template, ModelError):
         template = folder / "tokenizer_config.json"
     tokenizer = folder / "tokenizer.json"
     weights = [
-        {"file": path.name, "header_sha256": _header_sha256(path), "bytes": path.stat().st_size}
+        {
+            "file": path.name,
+            "header_sha256": shards.header_sha256(path),
+            "bytes": path.stat().st_size,
+            "samples_xxh3": shards.samples_xxh3(path),
+        }
         for path in weight_files(folder)
     ]
     return Provenance(
@@ -328,23 +287,14 @@ def _provenance(base: str, source: str, revision: str | None, folder: Path) -> P
     )
 
 
-def _header_sha256(path: Path) -> str:
-    """Hash of a safetensors header: names, shapes, dtypes; cheap on a 5 GB file, and so is its length."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return hashlib.sha256(file.read(length)).hexdigest()
-    except (OSError, SafetensorError) as error:
-        reason = f"is truncated or no safetensors file: {first_line(error)}."
-        raise ModelError(str(path), reason, "Download it again.") from None
-
-
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise ModelError(str(path), "is missing from the checkpoint.", "Download it again.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return files.sha256(path)
+    except FileNotFoundError:
+        raise ModelError(str(path), "is missing from the checkpoint.", "Download it again.") from None
+    except OSError as error:
+        reason = f"cannot be read: {json_files.said(error)}."
+        raise ModelError(str(path), reason, json_files.way_on(error, "Download it again.")) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def is_link_to(target: str) -> Callable[[Path], object]:
         pytest.param(holds(b"\xef\xbb\xbf{}"), "begins with a byte order mark.", id="byte order mark"),
         pytest.param(holds("{}".encode("utf-16")), "it is UTF-16, not UTF-8.", id="UTF-16"),
         pytest.param(holds(b'{"a": "\xe4"}'), "it is not UTF-8.", id="Latin-1"),
-        pytest.param(holds(b"<!DOCTYPE html>"), "it is a web page, not JSON.", id="web page"),
+        pytest.param(holds(b"<!DOCTYPE html>"), "it is a web page.", id="web page"),
         pytest.param(
             holds(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
             "git lfs pull",
@@ -76,7 +76,7 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
         json_files.load(path, 999)
     with path.open("wb") as file:
         file.truncate(2**40)  # takes no room on a disk, and all of the memory to read
-    with pytest.raises(DataError, match="it is larger than 100.00 MiB"):
+    with pytest.raises(DataError, match=r"it is larger than 100\.00 MiB"):
         json_files.read(path, DataError, "Copy it again.")
 
 

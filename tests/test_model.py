@@ -344,7 +344,11 @@ def no_pad_no_eos(folder: Path) -> None:
 
 
 def no_model_in_tokenizer(folder: Path) -> None:
-    edit(folder / "tokenizer.json", model={"type": "unheard of"})
+    edit(folder / "tokenizer.json", model={"type": "BPE"})
+
+
+def unheard_of_model(folder: Path) -> None:
+    edit(folder / "tokenizer.json", model={"type": "unheard of", "vocab": {}})
 
 
 @pytest.mark.parametrize(
@@ -352,17 +356,18 @@ def no_model_in_tokenizer(folder: Path) -> None:
     [
         (no_pad_no_eos, "the tokenizer has neither pad nor eos token."),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "the tokenizer has no chat template."),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer cannot be read: "),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read: "),
-        (lambda folder: (folder / "tokenizer.json").write_text("[]"), "the tokenizer cannot be read: "),
-        (no_model_in_tokenizer, "the tokenizer cannot be read: "),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read: it is not JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer: it has no model"),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), "is not a JSON object."),
+        (no_model_in_tokenizer, "is no tokenizer: it has no model"),
+        (unheard_of_model, "the tokenizer cannot be read: "),
     ],
-    ids=["no pad, no eos", "no template", "no JSON", "empty", "a list", "unknown model"],
+    ids=["no pad, no eos", "no template", "no JSON", "empty", "a list", "no vocab", "unknown model"],
 )
 def test_tokenizers_that_are_refused(folder: Path, spoil: Callable[[Path], object], reason: str) -> None:
     spoil(folder)
     problem = refusal(folder)
-    assert problem.place == str(folder)
+    assert problem.place in (str(folder), str(folder / "tokenizer.json"))
     assert problem.reason.startswith(reason)
 
 

@@ -171,7 +171,6 @@ def cut(path: Path, keep: int) -> None:
         pytest.param(lambda p: cut(p, 5), id="within the length"),
         pytest.param(lambda p: cut(p, 500), id="within the header"),
         pytest.param(lambda p: cut(p, p.stat().st_size - 1), id="last byte"),
-        pytest.param(lambda p: (p.unlink(), p.symlink_to("nowhere")), id="a link to nowhere"),
         pytest.param(lambda p: p.write_bytes(b"PK\x03\x04" + p.read_bytes()[4:]), id="a zip file"),
         pytest.param(lambda p: p.write_bytes(p.read_bytes()[:8] + b"?" * 9000), id="header is no JSON"),
     ],
@@ -181,6 +180,26 @@ def test_damaged_safetensors(folder: Path, spoil: Callable[[Path], object]) -> N
     problem = refusal(folder)
     assert problem.place == str(folder / "model.safetensors")
     assert problem.reason.startswith("is truncated or no safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda p: p.symlink_to("nowhere"), "cannot be read: No such file or directory."),
+        (lambda p: os.mkfifo(p), "cannot be read: Not a regular file."),
+        (
+            lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            "is no safetensors file: it is Git LFS's note of a file",
+        ),
+        (lambda p: p.write_text("<!DOCTYPE html><html>"), "is no safetensors file: it is a web page."),
+    ],
+    ids=["a link to nowhere", "pipe", "LFS", "web page"],
+)
+def test_no_weights_under_their_name(folder: Path, make: Callable[[Path], object], reason: str) -> None:
+    path = folder / "model.safetensors"
+    path.rename(folder / "other.safetensors")
+    make(path)
+    assert reason in str(refusal(folder))
 
 
 def test_provenance_names_what_is_loaded(folder: Path) -> None:
@@ -556,9 +575,14 @@ def add_tensor(folder: Path) -> None:
     save_file({}, folder / "model-2.safetensors", {"format": "pt"})
 
 
-def rename_tensor(folder: Path) -> None:
+def halve(folder: Path) -> None:
+    """All weights, by their exponents: names, shapes and sizes stay."""
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b"lm_head.weight", b"lm_tail.weight"))
+    content = bytearray(path.read_bytes())
+    begins = 8 + int.from_bytes(content[:8], "little")
+    for at in range(begins + 1, len(content), 2):
+        content[at] = content[at] & 0x80 | max(content[at] & 0x7F, 1) - 1
+    path.write_bytes(content)
 
 
 def append(name: str) -> Callable[[Path], None]:
@@ -579,7 +603,7 @@ def provenance(folder: Path) -> dict[str, Any]:
         pytest.param(append("config.json"), "config_sha256", id="config"),
         pytest.param(append("tokenizer.json"), "tokenizer_sha256", id="tokenizer"),
         pytest.param(append("chat_template.jinja"), "chat_template_sha256", id="template"),
-        pytest.param(rename_tensor, "weights", id="name of a weight"),
+        pytest.param(halve, "weights", id="values of the weights"),
     ],
 )
 def test_provenance_tells_checkpoints_apart(folder: Path, change: Callable[[Path], None], field: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import layouts, model, phi3, weights
-from ..errors import InputError
+from ..errors import InputError, ModelError
 from ..layouts.blocks import Pair
 from ..layouts.names import is_embedding
 from ..layouts.pairs import parse
@@ -83,6 +83,9 @@ class Merger:
         pair = self._pairs.get(name.removesuffix(".weight"))
         merged = weight.to(self.dtype, copy=True) if pair is None else self._merged(name, weight, pair)
         if not all(bool(part.isfinite().all()) for part in torch.split(merged.view(-1), MERGE_CHUNK)):
+            if not weight.isfinite().all():
+                reason = f"{name} holds NaN or infinity in the base itself."
+                raise ModelError(str(self.source.checkpoint.folder), reason, "Download it again.")
             kind = str(self.dtype).removeprefix("torch.")
             reason = f"{name} holds numbers that {kind} cannot."
             raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")

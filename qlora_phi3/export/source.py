@@ -104,7 +104,7 @@ def open_source(path: Path, say: Say = lambda _: None) -> Source:
     settings = recipe.model if recipe is not None else _base_of(folder)
     checkpoint = _locate(settings, folder, say, told=recipe is None)
     model.load_tokenizer(checkpoint.folder)
-    adapters.check_provenance(folder, checkpoint)
+    adapters.check_provenance(folder, checkpoint, say)
     tensors, config = layouts.read_adapter(
         folder, checkpoint.geometry, base_weight=lambda module: _weight(checkpoint, module)
     )
