@@ -66,7 +66,8 @@ def _in_layers(found: Mapping[str, Any], place: str) -> Chooses:
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in wanted):
         raise _no_value("layers_to_transform", layers, place)
     names = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(names, list) or not all(isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in names):
+    fits = isinstance(names, list) and all(isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in names)
+    if not fits:
         raise _no_value("layers_pattern", patterns, place)
     rules = [re.compile(rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.") for name in names] or [_FIRST_INDEX]
 
@@ -95,7 +96,7 @@ def check_chosen(
     missing = [module for module in modules if module in wanted and module not in present]
     problems = []
     if surplus:
-        reason = f"has tensors for {_some(surplus)}, which {config} does not choose: PEFT would leave them out."
+        reason = f"has tensors for {_some(surplus)}, which {config} does not choose: PEFT leaves them out."
         problems.append(Problem(place, reason, "Give the config that belongs to these tensors."))
     if missing:
         reason = f"has no tensors for {_some(missing)}, which its config names."

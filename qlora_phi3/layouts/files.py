@@ -106,7 +106,8 @@ def _without_base(tensors: Tensors, base_weight: Callable[[str], Tensor], place:
             continue
         own = base_weight(found[1])
         if own.shape != tensor.shape:
-            reason = f"has {tensor.shape[:1].numel()} rows, and the base's own {len(own)}: its vocabulary was resized."
+            rows = tensor.shape[:1].numel()
+            reason = f"has {rows} rows, and the base's own {len(own)}: its vocabulary was resized."
             raise ModelError(f"{place}: {key}", reason, "Merge it with the tool that made it.")
         if not torch.equal(own.to(tensor.dtype), tensor):
             reason = "is a whole weight of a base, and not this one's: another base's, or it was trained."
@@ -194,7 +195,7 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
     except OSError as failure:
         return f"cannot be read: {failure.strerror}.", "Check who may read it."
     if begins.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself.", "Run `git lfs pull` there, or download the file."
+        return "is a pointer of Git LFS, not the file itself.", "Run `git lfs pull` there, or download it."
     if begins.lstrip()[:1] == b"<":
         return "is a web page, not safetensors.", "Download the file itself."
     return f"is cut short or no safetensors file: {first_line(error)}.", _AGAIN

@@ -134,7 +134,8 @@ def usual_keys(keys: Iterable[str], place: str) -> dict[str, str]:
         raise ModelError(place, reason, "Save one of them, with save_pretrained and selected_adapters.")
     twice = [key for key, usual in found.items() if usual != key and usual in found]
     if twice or len({*found.values()}) < len(found):
-        raise ModelError(f"{place}: {(twice or [*found])[0]}", "is there under two names.", "Keep one of them.")
+        place = f"{place}: {(twice or [*found])[0]}"
+        raise ModelError(place, "is there under two names.", "Keep one of them.")
     return found
 
 
@@ -172,6 +173,6 @@ def unknown_keys(keys: list[str], geometry: Geometry, place: str) -> ModelError:
         return ModelError(f"{place}: {key}", f"is {other}{more}.", "Give a LoRA adapter as PEFT saves it.")
     if key.removeprefix(PEFT_PREFIX) in WHOLE or re.search(r"(?:_proj|norm)\.weight$", key):
         reason = f"is a whole weight of a model, not a LoRA's{more}."
-        return ModelError(f"{place}: {key}", reason, "Give the folder of an adapter; this holds no LoRA alone.")
+        return ModelError(f"{place}: {key}", reason, "Give the folder of a LoRA adapter.")
     reason = f"is no A or B of a linear of this base{more}."
     return ModelError(f"{place}: {key}", reason, "Give a LoRA adapter for this Phi-3 base.")

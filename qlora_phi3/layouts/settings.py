@@ -60,7 +60,8 @@ def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterCo
         ModelError: not LoRA, or a feature that none of our layouts has, or a value of the wrong type.
     """
     if found.get("peft_type") != "LORA":
-        raise ModelError(place, f"peft_type is {shown(found.get('peft_type'))}, not LORA.", "Give a LoRA adapter.")
+        kind = shown(found.get("peft_type"))
+        raise ModelError(place, f"peft_type is {kind}, not LORA.", "Give a LoRA adapter.")
     used = [meaning for key, meaning in _REFUSED.items() if found.get(key)]
     if found.get("bias", "none") != "none":
         used.append("trained biases")
