@@ -279,7 +279,8 @@ def export(
     told |= {"repo": repo, "what": what, "dry_run": dry_run or None, "gate": False if no_gate else None}
     options = exports.check(to, {name: value for name, value in told.items() if value is not None})
     if not is_folder(run, ModelError):
-        raise ModelError(str(run), "no such folder.", "Give a run folder, or the folder of an adapter.")
+        reason = "is no folder." if run.exists() else "no such folder."
+        raise ModelError(str(run), reason, "Give a run folder, or the folder of an adapter.")
     process.quiet()
 
     def say(text: str) -> None:

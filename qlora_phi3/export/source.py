@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from .. import adapters, json_files, layouts, model, weights
-from ..errors import ModelError, Problem, shown
+from ..errors import ModelError, Problem, is_file, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
@@ -144,14 +145,42 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     """(adapter's folder, run folder or None)."""
     if not path.is_dir():
         raise ModelError(str(path), "no such folder.", _AGAIN)
-    if (path / "recipe.yaml").is_file():
+    if _is_there(path / "recipe.yaml"):
         if not (path / "adapter").is_dir():
             reason = "is a run without an adapter: it failed, or has not finished."
             raise ModelError(str(path), reason, "Run its recipe again.")
         return path / "adapter", path
     above = path.absolute().parent
-    in_run = path.absolute().name == "adapter" and (above / "recipe.yaml").is_file()
+    in_run = path.absolute().name == "adapter" and _is_there(above / "recipe.yaml")
     return path, above if in_run else None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there. What has its name and cannot be read as one is refused, not passed over.
+
+    Raises:
+        ModelError: a folder, a pipe, a link that leads nowhere.
+    """
+    found = is_file(path, ModelError)
+    if not found and os.path.lexists(path):
+        reason = "is no regular file, and no link to one."
+        raise ModelError(str(path), reason, "Move it away, or put the file itself there.")
+    return found
+
+
+def _no_adapter(folder: Path) -> ModelError:
+    """What a folder without an adapter holds instead."""
+    with suppress(OSError):
+        marks = (CONFIG_NAME, "recipe.yaml")
+        inside = [one for one in folder.iterdir() if any((one / mark).is_file() for mark in marks)]
+        if inside:
+            latest = max(inside, key=lambda one: one.stat().st_mtime_ns)
+            reason = f"holds no {CONFIG_NAME} itself; {latest.name} in it does, the latest of {len(inside)}."
+            return ModelError(str(folder), reason, f"Give {latest}.")
+        if (folder / "config.json").is_file():
+            remedy = "Give the adapter's folder; what is merged needs no export."
+            return ModelError(str(folder), "holds a whole model, not an adapter.", remedy)
+    return ModelError(str(folder), f"holds no {CONFIG_NAME}.", _AGAIN)
 
 
 def _base_of(folder: Path) -> Model:
@@ -179,7 +208,7 @@ def _base_of(folder: Path) -> Model:
         remedy = "Write one, with layout, rank, alpha, enable_lora and base (docs/export.md)."
         raise ModelError(str(folder), f"holds no {LORALIB_CONFIG} beside {LORALIB_WEIGHTS}.", remedy)
     if not found:
-        raise ModelError(str(folder), f"holds no {CONFIG_NAME}.", _AGAIN)
+        raise _no_adapter(folder)
     reason = "its files do not name the base that it was trained on."
     name, key = CONFIG_NAME, "base_model_name_or_path"
     if (folder / LORALIB_CONFIG).exists():
@@ -194,7 +223,7 @@ def _report(run: Path | None) -> dict[str, Any] | None:
         ModelError: it cannot be read, or no card can be made of it.
     """
     path = run / "report.json" if run is not None else None
-    if path is None or not path.is_file():
+    if path is None or not _is_there(path):
         return None
     again = "Move it away to export without it, or run the recipe again."
     found: dict[str, Any] = json_files.read(path, ModelError, again)

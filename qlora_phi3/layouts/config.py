@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, get_args
 
-from ..errors import ModelError
+from ..errors import ModelError, shown
 
 Layout = Literal["fused", "split", "unfused", "loralib", "loralib_merged", "mlx"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
@@ -30,6 +30,9 @@ _SIMPLE: Final = re.compile(
 """Regular expressions that repeat no group; with few repetitions (_MOST_REPEATS) they are quick."""
 _MOST_REPEATS: Final = 3
 _LONGEST: Final = 200
+
+LARGEST: Final = 3.4e38
+"""The most that a float32 holds; a JSON file may have an integer of any length."""
 
 T = TypeVar("T")
 
@@ -92,7 +95,7 @@ def by_path(pattern: Mapping[str, T], modules: Iterable[str]) -> Mapping[str, T]
 
     Source: PEFT 0.21 utils/other.py, get_pattern_key.
     """
-    if all(_PLAIN.fullmatch(key) for key in pattern) or not all(map(_is_quick, pattern)):
+    if all(_PLAIN.fullmatch(key) for key in pattern) or not all(map(is_quick, pattern)):
         return pattern
     try:
         rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
@@ -102,7 +105,8 @@ def by_path(pattern: Mapping[str, T], modules: Iterable[str]) -> Mapping[str, T]
     return {module: value for module, value in found.items() if value is not None}
 
 
-def _is_quick(key: str) -> bool:
+def is_quick(key: str) -> bool:
+    """Whether a regular expression of a foreign file can be followed without taking forever."""
     repeats = sum(key.count(sign) for sign in "+*{")
     return len(key) <= _LONGEST and repeats <= _MOST_REPEATS and bool(_SIMPLE.fullmatch(key))
 
@@ -134,10 +138,11 @@ def check_config(config: AdapterConfig, place: str) -> None:
         raise ModelError(place, f"layout is {config.layout!r}.", f"Choose out of {', '.join(LAYOUTS)}.")
     for name, rank in {"rank": config.rank, **config.rank_pattern}.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ModelError(place, f"{name}: rank {rank!r} is not a positive whole number.", remedy)
+            raise ModelError(place, f"{name}: rank {shown(rank)} is not a positive whole number.", remedy)
     for name, alpha in {"alpha": config.alpha, **config.alpha_pattern}.items():
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise ModelError(place, f"{name}: alpha {alpha!r} is not a finite number.", remedy)
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not abs(alpha) <= LARGEST:
+            raise ModelError(place, f"{name}: alpha {shown(alpha)} is not a finite number.", remedy)
     for key in (*config.rank_pattern, *config.alpha_pattern, *config.enable_lora):
         if not _PLAIN.fullmatch(key):
             reason = f"the pattern {key[:80]!r} is a regular expression, which is not followed."

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from .. import json_files
 from ..errors import ModelError, OutputError, RunError
-from ..phi3 import EMBEDDINGS, Geometry
+from ..phi3 import Geometry
 from ..weights import first_line
 from .blocks import same_bits
+from .chosen import check_chosen, chooser
 from .config import PEFT_LAYOUTS, AdapterConfig, by_path, check_config, to_json
 from .names import (
     PEFT_PREFIX,
@@ -35,6 +36,7 @@ from .names import (
     linear_shapes,
     style_of,
     unfused_shapes,
+    usual_keys,
 )
 from .pairs import DTYPES, describe, detect, parse
 from .settings import from_loralib, from_mlx, from_peft, to_mlx, to_peft
@@ -68,6 +70,8 @@ def read_adapter(
     weights = _find_weights(path)
     place = str(weights)
     tensors = _load_pickle(weights) if weights.suffix == ".pt" else _load_safetensors(weights)
+    names = usual_keys(tensors, place)
+    tensors = {names[key]: tensor for key, tensor in tensors.items()}
     tensors = _of_one_type(tensors if base_weight is None else _without_base(tensors, base_weight, place))
     style = find_style(tensors, geometry, place)
     layout = detect(tensors, geometry, place) if style == "peft" else None
@@ -85,7 +89,7 @@ def read_adapter(
     return tensors, found
 
 
-_WHOLE: Final = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.base_layer\.weight")
+_WHOLE: Final = re.compile(rf"{re.escape(PEFT_PREFIX)}(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 
 
 def _without_base(tensors: Tensors, base_weight: Callable[[str], Tensor], place: str) -> Tensors:
@@ -97,12 +101,16 @@ def _without_base(tensors: Tensors, base_weight: Callable[[str], Tensor], place:
     kept = {}
     for key, tensor in tensors.items():
         found = _WHOLE.fullmatch(key)
-        if found is None or found[1].rsplit(".", 1)[-1] not in EMBEDDINGS:
+        if found is None:
             kept[key] = tensor
             continue
         own = base_weight(found[1])
-        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
-            reason = "is a whole weight of a base, and not this one's."
+        if own.shape != tensor.shape:
+            rows = tensor.shape[:1].numel()
+            reason = f"has {rows} rows, and the base's own {len(own)}: its vocabulary was resized."
+            raise ModelError(f"{place}: {key}", reason, "Merge it with the tool that made it.")
+        if not torch.equal(own.to(tensor.dtype), tensor):
+            reason = "is a whole weight of a base, and not this one's: another base's, or it was trained."
             raise ModelError(f"{place}: {key}", reason, "Give the base that the adapter was trained on.")
     return kept
 
@@ -174,8 +182,23 @@ def _load_safetensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = f"is cut short or no safetensors file: {first_line(error)}."
-        raise ModelError(str(path), reason, _AGAIN) from None
+        raise ModelError(str(path), *_why_unreadable(path, error)) from None
+
+
+def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
+    """(reason, remedy) of a file that is no safetensors."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}.", "Check who may read it."
+    try:
+        with path.open("rb") as file:
+            begins = file.read(64)
+    except OSError as failure:
+        return f"cannot be read: {failure.strerror}.", "Check who may read it."
+    if begins.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself.", "Run `git lfs pull` there, or download it."
+    if begins.lstrip()[:1] == b"<":
+        return "is a web page, not safetensors.", "Download the file itself."
+    return f"is cut short or no safetensors file: {first_line(error)}.", _AGAIN
 
 
 def _load_pickle(path: Path) -> Tensors:
@@ -183,7 +206,8 @@ def _load_pickle(path: Path) -> Tensors:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a spoiled or hostile pickle makes the restricted reader raise anything
-        reason = f"is cut short or holds more than tensors: {first_line(error)}."
+        # what torch says names the switch that lets a pickle run code
+        reason = f"is cut short or holds more than tensors ({type(error).__name__})."
         raise ModelError(str(path), reason, "Save `lora.lora_state_dict(model)` alone.") from None
     whole = isinstance(found, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
@@ -210,8 +234,13 @@ def _read_config(weights: Path, tensors: Tensors, geometry: Geometry, style: str
         ranks = {known[k][0]: t.shape[0] for k, t in tensors.items() if known[k][1] == "B" and t.ndim == 2}
         return from_mlx(found, ranks, str(path))
     config = from_peft(found, "fused", str(path))
-    every = known_keys([*linear_shapes(geometry), *unfused_shapes(geometry)], "peft")
+    whole, apart = linear_shapes(geometry), unfused_shapes(geometry)
+    every = known_keys([*whole, *apart], "peft")
     modules = list(dict.fromkeys(every[key][0] for key in tensors if key in every))
+    chooses = chooser(found, str(path))
+    if chooses is not None:
+        shapes = whole if all(module in whole for module in modules) else apart
+        check_chosen(modules, shapes, chooses, str(weights), path.name)
     return replace(
         config,
         rank_pattern=by_path(config.rank_pattern, modules),

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, shown
 from ..phi3 import BLOCKS, EMBEDDINGS, LINEARS, Geometry
 from .config import PEFT_LAYOUTS, Layout
 
@@ -20,6 +20,7 @@ Style = Literal["peft", "loralib", "mlx"]
 STYLES: Final[tuple[Style, ...]] = ("peft", "loralib", "mlx")
 
 PEFT_PREFIX: Final = "base_model.model."
+WHOLE: Final = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 def style_of(layout: Layout) -> Style:
@@ -103,6 +104,55 @@ def find_style(keys: Iterable[str], geometry: Geometry, place: str) -> Style:
     return best
 
 
+_WRAPPERS: Final = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|module)\.")
+"""What torch.compile, FSDP and DistributedDataParallel put into names."""
+_SAVED: Final = re.compile(
+    rf"(?:{re.escape(PEFT_PREFIX)})?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?[AB])"
+    r"(?:\.(?!weight$)(?P<adapter>[\w-]+))?(?P<weight>\.weight)?"
+)
+
+
+def usual_keys(keys: Iterable[str], place: str) -> dict[str, str]:
+    """Every key of a file -> as PEFT itself saves it, where it is from a live model's state dict.
+
+    Those have the adapter's name inside (`lora_A.default.weight`), what wraps a model, or no prefix.
+
+    Raises:
+        ModelError: they are of several adapters, or two keys mean the same.
+    """
+    found, adapters = dict[str, str](), dict[str, None]()
+    for key in keys:
+        saved = _SAVED.fullmatch(_WRAPPERS.sub("", key))
+        name = saved["adapter"] if saved is not None else None
+        if saved is None or not (saved["weight"] or name):
+            found[key] = key
+            continue
+        adapters |= {} if name is None else {name: None}
+        found[key] = f"{PEFT_PREFIX}{saved['module']}.{saved['kind']}{saved['weight'] or ''}"
+    if len(adapters) > 1:
+        reason = f"holds several adapters: {', '.join(map(shown, adapters))}."
+        raise ModelError(place, reason, "Save one of them, with save_pretrained and selected_adapters.")
+    twice = [key for key, usual in found.items() if usual != key and usual in found]
+    if twice or len({*found.values()}) < len(found):
+        place = f"{place}: {(twice or [*found])[0]}"
+        raise ModelError(place, "is there under two names.", "Keep one of them.")
+    return found
+
+
+_OTHERS: Final = {
+    r"ia3_l": "an IA3 adapter's",
+    r"prompt_embeddings": "prompt tuning's, or prefix tuning's",
+    r"vera_(?:A|B|lambda_\w)": "a VeRA adapter's",
+    r"hada_w": "a LoHa adapter's",
+    r"lokr_w": "a LoKr adapter's",
+    r"oft_[rR]": "an OFT adapter's",
+    r"lora_E|ranknum": "an AdaLoRA adapter's",
+    r"attn\.\w+_proj\.lora_[ab]": "in torchtune's own names, which it can save as PEFT's",
+    r"lora_up|lora_down": "in the names of diffusion models",
+}
+"""What a key says -> whose it is."""
+
+
 def unknown_keys(keys: list[str], geometry: Geometry, place: str) -> ModelError:
     """The refusal of keys, by what the first of them seems to be."""
     key, more = keys[0], f" ({len(keys) - 1} more such keys)" if len(keys) > 1 else ""
@@ -118,5 +168,11 @@ def unknown_keys(keys: list[str], geometry: Geometry, place: str) -> ModelError:
         return ModelError(f"{place}: {key}", f"Phi-3 has no biases{more}.", 'Save it with bias="none".')
     if "lora_magnitude_vector" in key:
         return ModelError(f"{place}: {key}", f"is DoRA's{more}, plain LoRA only.", "Merge it, or use LoRA.")
+    other = next((whose for sign, whose in _OTHERS.items() if re.search(rf"(?:^|[._])(?:{sign})", key)), None)
+    if other is not None:
+        return ModelError(f"{place}: {key}", f"is {other}{more}.", "Give a LoRA adapter as PEFT saves it.")
+    if key.removeprefix(PEFT_PREFIX) in WHOLE or re.search(r"(?:_proj|norm)\.weight$", key):
+        reason = f"is a whole weight of a model, not a LoRA's{more}."
+        return ModelError(f"{place}: {key}", reason, "Give the folder of a LoRA adapter.")
     reason = f"is no A or B of a linear of this base{more}."
     return ModelError(f"{place}: {key}", reason, "Give a LoRA adapter for this Phi-3 base.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..errors import ModelError
-from .config import AdapterConfig, Layout, alpha_for, compress, match
+from ..errors import ModelError, shown
+from .config import LARGEST, AdapterConfig, Layout, alpha_for, compress, match
 
 _REFUSED: Final = {
     "use_dora": "DoRA",
@@ -35,8 +35,22 @@ _REFUSED: Final = {
 UNPADDED: Final = "unpadded_ranks"
 """Our note in MLX's config: linear's name or path -> its rank, where that is less than the file's."""
 
+_READ: Final = (
+    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "exclude_modules",
+)  # fmt: skip
+_WITHOUT_EFFECT: Final = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "peft_version", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "runtime_config", "merge_weights",
+)  # fmt: skip
+"""Keys of PEFT's LoraConfig, 0.3 to 0.21, that change nothing of what a saved adapter computes. Any other key
+may be a feature of a version that is newer than this."""
+
+_STARTS: Final = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+"""Initializations that leave the base as it is."""
 _MOVED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Initializations that change the base's weights too, so that the adapter fits no stock base."""
+"""Those that change the base's weights too, so that the adapter fits no stock base."""
 
 
 def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterConfig:
@@ -46,16 +60,25 @@ def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterCo
         ModelError: not LoRA, or a feature that none of our layouts has, or a value of the wrong type.
     """
     if found.get("peft_type") != "LORA":
-        raise ModelError(place, f"peft_type is {found.get('peft_type')!r}, not LORA.", "Give a LoRA adapter.")
+        kind = shown(found.get("peft_type"))
+        raise ModelError(place, f"peft_type is {kind}, not LORA.", "Give a LoRA adapter.")
     used = [meaning for key, meaning in _REFUSED.items() if found.get(key)]
     if found.get("bias", "none") != "none":
         used.append("trained biases")
     start = str(found.get("init_lora_weights", True)).lower()
     if start.startswith(_MOVED_BASE):
         used.append(f"the initialization {start}, which moves the base's weights")
+    elif start not in _STARTS:
+        used.append(f"the initialization {shown(found['init_lora_weights'])}, which is not known here")
     if used:
         remedy = "Merge it with the tool that made it, or train plain LoRA."
         raise ModelError(place, f"the adapter uses {', '.join(used)}, which is no plain LoRA.", remedy)
+    known = {*_READ, *_WITHOUT_EFFECT, *_REFUSED}
+    unknown = [key for key, value in found.items() if value and key not in known]
+    if unknown:
+        reason = f"sets {', '.join(map(shown, unknown[:8]))}, of which nothing is known here."
+        remedy = "Remove it where the adapter computes the same without; else merge it with its own tool."
+        raise ModelError(place, reason, remedy)
     return AdapterConfig(
         rank=_get(found, "r", int, place),
         alpha=_get(found, "lora_alpha", (int, float), place),
@@ -89,8 +112,10 @@ def from_mlx(found: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> 
         ModelError: not LoRA, or no scale, or a note of ours that is none.
     """
     if found.get("fine_tune_type", "lora") != "lora":
-        reason = f"fine_tune_type is {found['fine_tune_type']!r}, not lora."
+        reason = f"fine_tune_type is {shown(found['fine_tune_type'])}, not lora."
         raise ModelError(place, reason, "Give a LoRA adapter.")
+    if found.get("use_dora"):  # of mlx-lm before there was fine_tune_type
+        raise ModelError(place, "the adapter uses DoRA, which is no plain LoRA.", "Give a LoRA adapter.")
     settings = _get(found, "lora_parameters", dict, place)
     scale, rank = _get(settings, "scale", (int, float), place), _get(settings, "rank", int, place)
     noted = _get(found, UNPADDED, dict, place, {})
@@ -171,6 +196,7 @@ def _get(found: Mapping[str, Any], key: str, kind: Any, place: str, default: Any
     """A value of the right type; true and false are no numbers, whatever Python says."""
     value = found.get(key)
     value = default if value is None else value
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ModelError(place, f"{key} is {value!r}.", "Give the config that belongs to the adapter.")
+    fits = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+    if not fits or (isinstance(value, (int, float)) and not abs(value) <= LARGEST):
+        raise ModelError(place, f"{key} is {shown(value)}.", "Give the config that belongs to the adapter.")
     return value

@@ -345,7 +345,7 @@ def test_nothing_there(tmp_path: Path, name: str) -> None:
         ({"r": True}, "r is True"),
         ({"r": "4"}, "r is '4'"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
-        ({"lora_alpha": float("nan")}, "alpha nan"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"target_modules": ["o_proj", 7]}, "target_modules is no list of names"),
         ({"target_modules": ["o_proj", "lm_head"]}, "has no tensors for lm_head"),
         ({"rank_pattern": ["a"]}, "rank_pattern is"),
