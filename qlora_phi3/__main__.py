@@ -1,16 +1,22 @@
-"""`python -m qlora_phi3`."""
+"""`python -m qlora_phi3`, and the `qlora-phi3` that an installation makes."""
 
 from __future__ import annotations
 
 from . import installed
 
-if __name__ == "__main__":
-    installed.check_python()
-    try:
-        from .cli import main
 
-        main()
+def main() -> None:
+    """One command, from start to the end of the process."""
+    try:
+        installed.check_python()
+        from . import cli
+
+        cli.main(to_the_end=True)
     except ImportError as error:
         installed.stop(error)
     except KeyboardInterrupt:  # before the commands were there
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, endings, fit, meter, phi3, plan_text, process, progress, speeds, weights
+from . import __version__, endings, fit, interrupts, meter, phi3, plan_text, process, progress, speeds, weights
 from .commands import Commands, TakesKeys
 from .errors import (
     MAX_SHOWN,
@@ -27,12 +27,10 @@ from .errors import (
     ModelError,
     Problem,
     QloraError,
-    StopError,
     is_file,
     is_folder,
     shown,
 )
-from .interrupts import Interrupted, Interrupts
 from .recipe import Recipe
 from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
@@ -45,16 +43,14 @@ class _Commands(Commands):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with interrupts.watched() as asked, asked.at_once():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise SystemExit(1) from None  # `| head` has seen enough, and wants to hear nothing
         except OSError as error:
             raise endings.failed(error, ctx.invoked_subcommand or "qlora-phi3") from None
         except KeyboardInterrupt as stop:
-            asked = stop if isinstance(stop, Interrupted) else Interrupted("SIGINT")
-            ended = StopError(ctx.invoked_subcommand or "qlora-phi3", f"stopped by {asked.name}.")
-            ended.exit_code = asked.exit_code
-            raise ended from None
+            raise endings.ended(stop, ctx.invoked_subcommand or "qlora-phi3") from None
 
 
 app = typer.Typer(
@@ -72,18 +68,24 @@ MOST_ROOM: Final = 1024**4
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
-def main() -> None:
-    """Entry point.
+def main(*, to_the_end: bool = False) -> None:
+    """The command that `sys.argv` names; `to_the_end`: the process ends with it, and no signal disturbs that.
 
     Exits 0 done, 1 failed while running, 2 input refused, 3 stopped and saved, 4 does not fit in memory,
     128 and the signal's number where it was stopped with nothing to save.
     """
     if sys.stderr is not None:
         sys.stderr = progress.lossy(sys.stderr)  # what is only told may be lost, nothing else with it
+    with interrupts.watched(to_the_end=to_the_end) as asked, asked.deferred():
+        code = _end()
+    sys.exit(code)
+
+
+def _end() -> int | str | None:
+    """Run the command, tell how it ended, and the exit code of that."""
     code: int | str | None = 0
     try:
-        with Interrupts().watched():  # SIGTERM and a closed terminal are told as Ctrl-C is
-            app(prog_name="qlora-phi3")
+        app(prog_name="qlora-phi3")
     except QloraError as error:
         code = error.exit_code
         told: set[str] = set()
@@ -101,7 +103,7 @@ def main() -> None:
         )
         print(problem, file=sys.stderr)  # noqa: T201
     progress.drop_unwritten(sys.stderr)
-    sys.exit(code)
+    return code
 
 
 @app.callback(invoke_without_command=True)
@@ -420,16 +422,20 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
     from . import pipeline, report
     from .progress import Display
 
-    done, folder = pipeline.run(found, out, Display())
-    try:
-        if as_json:
-            _print_json(done.to_json() | {"folder": str(folder)})
-        else:
-            report.show(done, folder, progress.Output())
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        raise endings.untold(error, folder) from None
+    with interrupts.watched() as asked, asked.deferred():
+        done, folder = pipeline.run(found, out, Display())
+        try:
+            with asked.at_once():
+                if as_json:
+                    _print_json(done.to_json() | {"folder": str(folder)})
+                else:
+                    report.show(done, folder, progress.Output())
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except OSError as error:
+            raise endings.untold(error, folder) from None
+        except interrupts.Interrupted as stop:
+            raise endings.whole(stop, folder, "while its results were printed") from None
 
 
 def _print_json(content: Any) -> None:

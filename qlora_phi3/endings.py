@@ -59,6 +59,20 @@ def failed(error: OSError, what: str) -> RunError:
     return RunError(place, f"{error.strerror or error}.")
 
 
+def ended(stop: KeyboardInterrupt, what: str) -> StopError:
+    """A command that was asked to end and has nothing to save; its exit code is the shell's for the signal."""
+    asked = stop if isinstance(stop, Interrupted) else Interrupted("SIGINT")
+    error = StopError(what, f"stopped by {asked.name}.")
+    error.exit_code = asked.exit_code
+    return error
+
+
+def whole(asked: Interrupted, folder: Path, when: str) -> StopError:
+    """A run that was asked to end when all of it was there already."""
+    reason = f"stopped by {asked.name} {when}; the run itself is whole."
+    return StopError(str(folder), reason, f"See {folder / 'report.html'}.")
+
+
 def stopped(asked: Interrupted, place: RunFolder | None) -> StopError:
     """A run that was ended at once; its exit code is the shell's for such a signal."""
     where = str(place.path) if place is not None else "the run"

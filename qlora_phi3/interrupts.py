@@ -41,21 +41,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked: Interrupted | None = None
         self._waits: str | None = None
-
-    @contextmanager
-    def watched(self) -> Iterator[Interrupts]:
-        """Handle the signals in the body; outside the main thread, where Python cannot, nothing is done."""
-        before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    before[number] = signal.signal(number, self._handle)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self._ignored = False
 
     @contextmanager
     def deferred(self, words: str = "") -> Iterator[None]:
@@ -80,6 +66,15 @@ class Interrupts:
         finally:
             self._waits = before
 
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Let no signal end the body, a second one neither: cleaning up takes a moment, half of it is worse."""
+        before, self._ignored = self._ignored, True
+        try:
+            yield
+        finally:
+            self._ignored = before
+
     def check(self) -> None:
         """End here where a library took the exception for its own.
 
@@ -89,10 +84,46 @@ class Interrupts:
         if self.asked is not None:
             raise self.asked
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """What `watched` has Python do at a signal.
+
+        A closed terminal is told by the system and by the shell, so that a second SIGHUP asks for no more
+        than the first.
+        """
         name = signal.Signals(number).name
         first, self.asked = self.asked is None, Interrupted(name)
+        if self._ignored or (self._waits is not None and not first and name == "SIGHUP"):
+            return
         if self._waits is None or not first:
             raise self.asked
         with suppress(OSError):  # not through a stream: it may be in the middle of a write
             os.write(2, self._waits.format(name=self.asked.name).encode())
+
+
+_watching: Interrupts | None = None
+
+
+@contextmanager
+def watched(*, to_the_end: bool = False) -> Iterator[Interrupts]:
+    """Handle the signals in the body; inside of another body that does, with the same Interrupts.
+
+    Outside the main thread, where Python cannot, nothing is done. `to_the_end`: after the body the process
+    only ends, and nothing can interrupt that any more: it has said what it came to.
+    """
+    global _watching
+    if _watching is not None:
+        yield _watching
+        return
+    found, before = Interrupts(), dict[signal.Signals, Any]()
+    if threading.current_thread() is threading.main_thread():
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, found.handle)
+    _watching = found if before else None
+    try:
+        yield found
+    finally:
+        _watching = None
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if to_the_end else handler)

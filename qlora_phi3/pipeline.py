@@ -34,7 +34,7 @@ from . import (
 from .calibration import Calibration
 from .engine import attention, native, residency
 from .errors import FitError, InputError, Problem, QloraError, RunError, StopError
-from .interrupts import WAITING, Interrupted, Interrupts
+from .interrupts import WAITING, Interrupted, Interrupts, watched
 from .meter import Meter
 from .metrics_log import MetricsLog
 from .progress import Display
@@ -65,11 +65,14 @@ def run(
     _one_process()
     data.check_files(recipe.data)
     place: run_folder.RunFolder | None = None
-    with Interrupts().watched() as interrupts:
+    # a signal takes effect where something waits for it, and never in the middle of making or clearing files
+    with watched() as interrupts, interrupts.deferred():
         try:
-            with run_folder.claim(out, recipe.name) as place:
+            with run_folder.claim(out, recipe.name, interrupts.ignored) as place:
                 done = _run(recipe, place, display, interrupts)
-            return _exported(done, recipe, place.path, display), place.path
+            done = _exported(done, recipe, place.path, display, interrupts)
+            interrupts.check()
+            return done, place.path
         except Interrupted as asked:
             raise endings.stopped(asked, place) from None
         except InputError as error:
@@ -87,7 +90,9 @@ def run(
             raise endings.with_bearings(endings.failed(error, recipe.name), place) from None
 
 
-def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Display) -> report.RunReport:
+def _exported(
+    done: report.RunReport, recipe: Recipe, folder: Path, display: Display, interrupts: Interrupts
+) -> report.RunReport:
     """The report with what was exported, once the run's own models are gone.
 
     Raises:
@@ -99,7 +104,8 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     process.give_back()
     made: list[export.Exported] = []
     try:
-        export.export_all(folder, wanted, say=display.say, finished=made.append)
+        with interrupts.at_once():
+            export.export_all(folder, wanted, say=display.say, finished=made.append)
     except (InputError, RunError) as error:
         raise RunError.of((*error.problems, _unexported(folder, wanted, made))) from None
     except Interrupted as asked:
@@ -146,34 +152,34 @@ class _Ready:
 def _run(
     recipe: Recipe, place: run_folder.RunFolder, display: Display, interrupts: Interrupts
 ) -> report.RunReport:
-    ready = _prepare(recipe, place, display)
-    if ready.splits.eval is not None and recipe.evaluate.compare_base:
-        with ready.meter.phase("evaluate base"), ready.tuned.disable_adapter():
-            ready.measured["base"] = _measure("base", ready, display)
-    with interrupts.deferred():  # from here on a signal waits until what there is has been written
-        interrupts.check()
-        place.training_began = True
-        log = MetricsLog(place.path / "metrics.jsonl", place.is_ours)
-        with interrupts.deferred(WAITING):
-            trained, calibration = _train(ready, place, display, log, interrupts)
-            with ready.meter.phase("save"):
-                trouble: BaseException | None = _save(ready, place, log, display)
-        process.give_back()
-        during = "saving"
-        if ready.splits.eval is not None and interrupts.asked is None:
-            during = "answering held-out rows"
-            trouble = _evaluate_tuned(ready, display, interrupts) or trouble
-        if interrupts.asked is not None:
-            how_far = f"{trained.num_steps} of {ready.num_steps} steps"
-            ready.notes.append(f"stopped by {interrupts.asked.name} after {how_far}")
-        if log.trouble is not None:
-            ready.notes.append(f"metrics.jsonl lacks lines: {log.trouble.strerror or log.trouble}")
-        ready.notes += ready.splits.changed()
-        done = _report(ready, trained, calibration)
-        if ready.measured:
-            found = {name: one.to_json() for name, one in ready.measured.items()}
-            place.write_json("eval.json", found)
-        report.write(done, place.path)
+    with interrupts.at_once():
+        ready = _prepare(recipe, place, display)
+        if ready.splits.eval is not None and recipe.evaluate.compare_base:
+            with ready.meter.phase("evaluate base"), ready.tuned.disable_adapter():
+                ready.measured["base"] = _measure("base", ready, display)
+    interrupts.check()
+    place.training_began = True
+    log = MetricsLog(place.path / "metrics.jsonl", place.is_ours)
+    with interrupts.deferred(WAITING):
+        trained, calibration = _train(ready, place, display, log, interrupts)
+        with ready.meter.phase("save"):
+            trouble: BaseException | None = _save(ready, place, log, display)
+    process.give_back()
+    during = "saving"
+    if ready.splits.eval is not None and interrupts.asked is None:
+        during = "answering held-out rows"
+        trouble = _evaluate_tuned(ready, display, interrupts) or trouble
+    if interrupts.asked is not None:
+        how_far = f"{trained.num_steps} of {ready.num_steps} steps"
+        ready.notes.append(f"stopped by {interrupts.asked.name} after {how_far}")
+    if log.trouble is not None:
+        ready.notes.append(f"metrics.jsonl lacks lines: {log.trouble.strerror or log.trouble}")
+    ready.notes += ready.splits.changed()
+    done = _report(ready, trained, calibration)
+    if ready.measured:
+        found = {name: one.to_json() for name, one in ready.measured.items()}
+        place.write_json("eval.json", found)
+    report.write(done, place.path)
     if interrupts.asked is not None:
         raise endings.saved(interrupts.asked, place, trained.num_steps, ready.num_steps, during)
     if trouble is not None:

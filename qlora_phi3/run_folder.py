@@ -16,7 +16,7 @@ import platform
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -193,10 +193,15 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def claim(wanted: Path | None, name: str) -> Iterator[RunFolder]:
+def claim(
+    wanted: Path | None,
+    name: str,
+    undisturbed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[RunFolder]:
     """The folder `wanted`, or runs/`name`/<UTC time>, for one run alone.
 
-    However the body ends, before `training_began` all that the run made is removed, afterwards nothing is.
+    However the body ends, before `training_began` all that the run made is removed, afterwards nothing is;
+    `undisturbed` is around that.
 
     Raises:
         OutputError: `wanted` holds something already, another run has it, or it cannot be written to.
@@ -205,9 +210,11 @@ def claim(wanted: Path | None, name: str) -> Iterator[RunFolder]:
     try:
         yield run
     except BaseException:
-        run.close() if run.training_began else run.remove()
+        with undisturbed():
+            run.close() if run.training_began else run.remove()
         raise
-    run.close()
+    with undisturbed():
+        run.close()
 
 
 def _claim_default(folder: Path) -> RunFolder:

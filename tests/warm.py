@@ -83,12 +83,12 @@ def _child(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for descriptor, path in zip((1, 2), told, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), descriptor)
-    from qlora_phi3 import cli
+    from qlora_phi3.__main__ import main
 
     if moment is not None and act is not None:
         _wait_for(moment, lambda: act(*given))
     sys.argv = ["qlora-phi3", *arguments]
-    cli.main()
+    main()
 
 
 def _wait_for(moment: Moment, act: Callable[[], None]) -> None:
