@@ -337,7 +337,8 @@ def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterat
     """Trained answers of fewer than two tokens, the one that ends them not counted."""
     if all(stop - start > 2 for start, stop in trained):
         return
-    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
+    messages = enumerate(talk.messages)
+    answers = [i for i, message in messages if message.role == "assistant" and message.trained]
     for i, (start, stop) in zip(answers[-len(trained) :], trained, strict=True):
         if stop - start <= 2:
             yield "short-answer", f"{talk.place}: messages[{i}]"
