@@ -16,6 +16,7 @@ from ..errors import DataError, shown
 TEXTS: Final = ("content", "value", "text", "parts")
 """Keys that hold what a message says: OpenAI's, ShareGPT's, OpenAssistant's and Gemini's."""
 
+_NO_WIDTH: Final = " \t\r\n\f\v\xa0\u3000\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad"
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 
 
@@ -40,6 +41,11 @@ def read_text(row: Mapping[str, Any], key: str, place: str, whose: str = "row") 
         remedy = "It was cut inside an emoji: mend the text, or remove the row."
         raise DataError(place, reason, remedy) from None
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing can be seen of a text: blanks of all scripts, and characters without a width."""
+    return not text.strip() or not (text.isascii() or text.strip(_NO_WIDTH))
 
 
 def carries_parts(value: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from ..errors import DataError
 from .calls import read_tools
 from .columns import SYSTEM, carries, unused, words_of
-from .contents import read_text
+from .contents import is_blank, read_text
 from .hints import found_in, hint
 from .json_text import parse_list
 from .messages import ROLES, Turn, check_turns, read_messages
@@ -27,9 +27,10 @@ __all__ = ["FORMATS", "ROLES", "Conversation", "Format", "Message", "convert", "
 
 @dataclass(frozen=True)
 class Group:
-    """Keys of which a row of a format has one: `names` say it is this format, `others` only where no other is.
+    """Keys of which a row of a format has one: `names` say that it is this format.
 
-    `others`, and without them the `last`, are looked for by their words: `Question` and `question` are one.
+    Where it is no other, `others` are taken for them, and without these the `last`; by their words, so that
+    `Question` and `question` are one.
     """
 
     names: tuple[str, ...]
@@ -43,7 +44,7 @@ class Group:
 
 
 Picked = tuple[str, ...]
-"""Which keys of a row are read: one of each of its format's groups, empty where one that is not needed lacks."""
+"""Which keys of a row are read: one of each group; empty where one that is not needed is missing."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ def detect(row: Any, place: str) -> str:
     if found:
         return found[0]
     raise DataError(place, f"has no format that is known (found {found_in(row)}).", hint(row) or _REMEDY)
+
+
+def is_conversation(row: Any) -> bool:
+    """Whether a row is a bare list of messages."""
+    first = row[0] if isinstance(row, list) and row else None
+    return isinstance(first, dict) and bool({"role", "from"} & set(first))
 
 
 def convert(row: Any, name: str, place: str, *, named: bool = False) -> Example:
@@ -203,7 +210,7 @@ def _history(row: dict[str, Any], place: str) -> list[Turn]:
 
 def _text(row: dict[str, Any], place: str, picked: Picked) -> Text:
     text = read_text(row, picked[0], place)
-    if not text.strip():
+    if is_blank(text):
         raise DataError(place, "text is empty: nothing to train on.", "Remove the row.")
     return Text(text, place)
 
@@ -240,7 +247,9 @@ def _branch(prompt: list[Turn], row: dict[str, Any], key: str, place: str) -> li
 def _said(row: dict[str, Any], key: str, role: str, place: str) -> list[Turn]:
     """Text as a message of `role`, or a list of messages, in a table as JSON."""
     value = row[key]
-    if isinstance(value, list | dict) or (isinstance(value, str) and _MESSAGES.match(value)):
+    columns = isinstance(value, dict) and {"role", "from"} & set(value)  # as `datasets` writes a Sequence
+    messages = isinstance(value, list) and (not value or isinstance(value[0], dict))
+    if columns or messages or (isinstance(value, str) and _MESSAGES.match(value)):
         return read_messages(row, key, place)
     return [Turn(Message(role, read_text(row, key, place)), f"{place}: {key}")]
 

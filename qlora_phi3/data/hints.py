@@ -42,6 +42,8 @@ _SPOKEN: Final = re.compile(r"(?im)^\s*(?:#+\s*)?(?:user|human|assistant|instruc
 
 def _known(row: dict[str, Any]) -> str:
     """What to do with shapes of public data sets that hold something else than messages or texts."""
+    if {"role", "from"} & set(row) and {"content", "value"} & set(row):
+        return 'A message is no row: write {"messages": [{"role": "user", "content": "..."}, ...]}.'
     for key, value in row.items():
         first = value[0] if isinstance(value, list) and value else None
         for wanted, speaker in (("messages", "role"), ("conversations", "from")):
@@ -49,11 +51,13 @@ def _known(row: dict[str, Any]) -> str:
                 return _renaming([(str(key), wanted)])
         if isinstance(first, dict) and {"label", "text"} <= set(first):
             return (
-                f"`{cut(key)}` holds text that is rendered already, with its masks: write the turns as messages, "
-                "and the base's template and masks are applied for you."
+                f"`{cut(key)}` holds text that is rendered already, with its masks: write the turns as "
+                "messages, and the base's template and masks are applied for you."
             )
         if isinstance(first, dict) and {"input", "output"} <= set(first):
-            return f'Write each of `{cut(key)}` as a row of its own: {{"prompt": "...", "completion": "..."}}.'
+            return (
+                f'Write each of `{cut(key)}` as a row of its own: {{"prompt": "...", "completion": "..."}}.'
+            )
         if isinstance(value, str) and len(_SPOKEN.findall(value[:MAX_LOOKED])) > 1:
             return (
                 f"`{cut(key)}` is a conversation as one text: write its turns as "

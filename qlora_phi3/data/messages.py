@@ -20,7 +20,7 @@ from .calls import (
     read_schemas,
 )
 from .columns import carries, describes, words_of
-from .contents import TEXTS, kind, read_text
+from .contents import TEXTS, is_blank, kind, read_text
 from .json_text import parse_list
 from .rows import Message, Unused
 
@@ -64,9 +64,11 @@ KEPT: Final[Mapping[str, tuple[str, ...]]] = {
 """Role -> keys beside role and content that chat templates take."""
 _WEIGHTS: Final = ("weight", "loss_weight", "loss_mask", "train", "training", "trainable")
 """Keys that say whether a message is trained on."""
-_COUNTS: Final[Mapping[Any, bool]] = {1: True, 0: False} | {
-    word: yes for word, yes in (("1", True), ("1.0", True), ("true", True), ("0", False), ("0.0", False))
-} | {"false": False}
+_COUNTS: Final[Mapping[Any, bool]] = (
+    {1: True, 0: False}
+    | {word: yes for word, yes in (("1", True), ("1.0", True), ("true", True), ("0", False), ("0.0", False))}
+    | {"false": False}
+)
 
 _NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
 
@@ -182,7 +184,10 @@ def _written_role(entry: dict[str, Any], speaker: str, place: str) -> str:
 def _said(entry: dict[str, Any], text: str, place: str, written: str, more: dict[str, Any]) -> str:
     """The text of a message; what it calls goes into `more`, in the way that templates take."""
     if "function_call" in more:
-        more["tool_calls"] = [*more.get("tool_calls", []), *read_function_call(more.pop("function_call"), place)]
+        more["tool_calls"] = [
+            *more.get("tool_calls", []),
+            *read_function_call(more.pop("function_call"), place),
+        ]
     if "tool_calls" in more:
         more["tool_calls"] = read_calls(more["tool_calls"], place)
         if entry.get(text) is None:  # as the OpenAI API writes an answer that only calls
@@ -230,7 +235,7 @@ def check_turns(turns: list[Turn], place: str) -> None:
         raise DataError(place, "has no assistant turn: nothing to train on.", "Add the answer, or remove it.")
     for before, turn in zip([None, *turns], turns, strict=False):
         message = turn.message
-        if message.role == "assistant" and not message.content.strip() and not message.calls_tools:
+        if message.role == "assistant" and is_blank(message.content) and not message.calls_tools:
             raise DataError(turn.place, "the assistant says nothing.", "Remove the row.")
         if message.role == "tool" and not (before and _awaits_tool(before.message)):
             reason = "is a tool's result, but does not follow the assistant's call."

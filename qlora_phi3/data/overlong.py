@@ -90,9 +90,7 @@ class Fitter:
         limit, spans = self.data.max_length, assistant_spans(row.input_ids, self.turns)
         answers = [message for message in conversation.messages if message.role == "assistant"]
         pairs = zip(spans, answers, strict=True)
-        begun = [
-            i for i, ((start, _), answer) in enumerate(pairs) if start + 2 <= limit and answer.trained
-        ]
+        begun = [i for i, ((start, _), answer) in enumerate(pairs) if start + 2 <= limit and answer.trained]
         if not begun or (self.data.loss_on == "last" and begun[-1] != len(spans) - 1):
             return Fitted(num_dropped=1)
         stop = min(spans[begun[-1]][1], limit)

@@ -155,7 +155,8 @@ def test_unknown_format(row: Any, reason: str) -> None:
         ),
         (
             {"problem": "p", "solution": "s", "answer": "7"},
-            "Rename `problem` to `prompt` and the answer to train on (of `solution`, `answer`) to `completion`.",
+            "Rename `problem` to `prompt` and the answer to train on (of `solution`, `answer`) to "
+            "`completion`.",
         ),
         (
             {"translation": {"de": "ja", "en": "yes"}},
@@ -204,7 +205,11 @@ def test_other_names_of_the_keys_are_read(row: dict[str, Any], name: str, asked:
 
 def test_a_key_by_another_name_is_told_by_its_own() -> None:
     row = {"question": "hi", "answer": ""}
-    assert refusal(row, "prompt-completion") == ("f:1: answer", "the assistant says nothing.", "Remove the row.")
+    assert refusal(row, "prompt-completion") == (
+        "f:1: answer",
+        "the assistant says nothing.",
+        "Remove the row.",
+    )
     assert refusal({**row, "rationale": "x"}, "prompt-completion")[0] == "f:1: answer"
     assert "into `answer`" in refusal({**row, "answer": "y", "rationale": "x"}, "prompt-completion")[2]
 

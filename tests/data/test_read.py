@@ -428,7 +428,7 @@ def test_unusable_file(tmp_path: Path, name: str) -> None:
     path.write_text(GOOD)
     [(place, reason, remedy)] = problems_of(path)
     assert (place, reason) == (str(path), f"{path.suffix or 'no suffix'} is not available yet.")
-    assert "JSONL file" in remedy
+    assert {".gz": "Unpack", ".xlsx": "as CSV"}.get(path.suffix, "JSONL file") in remedy
 
 
 def test_missing_file(tmp_path: Path) -> None:
