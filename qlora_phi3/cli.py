@@ -18,7 +18,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, endings, fit, interrupts, meter, phi3, plan_text, process, progress, speeds, weights
+from . import (
+    __version__,
+    endings,
+    fit,
+    interrupts,
+    meter,
+    phi3,
+    plan_text,
+    process,
+    progress,
+    speeds,
+    weights,
+)
 from .commands import Commands, TakesKeys
 from .errors import (
     MAX_SHOWN,
@@ -373,6 +385,9 @@ def _sizes(found: Recipe) -> phi3.Geometry | None:
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
     geometry = _check(found, out)
+    from .data.look import lines, look
+
+    looked = look(found.data, found.train, found.evaluate)
     plan = fit.planned(found, geometry) if geometry is not None else None
     if as_json:
         _print_json(
@@ -381,6 +396,7 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
                 "plan": plan.to_json() if plan else None,
                 "smallest_card_gib": _card(found),
                 "base_checked": geometry is not None,
+                "rows_looked_at": [one.to_json() for one in looked],
             }
         )
         return
@@ -390,13 +406,14 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
             f"no memory plan yet: whether {found.model.base} is a Phi-3, and of which sizes, is known "
             "once its config.json is downloaded"
         )
+        typer.echo(lines(looked))
         return
     typer.echo(f"{found.name}: the recipe is valid; nothing was run")
     plan_text.show_least(found, geometry, plan)
     card = _card(found)
     typer.echo(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
     typer.echo("card by card: `plan NAME`; part by part: `plan NAME --parts`")
-    typer.echo("rows were not read: `doctor NAME` reads them as a run would")
+    typer.echo(lines(looked))
 
 
 def _room(vram: str) -> int:

@@ -38,11 +38,11 @@ class Problem:
 
     def __str__(self) -> str:
         """One line, whatever names and values hold: no escape sequence of theirs reaches a terminal."""
-        place, reason, remedy = (_printable(part) for part in (self.place, self.reason, self.remedy))
+        place, reason, remedy = (printable(part) for part in (self.place, self.reason, self.remedy))
         return f"{place}: {reason} {remedy}".rstrip()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text with control and format characters as Python writes them, cut where it is endless."""
     cut = text if len(text) <= MAX_PART else f"{text[:MAX_PART]}..."
     if cut.isprintable():

@@ -7,7 +7,6 @@ too deeply, a key twice, endless numbers. Knows nothing of what the values mean,
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,20 +39,35 @@ class RepeatedKey(NotJson):
         return f"it names the key {shown(self.args[0])} twice in one object"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these names and values.
+
+    Raises:
+        RepeatedKey: a name stands twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise RepeatedKey(next(name for name, times in Counter(n for n, _ in pairs).items() if times > 1))
+        raise RepeatedKey(first_repeated([name for name, _ in pairs]))
     return found
+
+
+def first_repeated(names: list[Any]) -> Any:
+    """The first name that stands in the list before; None where all differ."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _constant(name: str) -> float:
     raise NotJson(f"it holds {name}, which is no number of JSON")
 
 
-DECODER: Final = json.JSONDecoder(object_pairs_hook=_object)
+DECODER: Final = json.JSONDecoder(object_pairs_hook=unique_object)
 """Made once: `json.loads` with a hook makes one at every call."""
-_FINITE: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_FINITE: Final = json.JSONDecoder(object_pairs_hook=unique_object, parse_constant=_constant)
 
 
 def parse(text: str, *, nan: bool = True) -> Any:

@@ -7,7 +7,7 @@ and `goldAnswer` are one. Keys that are left out are told, never skipped in sile
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -21,7 +21,7 @@ TALKS: Final = frozenset({"messages", "sharegpt"})
 CHATS: Final = PAIRS | TALKS
 ALL: Final = CHATS | TEXT
 
-SYSTEM: Final = ("system", "system_prompt", "system_message")
+SYSTEM: Final = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 """Keys that hold the system message of a row."""
 
 
@@ -72,6 +72,13 @@ MEANINGS: Final = (
         hard=True,
     ),
     Meaning(
+        "that changes what the model is shown",
+        "Name it `tools`, if it has the schemas of functions that the assistant may call.",
+        CHATS,
+        last=_set("tool function"),
+        hard=True,
+    ),
+    Meaning(
         "those are earlier turns",
         'Write them as messages: {{"messages": [{{"role": "user", "content": "..."}}, ...]}}.',
         CHATS,
@@ -97,6 +104,7 @@ MEANINGS: Final = (
         "Put it into {used}, where the model sees it.",
         PAIRS,
         _set("context contexts input inputs"),
+        _set("choice option"),
         hard=True,
     ),
     Meaning(
@@ -216,12 +224,17 @@ DESCRIBING: Final = _set(
     "id idx index uuid guid hash md5 sha sha256 checksum url uri link source origin dataset corpus dump "
     "timestamp time date datetime created updated modified year lang language locale version license file "
     "filename path row line page meta metadata length count model author user score prob probability "
-    "perplexity token split subset fold partition"
+    "perplexity token split subset fold partition country state ip header identifier"
 )
 """Last words of keys that only describe a row: they are named, and nothing is made of them."""
 
+LONG: Final = 40
+"""Characters of a text that does not stand in another one by chance."""
+
 _COUNTING: Final = _set("num n count has len length min max avg mean total score token tokens")
 """First words of keys that hold a figure about what the others name, such as `num_answers`."""
+_NEUTRAL: Final = (("parallel", "tool", "calls"), ("is", "function", "call"))
+"""Keys that say how an API was called, or what stands in the messages anyway."""
 _DETAIL: Final = _set(
     "text txt str string content body raw clean field column col json key step steps process trace chain"
 )
@@ -248,7 +261,7 @@ def words_of(key: str) -> tuple[str, ...]:
 def meaning(key: str, format_: str) -> Meaning | None:
     """What a key that `format_` does not use says by its name; None where it may be left out."""
     words = words_of(key)
-    if not words or words[0] in _COUNTING:
+    if not words or words[0] in _COUNTING or words in _NEUTRAL or (len(words) > 1 and words[0] == "original"):
         return None
     plain = _without(words, _DETAIL)
     number = _without(plain, _NUMBERED)
@@ -285,6 +298,8 @@ def describes(key: str) -> bool:
     words = words_of(key)
     if not words or words[0] in _COUNTING or words[0] in _CREATED or all(word.isdigit() for word in words):
         return True
+    if words in _NEUTRAL:
+        return True
     return any(one in DESCRIBING for one in singulars(words[-1]))
 
 
@@ -318,12 +333,14 @@ def unused(
     shape: tuple[str, str],
     place: str,
     *,
+    said: Sequence[str],
     named: bool,
 ) -> Unused:
     """The keys beside those that are `used`, where nothing is missed without them.
 
-    `shape`: the key of what is asked, or of the text, and that of the answer, for messages. `named`: the
-    source names the format itself, and so says that only its keys are meant.
+    `shape`: the key of what is asked, or of the text, and that of the answer, for messages. `said`: the texts
+    that are read, and what stands in one of them is not missed. `named`: the source names the format itself,
+    and so says that only its keys are meant.
 
     Raises:
         DataError: keys that would be missed.
@@ -333,7 +350,7 @@ def unused(
         if key in used or not carries(value):
             continue
         one = meaning(key, format_)
-        if one is None or _may_go(one, format_, value, named):
+        if one is None or _may_go(one, format_, value, named) or _stands_in(value, said):
             found.append((key, value))
         elif not is_neutral(key, value):
             missed.append((key, one))
@@ -342,6 +359,14 @@ def unused(
         keys = [key for key, one in missed if one is first]
         raise _refusal(keys, first, format_, shape, place, row[keys[0]])
     return tuple(found)
+
+
+def _stands_in(value: Any, said: Sequence[str]) -> bool:
+    """Whether a text is a message, or a part of one that is too long to be there by chance."""
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    return any(text == one.strip() or (len(text) >= LONG and text in one) for one in said)
 
 
 def _may_go(one: Meaning, format_: str, value: Any, named: bool) -> bool:

@@ -26,6 +26,10 @@ from .rows import Conversation, Row
 from .text_signs import Sign, marker_signs, text_signs, texts_of
 from .tokens import PLAIN_TEXT, LossOn, Marked, Turns, prompt_ids
 
+MAX_REMEDIES: Final = 8
+"""Ways to mend rows that are told apart; a file may be wrong in a thousand ways."""
+_OTHERS: Final = "Each needs another remedy: mend the rows above first, and look again."
+
 MAX_NAMES: Final = 20
 MAX_SYSTEM: Final = 200
 """Keys that are named, and characters of a system message that are shown."""
@@ -75,8 +79,8 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
     ),
     "chat-markers": (
         "warning",
-        "Text holds markers of chats that are plain text to this base: it learns to write them, and learns "
-        "the questions as well as the answers.",
+        "Text holds markers of another chat template, which are plain text to this base: the turns that they "
+        "make are none to it, and it learns to write the markers.",
         "Write the turns as messages: the base's chat template is applied for you.",
     ),
     "swallowing-token": (
@@ -139,9 +143,9 @@ class Places:
 
 @dataclass
 class Column:
-    """A key that is not used: the first value that it has, that row's place, and how many rows have one."""
+    """A key that is not used: the first value that it has, cut; that row's place; how many rows have one."""
 
-    example: Any
+    example: str
     place: str
     num_rows: int = 0
 
@@ -178,14 +182,17 @@ class Examiner:
         """Take note of a row and of what became of it."""
         if row is None:
             assert isinstance(outcome, Problem)
-            self.remedies.setdefault(outcome.remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
+            room = outcome.remedy in self.remedies or len(self.remedies) < MAX_REMEDIES
+            remedy = outcome.remedy if room else _OTHERS
+            self.remedies.setdefault(remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
             return
         for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
         for key, value in row.unused:
-            if key not in self.columns:
-                self.columns[key] = Column(value, row.place)
-            self.columns[key].num_rows += 1
+            name = _cut(str(key))
+            if name not in self.columns:
+                self.columns[name] = Column(shown(value), row.place)
+            self.columns[name].num_rows += 1
         if isinstance(row, Conversation):
             self.talks.num += 1
             self.talks.num_without_system += row.system is None
@@ -230,9 +237,9 @@ def unused_columns(columns: Mapping[str, Column]) -> list[Finding]:
     """Every key that is left out, with an example; a note where all of them only describe their rows."""
     if not columns:
         return []
-    missed = [name for name in columns if not describes(name)]
+    missed = {name for name in columns if not describes(name.removesuffix(" of messages"))}
     names = sorted(columns, key=lambda name: (name not in missed, name))
-    listed = ", ".join(f"`{_cut(name)}`" for name in names[:MAX_NAMES])
+    listed = ", ".join(f"`{name}`" for name in names[:MAX_NAMES])
     rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     places = tuple(_example(name, columns[name]) for name in names[:MAX_PROBLEMS])
     fix = "Right if they only describe the rows; what the model shall learn belongs into keys that are used."
@@ -254,7 +261,7 @@ def _cut(name: str) -> str:
 
 def _example(name: str, column: Column) -> str:
     rows = f"{column.num_rows} row{'' if column.num_rows == 1 else 's'}"
-    return f"{column.place}: `{_cut(name)}`: {shown(column.example)}, in {rows}"
+    return f"{column.place}: `{name}`: {column.example}, in {rows}"
 
 
 def default_system(talks: Counts, text: str, place: str) -> list[Finding]:
@@ -337,7 +344,8 @@ def _short_answers(talk: Conversation, trained: list[tuple[int, int]]) -> Iterat
     """Trained answers of fewer than two tokens, the one that ends them not counted."""
     if all(stop - start > 2 for start, stop in trained):
         return
-    answers = [i for i, message in enumerate(talk.messages) if message.role == "assistant"]
+    messages = enumerate(talk.messages)
+    answers = [i for i, message in messages if message.role == "assistant" and message.trained]
     for i, (start, stop) in zip(answers[-len(trained) :], trained, strict=True):
         if stop - start <= 2:
             yield "short-answer", f"{talk.place}: messages[{i}]"

@@ -6,56 +6,89 @@ on, rather than leave them out. Knows nothing of files or tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Any, Final
 
 from ..errors import DataError
-from .columns import SYSTEM, carries, meaning, singulars, unused, words_of
-from .messages import (
-    ROLES,
-    SHAREGPT_ROLES,
-    Turn,
-    check_turns,
-    entries,
-    kind,
-    read_messages,
-    read_text,
-    read_tools,
-    turn,
-)
+from .calls import read_tools
+from .columns import SYSTEM, carries, unused, words_of
+from .contents import is_blank, read_text
+from .hints import found_in, hint
+from .json_text import parse_list
+from .messages import ROLES, Turn, check_turns, read_messages
 from .rows import Conversation, Example, Message, Preference, Text
 
-__all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "Conversation", "Format", "Message", "convert", "detect"]
+__all__ = ["FORMATS", "ROLES", "Conversation", "Format", "Message", "convert", "detect"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keys of which a row of a format has one: `names` say that it is this format.
+
+    Where it is no other, `others` are taken for them, and without these the `last`; by their words, so that
+    `Question` and `question` are one.
+    """
+
+    names: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    needed: bool = True
+
+    @property
+    def ways(self) -> tuple[tuple[str, ...], ...]:
+        return (*self.names, *self.others), self.last
+
+
+Picked = tuple[str, ...]
+"""Which keys of a row are read: one of each group; empty where one that is not needed is missing."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: of each group of keys a row has one; `optional` keys are used where they are there."""
+    """A layout: of each group of keys a row has one; `beside` keys are used where they are there."""
 
-    keys: tuple[tuple[str, ...], ...]
+    groups: tuple[Group, ...]
     shape: str
-    build: Callable[[dict[str, Any], str], Example]
-    optional: tuple[str, ...] = ()
+    build: Callable[[dict[str, Any], str, Picked], Example]
+    beside: tuple[str, ...] = ()
 
-    @cached_property
-    def used(self) -> frozenset[str]:
-        """Every key that is read."""
-        return frozenset((*(key for group in self.keys for key in group), *self.optional))
+    @property
+    def keys(self) -> tuple[tuple[str, ...], ...]:
+        """The names that say it is this format."""
+        return tuple(group.names for group in self.groups if group.needed)
 
-    def missing(self, row: Any) -> list[str]:
+    def missing(self, row: Any, *, loosely: bool = True) -> list[str]:
         """The keys that `row` lacks, as they are told to the user."""
+        has = tuple(row) if isinstance(row, dict) else ()
         lacks = [
-            group for group in self.keys if not isinstance(row, dict) or not any(k in row for k in group)
+            group
+            for group, key in zip(self.groups, _picked(has, self.groups, loosely=loosely), strict=True)
+            if group.needed and not key
         ]
-        return [" or ".join(f"`{key}`" for key in group) for group in lacks]
+        return [" or ".join(f"`{key}`" for key in group.names) for group in lacks]
 
-    def ends(self, row: dict[str, Any]) -> tuple[str, str]:
-        """Of the keys that the row has: the first that is used, and that of its answer."""
-        has = [next(key for key in group if key in row) for group in self.keys]
-        return has[0], has[-1]
+    def picked(self, row: dict[str, Any]) -> Picked:
+        return _picked(tuple(row), self.groups, loosely=True)
+
+
+@lru_cache(maxsize=64)
+def _picked(has: tuple[str, ...], groups: tuple[Group, ...], *, loosely: bool) -> Picked:
+    """Of each group the key that is there; of several by other names none, since nobody knows which."""
+    found = [next((key for key in group.names if key in has), "") for group in groups]
+    if loosely and not all(found):
+        names: dict[str, list[str]] = {}
+        for key in has:
+            names.setdefault("_".join(words_of(str(key))), []).append(key)
+        for i, group in enumerate(groups):
+            ways = ([key for name in way for key in names.get(name, [])] for way in group.ways)
+            others = next((keys for keys in ways if keys), [])
+            if not found[i] and len(others) == 1:
+                found[i] = others[0]
+    return tuple(found)
 
 
 def detect(row: Any, place: str) -> str:
@@ -64,15 +97,22 @@ def detect(row: Any, place: str) -> str:
     Raises:
         DataError: they fit none, or several.
     """
-    found = [name for name, format_ in FORMATS.items() if not format_.missing(row)]
+    found = [name for name, format_ in FORMATS.items() if not format_.missing(row, loosely=False)]
     if len(found) > 1 and "text" in found:  # chats often come with a column that joins their messages
         found.remove("text")
     if len(found) > 1:
-        reason = f"fits the formats {' and '.join(found)} (found {_found(row)})."
+        reason = f"fits the formats {' and '.join(found)} (found {found_in(row)})."
         raise DataError(place, reason, f"Choose one: data.train.format={found[0]}.")
+    found = found or [name for name in LOOSE if not FORMATS[name].missing(row)]
     if found:
         return found[0]
-    raise DataError(place, f"has no format that is known (found {_found(row)}).", _hint(row) or _REMEDY)
+    raise DataError(place, f"has no format that is known (found {found_in(row)}).", hint(row) or _REMEDY)
+
+
+def is_conversation(row: Any) -> bool:
+    """Whether a row is a bare list of messages."""
+    first = row[0] if isinstance(row, list) and row else None
+    return isinstance(first, dict) and bool({"role", "from"} & set(first))
 
 
 def convert(row: Any, name: str, place: str, *, named: bool = False) -> Example:
@@ -84,33 +124,35 @@ def convert(row: Any, name: str, place: str, *, named: bool = False) -> Example:
     format_ = FORMATS[name]
     missing = format_.missing(row)
     if missing:
-        reason = f"has no {' and no '.join(missing)} (found {_found(row)})."
+        reason = f"has no {' and no '.join(missing)} (found {found_in(row)})."
         if any(not other.missing(row) for other in FORMATS.values()):
             raise DataError(place, reason, f"All rows need one format: write {format_.shape}.")
-        raise DataError(place, reason, _hint(row) or f"Write {format_.shape}.")
-    beside = (
-        ()
-        if row.keys() <= format_.used
-        else unused(row, format_.used, name, format_.ends(row), place, named=named)
-    )
-    example = format_.build(row, place)
+        raise DataError(place, reason, hint(row) or f"Write {format_.shape}.")
+    picked = format_.picked(row)
+    example = format_.build(row, place, picked)
+    if len(row) == sum(map(bool, picked)):
+        return example
+    used = {*picked, *format_.beside}
+    ends = (picked[0], [key for key, group in zip(picked, format_.groups, strict=True) if group.needed][-1])
+    beside = unused(row, used, name, ends, place, said=example.texts, named=named)
     return replace(example, unused=(*example.unused, *beside)) if beside else example
 
 
 def _conversation(
-    turns_of: Callable[[dict[str, Any], str], list[Turn]], row: Any, place: str
+    turns_of: Callable[[dict[str, Any], str, Picked], list[Turn]], row: Any, place: str, picked: Picked
 ) -> Conversation:
-    turns = turns_of(row, place)
+    turns = turns_of(row, place, picked)
     check_turns(turns, place)
     turns = _with_system(row, turns, place)
     beside = tuple(one for turn in turns for one in turn.unused)
     messages = tuple(turn.message for turn in turns)
-    return Conversation(messages, place, read_tools(row.get("tools"), place), unused=beside)
+    tools = read_tools(row, place) if "tools" in row or "functions" in row else ""
+    return Conversation(messages, place, tools, unused=beside)
 
 
 def _with_system(row: dict[str, Any], turns: list[Turn], place: str) -> list[Turn]:
     """The turns behind the system message that stands beside them, as LLaMA-Factory writes it."""
-    texts = {key: read_text(row, key, place) for key in SYSTEM if key in row and carries(row[key])}
+    texts = {key: read_text(row, key, place, "message") for key in SYSTEM if key in row and carries(row[key])}
     if not texts:
         return turns
     key, text = next(iter(texts.items()))
@@ -121,50 +163,60 @@ def _with_system(row: dict[str, Any], turns: list[Turn], place: str) -> list[Tur
     return turns if others else [Turn(Message("system", text), f"{place}: {key}"), *turns]
 
 
-def _messages(row: dict[str, Any], place: str) -> list[Turn]:
-    return read_messages(row, "messages", place)
+def _talk(keys: tuple[str, str], row: dict[str, Any], place: str, picked: Picked) -> list[Turn]:
+    return read_messages(row, picked[0], place, keys)
 
 
-def _sharegpt(row: dict[str, Any], place: str) -> list[Turn]:
+def _alpaca(row: dict[str, Any], place: str, picked: Picked) -> list[Turn]:
+    instruction, given, output = picked
+    asked = [read_text(row, instruction, place)]
+    if given and carries(row[given]):
+        asked.append(read_text(row, given, place))
+    question = Turn(Message("user", "\n\n".join(filter(None, asked))), f"{place}: {instruction}")
+    return [*_history(row, place), question, *_said(row, output, "assistant", place)]
+
+
+def _prompt_completion(row: dict[str, Any], place: str, picked: Picked) -> list[Turn]:
+    """Question and answer; of lists of messages, as TRL takes them, the completion alone is trained on."""
+    prompt, answer = picked
+    if answer in ("completion", "response") and {"completion", "response"} <= set(row):
+        raise DataError(place, "has both `completion` and `response`.", "Keep the one to train on.")
+    asked = _said(row, prompt, "user", place)
+    shown = [replace(turn, message=_shown_only(turn.message)) for turn in asked]
+    return [*_history(row, place), *shown, *_said(row, answer, "assistant", place)]
+
+
+def _shown_only(message: Message) -> Message:
+    return replace(message, trained=False) if message.role == "assistant" else message
+
+
+def _history(row: dict[str, Any], place: str) -> list[Turn]:
+    """Earlier exchanges, as LLaMA-Factory writes them: a list of questions with their answers."""
+    history = row.get("history")
+    if not carries(history):
+        return []
+    found = parse_list(history, place, "history is ") if isinstance(history, str) else history
+    rows = found if isinstance(found, list) else []
+    pairs = [list(one) for one in rows if isinstance(one, list | tuple)]
+    if not pairs or len(pairs) != len(rows) or any(len(pair) != 2 for pair in pairs):
+        remedy = 'Write [["question", "answer"], ...], or all of the row as {"messages": [...]}.'
+        raise DataError(place, "history is not a list of questions with their answers.", remedy)
     return [
-        turn(message, where, ("from", "value"), SHAREGPT_ROLES)
-        for message, where in entries(row, "conversations", place)
+        Turn(Message(role, read_text({"history": text}, "history", where)), where)
+        for i, pair in enumerate(pairs)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+        for where in (f"{place}: history[{i}]",)
     ]
 
 
-def _alpaca(row: dict[str, Any], place: str) -> list[Turn]:
-    asked = [read_text(row, "instruction", place)]
-    if row.get("input") is not None and read_text(row, "input", place).strip():
-        asked.append(row["input"])
-    return _pair(
-        "\n\n".join(filter(None, asked)), "instruction", read_text(row, "output", place), "output", place
-    )
-
-
-def _prompt_completion(row: dict[str, Any], place: str) -> list[Turn]:
-    if "completion" in row and "response" in row:
-        raise DataError(place, "has both `completion` and `response`.", "Keep the one to train on.")
-    answer = "completion" if "completion" in row else "response"
-    if isinstance(row["prompt"], list) or isinstance(row[answer], list):
-        key = "prompt" if isinstance(row["prompt"], list) else answer
-        remedy = 'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.'
-        raise DataError(place, f"{key} is a list, not text.", remedy)
-    return _pair(read_text(row, "prompt", place), "prompt", read_text(row, answer, place), answer, place)
-
-
-def _pair(asked: str, question: str, answered: str, answer: str, place: str) -> list[Turn]:
-    user, assistant = Message("user", asked), Message("assistant", answered)
-    return [Turn(user, f"{place}: {question}"), Turn(assistant, f"{place}: {answer}")]
-
-
-def _text(row: dict[str, Any], place: str) -> Text:
-    text = read_text(row, "text", place)
-    if not text.strip():
+def _text(row: dict[str, Any], place: str, picked: Picked) -> Text:
+    text = read_text(row, picked[0], place)
+    if is_blank(text):
         raise DataError(place, "text is empty: nothing to train on.", "Remove the row.")
     return Text(text, place)
 
 
-def _preference(row: dict[str, Any], place: str) -> Preference:
+def _preference(row: dict[str, Any], place: str, picked: Picked) -> Preference:
     """The two answers behind what they have in common: `prompt`, and the messages both begin with."""
     prompt = _said(row, "prompt", "user", place) if row.get("prompt") is not None else []
     chosen, rejected = (_branch(prompt, row, key, place) for key in ("chosen", "rejected"))
@@ -178,8 +230,7 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
         if not answer or answer[0].role != "assistant":
             reason = "chosen and rejected do not part at an answer."
             raise DataError(place, reason, "Let both answer the same messages.")
-    tools = read_tools(row.get("tools"), place)
-    return Preference(good[:shared], good[shared:], bad[shared:], place, tools)
+    return Preference(good[:shared], good[shared:], bad[shared:], place, read_tools(row, place))
 
 
 def _branch(prompt: list[Turn], row: dict[str, Any], key: str, place: str) -> list[Turn]:
@@ -195,120 +246,62 @@ def _branch(prompt: list[Turn], row: dict[str, Any], key: str, place: str) -> li
 
 
 def _said(row: dict[str, Any], key: str, role: str, place: str) -> list[Turn]:
-    """Text as a message of `role`, or a list of messages."""
-    if isinstance(row[key], list):
+    """Text as a message of `role`, or a list of messages, in a table as JSON."""
+    value = row[key]
+    columns = isinstance(value, dict) and {"role", "from"} & set(value)  # as `datasets` writes a Sequence
+    messages = isinstance(value, list) and (not value or isinstance(value[0], dict))
+    if columns or messages or (isinstance(value, str) and _MESSAGES.match(value)):
         return read_messages(row, key, place)
     return [Turn(Message(role, read_text(row, key, place)), f"{place}: {key}")]
 
 
-_BESIDE: Final = ("tools", *SYSTEM)
+_MESSAGES: Final = re.compile(r"""\A\[\s*\{\s*["'](?:role|from|content|value)["']\s*:(?s:.*)\]\s*\Z""")
+"""A list of messages that a cell holds as text."""
+_BESIDE: Final = ("tools", "functions", *SYSTEM)
+_ASKING: Final = ("question", "query", "problem", "input", "inputs"), ("user", "human", "q")
+_ANSWERING: Final = (
+    ("answer", "output", "outputs", "target", "targets", "solution", "reply"),
+    ("assistant", "bot", "gpt", "a"),
+)
 
 FORMATS: Final[Mapping[str, Format]] = {
     "messages": Format(
-        (("messages",),),
+        (Group(("messages",), ("contents",)),),
         '{"messages": [{"role": "user", "content": "..."}, ...]}',
-        partial(_conversation, _messages),
+        partial(_conversation, partial(_talk, ("role", "content"))),
         _BESIDE,
     ),
     "sharegpt": Format(
-        (("conversations",),),
+        (Group(("conversations",), ("conversation",)),),
         '{"conversations": [{"from": "human", "value": "..."}, ...]}',
-        partial(_conversation, _sharegpt),
+        partial(_conversation, partial(_talk, ("from", "value"))),
         _BESIDE,
     ),
     "alpaca": Format(
-        (("instruction",), ("output",)),
+        (
+            Group(("instruction",)),
+            Group(("input",), ("context",), needed=False),
+            Group(("output",), ("response", "completion", "answer")),
+        ),
         '{"instruction": "...", "input": "...", "output": "..."}',
         partial(_conversation, _alpaca),
-        ("input", *_BESIDE),
+        (*_BESIDE, "history"),
     ),
     "prompt-completion": Format(
-        (("prompt",), ("completion", "response")),
+        (Group(("prompt",), *_ASKING), Group(("completion", "response"), *_ANSWERING)),
         '{"prompt": "...", "completion": "..."}',
         partial(_conversation, _prompt_completion),
-        _BESIDE,
+        (*_BESIDE, "history"),
     ),
-    "text": Format((("text",),), '{"text": "..."}', _text),
+    "text": Format((Group(("text",)),), '{"text": "..."}', _text),
     "preference": Format(
-        (("chosen",), ("rejected",)),
+        (Group(("chosen",)), Group(("rejected",))),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
         _preference,
-        ("prompt", "tools"),
+        ("prompt", "tools", "functions"),
     ),
 }
+LOOSE: Final = ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
+"""Formats that are known by other names of their keys too, the surest first."""
 
 _REMEDY: Final = "Write one of " + ", or ".join(format_.shape for format_ in FORMATS.values()) + "."
-
-
-def _found(row: Any) -> str:
-    """What stands where a row was expected."""
-    if not isinstance(row, dict) or not row:
-        return kind(row)
-    keys = [repr(key) if len(str(key)) <= 60 else repr(f"{str(key)[:57]}...") for key in row]
-    more = f" and {len(keys) - 12} more" if len(keys) > 12 else ""
-    return f"keys {', '.join(keys[:12])}{more}"
-
-
-def _hint(row: Any) -> str:
-    """A way on for the commonest reasons that a row's keys are not found."""
-    if not isinstance(row, dict):
-        return ""
-    if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
-        return "Separate columns with commas."
-    return _rename(row)
-
-
-_ASKED: Final = (
-    *("question", "query", "problem", "prompt", "instruction", "input", "user", "human"),
-    *("document", "article", "text", "message", "sentence", "review", "source"),
-)
-"""Words of keys that hold a question, the likeliest first."""
-_PLAIN: Final = ("content", "document", "body", "article", "passage", "paragraph")
-"""Words of keys that hold plain text."""
-
-
-def _rename(row: dict[str, Any]) -> str:
-    """Which keys to rename, where their names say what they are; nothing where they do not."""
-    names = {"_".join(words_of(str(key))): str(key) for key in row}
-    for name in (name for name in FORMATS if name != "text"):
-        if pairs := _other_case(names, FORMATS[name]):
-            return _renaming(pairs)
-    for key, value in row.items():
-        first = value[0] if isinstance(value, list) and value else None
-        for wanted, speaker in (("messages", "role"), ("conversations", "from")):
-            if isinstance(first, dict) and speaker in first:
-                return _renaming([(str(key), wanted)])
-    answers = _answers(row, "messages") or _answers(row, "text")  # beside text more words mean a label
-    asked = _first(_ASKED, names, answers)
-    if asked and len(answers) == 1:
-        if asked == "instruction":  # Alpaca's, under other names
-            context = [(names["context"], "input")] if "context" in names else []
-            return _renaming([*context, (answers[0], "output")])
-        return _renaming([(asked, "prompt"), (answers[0], "completion")])
-    if pairs := _other_case(names, FORMATS["text"]):
-        return _renaming(pairs)
-    plain = "" if answers else _first(_PLAIN, names, [])
-    return f"If it is plain text, rename `{plain}` to `text`." if plain else ""
-
-
-def _other_case(names: dict[str, str], format_: Format) -> list[tuple[str, str]]:
-    """The keys to rename where a row has all of a format's, written in another way; none where it has not."""
-    found = [next((key for key in group if key in names), None) for group in format_.keys]
-    pairs = [(names[key], key) for key in found if key is not None and names[key] != key]
-    return pairs if None not in found else []
-
-
-def _first(words: tuple[str, ...], names: dict[str, str], taken: list[str]) -> str:
-    """The key that is named by the first of these words, in the singular or the plural."""
-    found = {word: key for name, key in names.items() if key not in taken for word in singulars(name)}
-    return next((found[word] for word in words if word in found), "")
-
-
-def _answers(row: dict[str, Any], format_: str) -> list[str]:
-    """Keys that hold an answer or a label."""
-    meant = ((key, meaning(key, format_)) for key in map(str, row))
-    return [key for key, one in meant if one is not None and one.answers]
-
-
-def _renaming(pairs: list[tuple[str, str]]) -> str:
-    return "Rename " + " and ".join(f"`{old}` to `{new}`" for old, new in pairs if old != new) + "."

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS: Final = 10.0
 _NETWORK: Final = "Check the network, or download the data set elsewhere and give its folder: ./name."
 
 
-def rows_of(source: Source, record: Record = lambda read: None) -> Iterator[Row]:
+def rows_of(source: Source, record: Record | None = None) -> Iterator[Row]:
     """Rows of `source` in the data set's order; what cannot be read comes as a last Problem.
 
     `record` gets the commit that is read.
@@ -48,7 +48,7 @@ def place_of(source: Source) -> str:
     return f"{source.path}{subset}[{source.split}]"
 
 
-def _open(source: Source, place: str, record: Record) -> Any:
+def _open(source: Source, place: str, record: Record | None) -> Any:
     """The data set as an iterable, at the commit that the look-up found.
 
     Raises:
@@ -60,7 +60,8 @@ def _open(source: Source, place: str, record: Record) -> Any:
         reason = "is a folder here too, which would be read in the data set's place."
         raise DataError(place, reason, "Write ./org/name for the folder, or start from another one.")
     commit = _look_up(source, place)
-    record(SourceRead(source.path, split=source.split, revision=commit or source.revision))
+    if record is not None:
+        record(SourceRead(source.path, split=source.split, revision=commit or source.revision))
     try:
         return datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=commit, streaming=True

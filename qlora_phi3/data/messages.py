@@ -1,50 +1,76 @@
-"""A single message of a row, and the tools beside it: which keys they have and what is refused.
+"""The messages of a row: who speaks, what is said, and which keys beside that are refused.
 
-Owns roles, texts, tool calls and tool schemas. Refuses keys that would change what is trained on, rather
-than leave them out.
+Owns the ways in which a list of messages is written, and roles. Refuses keys that would change what is
+trained on, rather than leave them out.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final
 
 from ..errors import DataError, shown
-from .columns import carries, describes, is_neutral
-from .json_text import parse
+from .calls import (
+    has_calls_in_parts,
+    in_own_messages,
+    json_of,
+    read_calls,
+    read_function_call,
+    read_schemas,
+)
+from .columns import carries, describes, words_of
+from .contents import TEXTS, is_blank, kind, read_text
+from .json_text import parse_list
 from .rows import Message, Unused
 
-ROLES: Final = ("system", "user", "assistant", "tool")
-_ITSELF: Final = {role: role for role in ROLES}
-SHAREGPT_ROLES: Final = {
+ROLES: Final[Mapping[str, str]] = {
     "system": "system",
-    "human": "user",
+    "developer": "system",
     "user": "user",
-    "gpt": "assistant",
+    "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
+    "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
+    "bard": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
 }
+"""Who speaks, in any case, -> the role that chat templates know."""
+_CALLING: Final = ("function_call", "tool_call")
+"""Roles whose text is a call."""
+KEPT_AS_IS: Final = ["system", "user", "assistant"]
+"""Roles that mean themselves; a list, since what a file has for a role may have no hash."""
+_SPEAKERS: Final = ("role", "from")
+"""Keys of who speaks."""
+_USE: Final = "Use one of system, user, assistant, tool."
+
 KEPT: Final[Mapping[str, tuple[str, ...]]] = {
     "system": ("tools",),
-    "assistant": ("tool_calls",),
+    "assistant": ("tool_calls", "function_call"),
     "tool": ("name", "tool_call_id"),
 }
 """Role -> keys beside role and content that chat templates take."""
+_WEIGHTS: Final = ("weight", "loss_weight", "loss_mask", "train", "training", "trainable")
+"""Keys that say whether a message is trained on."""
+_COUNTS: Final[Mapping[Any, bool]] = (
+    {1: True, 0: False}
+    | {word: yes for word, yes in (("1", True), ("1.0", True), ("true", True), ("0", False), ("0.0", False))}
+    | {"false": False}
+)
 
 _NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
-_OTHER_KEYS: Final = {
-    "from": ("role", "Messages of role and content: name their list `messages`."),
-    "role": ("from", "Messages of from and value: name their list `conversations`."),
-}
-"""Key of the speaker -> the other one, and what to do where that is there instead."""
-_AS_OBJECT: Final = "Write it as an object, or as the JSON text of one."
-_CALL: Final = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
-_SCHEMA: Final = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 
 
 @dataclass(frozen=True)
@@ -59,16 +85,18 @@ class Turn:
     unused: Unused = ()
 
 
-def read_messages(row: Mapping[str, Any], key: str, place: str) -> list[Turn]:
-    """The messages of a list of `role` and `content`.
+def read_messages(
+    row: Mapping[str, Any], key: str, place: str, keys: tuple[str, str] = ("role", "content")
+) -> list[Turn]:
+    """The messages of a list, whichever keys they have; `keys` are named where one has none.
 
     Raises:
         DataError: no such list, or one of them is malformed.
     """
-    return [_message(message, where) for message, where in entries(row, key, place)]
+    return [turn for entry, where in _entries(row, key, place) for turn in _turns(entry, where, keys)]
 
 
-def entries(row: Mapping[str, Any], key: str, place: str) -> list[tuple[Any, str]]:
+def _entries(row: Mapping[str, Any], key: str, place: str) -> list[tuple[Any, str]]:
     """What a row's list has, each with its place.
 
     Raises:
@@ -76,7 +104,7 @@ def entries(row: Mapping[str, Any], key: str, place: str) -> list[tuple[Any, str
     """
     messages = row[key]
     if isinstance(messages, str) and messages.strip():  # a table has no lists of its own
-        messages = parse(messages, place, "Write the list itself, or as JSON.", f"{key} is ")
+        messages = parse_list(messages, place, f"{key} is ")
     if isinstance(messages, dict) and carries(messages):
         messages = _zipped(messages, key, place)
     if not isinstance(messages, list) or not messages:
@@ -94,173 +122,120 @@ def _zipped(columns: dict[str, Any], key: str, place: str) -> list[dict[str, Any
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
-def turn(
-    message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str], more: tuple[str, ...] = ()
-) -> Turn:
-    """A message with these names for speaker and text; `more` keys are the caller's to keep.
+def _turns(entry: Any, place: str, keys: tuple[str, str]) -> list[Turn]:
+    """The messages that an entry of the list is: one, or a question with its answer, or calls and results."""
+    if not isinstance(entry, dict):
+        raise DataError(place, f"is {kind(entry)}, not an object.", f"Give it {' and '.join(keys)}.")
+    if len(entry) == 2 and isinstance(entry.get("content"), str) and entry.get("role") in KEPT_AS_IS:
+        text = read_text(entry, "content", place)  # nearly every message of a million rows
+        return [Turn(Message(entry["role"], text), place)]
+    if set(entry) == {"input", "output"}:  # an exchange, as Capybara has them
+        return [
+            Turn(Message(role, read_text(entry, key, place)), place)
+            for role, key in (("user", "input"), ("assistant", "output"))
+        ]
+    if has_calls_in_parts(entry.get("content")) and entry.get("role") in ("user", "assistant"):
+        return [_turn(message, place, keys) for message in in_own_messages(entry, place)]
+    return [_turn(entry, place, keys)]
+
+
+def _turn(entry: dict[str, Any], place: str, keys: tuple[str, str]) -> Turn:
+    """A message out of its keys.
 
     Raises:
-        DataError: not an object, an unknown role, no text, or other keys that say something.
+        DataError: an unknown role, no text, or other keys that say something.
     """
-    speaker, text = keys
-    role = _role(message, place, keys, roles)
-    unused = []
-    for key in sorted(set(message) - {speaker, text, *more}, key=str):
-        value = message[key]
-        if not carries(value) or is_neutral(str(key), value) or (key == "name" and value == role):
+    speaker = _key(entry, _SPEAKERS, keys[0])
+    text = _key(entry, TEXTS, keys[1])
+    written = _written_role(entry, speaker, place)
+    role = ROLES[written]
+    more = {key: entry[key] for key in KEPT.get(role, ()) if carries(entry.get(key))}
+    trained, unused = True, []
+    for key in sorted(set(entry) - {speaker, text, *more}, key=str):
+        value = entry[key]
+        if not carries(value) or (key == "name" and value == written):
             continue
-        if key == "name" or not describes(str(key)):
+        if key in _WEIGHTS:
+            trained = trained and _counts(key, value, place)
+        elif _may_go(str(key), value):
+            unused.append((f"{key} of messages", value))
+        else:
             raise DataError(place, f"{shown(key)} is not available yet.", _instead(str(key), text))
-        unused.append((f"{key} of messages", value))
-    return Turn(Message(roles[role], read_text(message, text, place)), place, tuple(unused))
+    said = _said(entry, text, place, written, more)
+    kept = json_of(more, place, ", ".join(more)) if more else ""
+    return Turn(Message(role, said, kept, trained), place, tuple(unused))
+
+
+def _key(entry: dict[str, Any], names: tuple[str, ...], usual: str) -> str:
+    """The key that is there, the usual one first; a null beside another one is none."""
+    there = [name for name in (usual, *names) if name in entry]
+    return next((name for name in there if entry[name] is not None), there[0] if there else usual)
+
+
+def _written_role(entry: dict[str, Any], speaker: str, place: str) -> str:
+    written = entry.get(speaker)
+    role = written.strip().casefold().replace("-", "_") if isinstance(written, str) else None
+    if role is None or role not in ROLES:
+        found = "is missing" if written is None else f"{shown(written)} is unknown"
+        raise DataError(place, f"{speaker} {found}.", _USE)
+    return role
+
+
+def _said(entry: dict[str, Any], text: str, place: str, written: str, more: dict[str, Any]) -> str:
+    """The text of a message; what it calls goes into `more`, in the way that templates take."""
+    if "function_call" in more:
+        more["tool_calls"] = [
+            *more.get("tool_calls", []),
+            *read_function_call(more.pop("function_call"), place),
+        ]
+    if "tool_calls" in more:
+        more["tool_calls"] = read_calls(more["tool_calls"], place)
+        if entry.get(text) is None:  # as the OpenAI API writes an answer that only calls
+            return ""
+    if not isinstance(more.get("tools", ""), str):  # the templates that take them there take text
+        more["tools"] = read_schemas(more["tools"], place)
+    said = read_text(entry, text, place, "message")
+    if written in _CALLING:
+        more["tool_calls"] = read_function_call(said, place)
+        return ""
+    return said
+
+
+def _counts(key: str, value: Any, place: str) -> bool:
+    """Whether a message of this weight is trained on."""
+    word = value.strip().casefold() if isinstance(value, str) else value
+    if isinstance(word, (str, int, float)) and word in _COUNTS:
+        return _COUNTS[word]
+    reason = f"{key} is {shown(value)}, and a message is trained on or not."
+    raise DataError(place, reason, "Write 1 or 0. A whole source has data.train.weight.")
+
+
+def _may_go(key: str, value: Any) -> bool:
+    """Whether a key of a message only describes it: by its name, or a figure or a flag about it."""
+    figure = isinstance(value, (bool, int, float)) and words_of(key)[-1:] not in (("weight",), ("mask",))
+    return key != "name" and (figure or describes(key))
 
 
 def _instead(key: str, text: str) -> str:
     """What to do with a key of a message that no chat template shows."""
     if key == "name":
         return f'Write who speaks into {text} ("Ada: ..."), or remove the names if nothing refers to them.'
-    if key in ("weight", "train"):
-        return "Give every message the value 1; data.loss_on: last trains on each row's last answer alone."
     return f"Put what it says into {text}, or remove it if the message means the same without it."
-
-
-def _role(message: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str]) -> str:
-    speaker, text = keys
-    if not isinstance(message, dict):
-        raise DataError(place, f"is {kind(message)}, not an object.", f"Give it {speaker} and {text}.")
-    role = message.get(speaker)
-    if not isinstance(role, str) or role not in roles:
-        found = "is missing" if role is None else f"{shown(role)} is unknown"
-        other, remedy = _OTHER_KEYS[speaker]
-        if role is not None or other not in message:
-            remedy = f"Use one of {', '.join(roles)}."
-        raise DataError(place, f"{speaker} {found}.", remedy)
-    return role
-
-
-def _message(message: Any, place: str) -> Turn:
-    keys = ("role", "content")
-    role = _role(message, place, keys, _ITSELF)
-    if len(message) == 2 and "content" in message:  # nothing to look for, in a million rows
-        return Turn(Message(role, read_text(message, "content", place)), place)
-    more = {key: message[key] for key in KEPT.get(role, ()) if carries(message.get(key))}
-    if "tool_calls" in more:
-        more["tool_calls"] = _calls(more["tool_calls"], place)
-        if message.get("content") is None:  # as the OpenAI API writes an answer that only calls
-            message = {**message, "content": ""}
-    if not isinstance(more.get("tools", ""), str):  # the templates that take them there take text
-        more["tools"] = read_tools(more["tools"], place)
-    found = turn(message, place, keys, _ITSELF, tuple(more))
-    written = _json(more, place, "tool_calls" if role == "assistant" else ", ".join(more)) if more else ""
-    return Turn(Message(role, found.message.content, written), place, found.unused)
-
-
-def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as templates take them: arguments that are written as JSON text become what it holds.
-
-    Raises:
-        DataError: not a list of calls with a name and arguments.
-    """
-    if not isinstance(value, list):
-        raise DataError(place, f"tool_calls is {kind(value)}, not a list.", f"Write [{_CALL}].")
-    return [_call(one, f"{place}: tool_calls[{i}]") for i, one in enumerate(value)]
-
-
-def _call(value: Any, place: str) -> dict[str, Any]:
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(place, "has no function with a name.", f"Write {_CALL}.")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = parse(arguments, place, _AS_OBJECT, "arguments is ")
-    if not isinstance(arguments, dict):
-        raise DataError(place, f"arguments is {kind(arguments)}, not an object.", f"Write {_CALL}.")
-    function = {**function, "arguments": arguments}
-    return {**value, "function": function} if "function" in value else function
-
-
-def read_tools(value: Any, place: str) -> str:
-    """Schemas of functions as JSON text; as a list, or as the JSON text of one.
-
-    Raises:
-        DataError: not a list of objects.
-    """
-    if not carries(value):
-        return ""
-    tools = parse(value, place, _AS_OBJECT, "tools is ") if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(place, "tools is not a list of objects.", f"Write [{_SCHEMA}].")
-    return _json(tools, place, "tools")
-
-
-def _json(value: Any, place: str, key: str) -> str:
-    """Keys stay in their order, in which a template shows them."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = f"{key} has a value that JSON cannot hold: {str(error).splitlines()[0]}."
-        raise DataError(place, reason, "Write it as text.") from None
-    return text
-
-
-def read_text(row: Mapping[str, Any], key: str, place: str) -> str:
-    """The text under `key`.
-
-    Raises:
-        DataError: missing, not text, or with half a character.
-    """
-    value = row.get(key)
-    if isinstance(value, list) and value and key in ("content", "value"):
-        value = _joined(value, key, place)
-    if not isinstance(value, str):
-        found = "missing" if value is None else f"{kind(value)}, not text"
-        whose = "message" if key in ("content", "value") else "row"
-        raise DataError(place, f"{key} is {found}.", f"Give the text of the {whose}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        reason = f"{key} has half a character: {value[error.start]!r}."
-        remedy = "It was cut inside an emoji: mend the text, or remove the row."
-        raise DataError(place, reason, remedy) from None
-    return value
-
-
-def _joined(parts: list[Any], key: str, place: str) -> str:
-    """The text of a message that is written in parts, as for models that see pictures too.
-
-    Raises:
-        DataError: another part than text, or parts of which nobody knows what stands between them.
-    """
-    texts = []
-    for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        shape = part.get("type", "text") if isinstance(part, dict) else None
-        if shape not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            found = f"a part of type {shown(shape)}" if shape else f"{kind(part)} as a part"
-            reason = f"{key} has {found}, and only parts of text can be read."
-            raise DataError(place, reason, 'Write {"type": "text", "text": "..."}, or plain text.')
-        texts.append(part["text"])
-    for before, after in pairwise(texts):
-        if not (before[-1:].isspace() or after[:1].isspace()):
-            reason = f"{key} has several parts of text without a blank or a new line between them."
-            raise DataError(place, reason, "Join them into one text.")
-    return "".join(texts)
 
 
 def check_turns(turns: list[Turn], place: str) -> None:
     """Refuse turns that teach nothing.
 
     Raises:
-        DataError: no answer, an empty one, one without a question, or a tool's result that nobody asked for.
+        DataError: no answer, an empty one, one without a question, none that is trained on, or a tool's
+            result that nobody asked for.
     """
-    if not any(turn.message.role == "assistant" for turn in turns):
+    answers = [turn.message for turn in turns if turn.message.role == "assistant"]
+    if not answers:
         raise DataError(place, "has no assistant turn: nothing to train on.", "Add the answer, or remove it.")
     for before, turn in zip([None, *turns], turns, strict=False):
         message = turn.message
-        if message.role == "assistant" and not message.content.strip() and not message.calls_tools:
+        if message.role == "assistant" and is_blank(message.content) and not message.calls_tools:
             raise DataError(turn.place, "the assistant says nothing.", "Remove the row.")
         if message.role == "tool" and not (before and _awaits_tool(before.message)):
             reason = "is a tool's result, but does not follow the assistant's call."
@@ -268,23 +243,11 @@ def check_turns(turns: list[Turn], place: str) -> None:
     if turns[0].message.role == "assistant":
         remedy = "Are user and assistant swapped? Begin with what it answers to."
         raise DataError(place, "begins with the assistant.", remedy)
+    if not any(message.trained for message in answers):
+        reason = "every answer has the weight 0: nothing to train on."
+        raise DataError(place, reason, "Give the answers to train on the weight 1, or remove the row.")
 
 
 def _awaits_tool(message: Message) -> bool:
     """Whether a tool's result may follow: a call, in `tool_calls` or in the answer's own text, or another."""
     return message.role in ("assistant", "tool")
-
-
-def kind(value: Any) -> str:
-    """What a value is, in JSON's words where it has them."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    words = {
-        "dict": "an object",
-        "list": "a list",
-        "str": "text",
-        "int": "a number",
-        "float": "a number",
-        "bytes": "bytes",
-    }
-    return words.get(type(value).__name__, f"of type {type(value).__name__}")

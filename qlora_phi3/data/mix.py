@@ -11,8 +11,6 @@ from math import floor
 from random import Random
 from typing import Final, Generic, TypeVar
 
-import numpy as np
-
 from .rows import Example
 
 Item = TypeVar("Item")
@@ -41,6 +39,8 @@ def _lot(row: Example, purpose: str, seed: int) -> float:
 
 def draw(num: int, limit: int, seed: int) -> list[int]:
     """Indices of `limit` out of `num`, in order; all of them where there are no more. More hold the fewer."""
+    import numpy as np  # a dry run reads rows, and draws none
+
     lots = np.random.Philox(key=seed).random_raw(num)  # a bit generator's raw stream is the same for ever
     return sorted(np.argsort(lots, kind="stable")[:limit].tolist())
 

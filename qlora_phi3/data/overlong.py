@@ -88,7 +88,9 @@ class Fitter:
         The cut may fall between the bytes of one character.
         """
         limit, spans = self.data.max_length, assistant_spans(row.input_ids, self.turns)
-        begun = [i for i, (start, _) in enumerate(spans) if start + 2 <= limit]
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        pairs = zip(spans, answers, strict=True)
+        begun = [i for i, ((start, _), answer) in enumerate(pairs) if start + 2 <= limit and answer.trained]
         if not begun or (self.data.loss_on == "last" and begun[-1] != len(spans) - 1):
             return Fitted(num_dropped=1)
         stop = min(spans[begun[-1]][1], limit)
@@ -107,10 +109,14 @@ class Fitter:
             elif start > first:
                 first, piece = start, self._part(conversation, start, stop)
             found.append(piece)
-        parts = [
-            Fitted(((talk, row),)) if self._fits(row) else self._truncate(talk, row) for talk, row in found
-        ]
+        parts = [self._kept(talk, row) for talk, row in found]
         return replace(Fitted.sum(parts), num_split=int(len(found) > 1))
+
+    def _kept(self, talk: Conversation, row: Marked) -> Fitted:
+        """A part of a conversation, where it has something to train on."""
+        if not row.trained:
+            return Fitted(num_dropped=1)
+        return Fitted(((talk, row),)) if self._fits(row) else self._truncate(talk, row)
 
     def _part(self, conversation: Conversation, start: int, stop: int) -> Talk:
         """Messages `start` to `stop` behind the system messages that came before them."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final
 from typing_extensions import Self
 
 _BLOCK: Final = 2**20
+_HEAD: Final = 512
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ Record = Callable[[SourceRead], None]
 
 
 class SourceFile:
-    """A file that is read once, opened once, and hashed on the way; as a text it is its path."""
+    """A file that is read once, opened once, and hashed on the way where anybody asks; as a text its path."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashing: bool = True) -> None:
         self.path = path
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO = path.open("rb")
+        self._digest = hashlib.sha256() if hashing else None
+        self._file: BufferedReader = path.open("rb")
         status = os.fstat(self._file.fileno())
         self.num_bytes = status.st_size
         self._stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -67,12 +69,18 @@ class SourceFile:
     def lines(self) -> Iterator[bytes]:
         """Its lines, with their ends."""
         for line in self._file:
-            self._digest.update(line)
+            if self._digest is not None:
+                self._digest.update(line)
             yield line
+
+    def head(self) -> bytes:
+        """Its first bytes, which are still to be read."""
+        return self._file.peek(_HEAD)[:_HEAD]
 
     def hashed(self) -> BinaryIO:
         """The open file, hashed already, for readers that go to and fro in it."""
-        self._drain()
+        if self._digest is not None:
+            self._drain()
         self._file.seek(0)
         return self._file
 
@@ -82,11 +90,13 @@ class SourceFile:
         Raises:
             OSError: its rest cannot be read.
         """
+        assert self._digest is not None
         self._drain()
         name, digest = self.path.name, self._digest.hexdigest()
         return SourceRead(name, digest, path=str(self.path.absolute()), stamp=self._stamp)
 
     def _drain(self) -> None:
+        assert self._digest is not None
         while block := self._file.read(_BLOCK):
             self._digest.update(block)
 

@@ -16,9 +16,9 @@ from ..recipe import GENERATION_METRICS, Data, Evaluate, Fraction, Source, Train
 from ..recipe_checks import NO_ANSWERS, NO_LAST_ANSWER
 from . import hub
 from .columns import split_problem
-from .formats import convert, detect
+from .formats import convert, detect, is_conversation
 from .mix import is_held_out, num_copies
-from .provenance import Record, SourceRead
+from .provenance import Record
 from .rows import Conversation, Example, Message, Preference, Text
 from .sources import files_of, rows_of
 
@@ -46,10 +46,6 @@ MAX_PROBLEMS: Final = 20
 TRAIN: Final = Train()
 EVALUATE: Final = Evaluate()
 """What rows are for, where nobody says it."""
-
-
-def unrecorded(read: SourceRead) -> None:
-    """For who does not ask what was read."""
 
 
 def check_files(data: Data) -> None:
@@ -83,7 +79,7 @@ def name_of(sources: Source | tuple[Source, ...]) -> str:
     return sources.path if isinstance(sources, Source) else ", ".join(source.path for source in sources)
 
 
-def stream(source: Source, record: Record = unrecorded, use: str = "train") -> Iterator[Example | Problem]:
+def stream(source: Source, record: Record | None = None, use: str = "train") -> Iterator[Example | Problem]:
     """Rows of one source in its order, each once; a malformed row comes as the Problem it has.
 
     All rows have the format of the first, or the named one. `record` gets what was read. `use`: "train" or
@@ -92,10 +88,11 @@ def stream(source: Source, record: Record = unrecorded, use: str = "train") -> I
     named = source.format != "auto"
     name: str | None = source.format if named else None
     rows = hub.rows_of(source, record) if source.is_hub else rows_of(check_source(source), record)
-    for place, row in islice(rows, source.limit):
-        if isinstance(row, Problem):
-            yield row
+    for place, found in islice(rows, source.limit):
+        if isinstance(found, Problem):
+            yield found
             continue
+        row = {"messages": found} if is_conversation(found) else found
         try:
             name = name or detect(row, place)
             example = convert(row, name, place, named=named)
@@ -120,7 +117,7 @@ def stream_splits(
 
 
 def stream_held_out(
-    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+    data: Data, train: Train, evaluate: Evaluate, record: Record | None = None
 ) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.eval`'s own sources."""
     for source in data.eval_sources:
@@ -129,7 +126,7 @@ def stream_held_out(
 
 
 def stream_training(
-    data: Data, train: Train, evaluate: Evaluate, record: Record = unrecorded
+    data: Data, train: Train, evaluate: Evaluate, record: Record | None = None
 ) -> Iterator[tuple[str, Example | Problem]]:
     """The part of `stream_splits` that comes from `data.train`'s sources, held-out share included."""
     share = data.eval.fraction if isinstance(data.eval, Fraction) else 0.0
@@ -160,12 +157,20 @@ def _empty_sides(share: float, train: int, eval: int) -> Iterator[Problem]:
         )
 
 
+def useful(
+    source: Source, data: Data, train: Train, evaluate: Evaluate, use: str
+) -> Iterator[Example | Problem]:
+    """Rows of a source of data.`use` as long as the run can use them, unrecorded and unweighted."""
+    held_out = use == "eval" or isinstance(data.eval, Fraction)
+    return _useful(source, data, train, evaluate, None, use, held_out=held_out)
+
+
 def _weighted(
     source: Source,
     data: Data,
     train: Train,
     evaluate: Evaluate,
-    record: Record,
+    record: Record | None,
     use: str,
     *,
     held_out: bool,
@@ -186,7 +191,7 @@ def _useful(
     data: Data,
     train: Train,
     evaluate: Evaluate,
-    record: Record,
+    record: Record | None,
     use: str,
     *,
     held_out: bool,

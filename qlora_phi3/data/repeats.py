@@ -78,7 +78,7 @@ def _said(row: Row) -> list[str]:
     """Equal for two rows where their `canonical` is, which takes four times as long for plain messages."""
     if isinstance(row, Text) or row.has_tools:
         return [row.canonical]
-    return [part for m in row.messages for part in (m.role, m.content)]
+    return [part for m in row.messages for part in (m.role if m.trained else f"{m.role} 0", m.content)]
 
 
 def _hash(parts: list[str]) -> bytes:

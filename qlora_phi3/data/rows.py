@@ -19,11 +19,13 @@ class Message:
 
     `more`: what else a chat template takes of it, as a JSON object: an assistant's `tool_calls`, a tool
     message's `name` and `tool_call_id`, a system message's `tools`. Text, so that messages can be compared.
+    `trained`: whether it may be trained on; a weight of 0 says that it is only shown.
     """
 
     role: str
     content: str
     more: str = ""
+    trained: bool = True
 
     @property
     def calls_tools(self) -> bool:
@@ -74,6 +76,15 @@ class Conversation(_Example):
         return bool(self.tools_json) or any([message.more for message in self.messages])
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple([message.content for message in self.messages])
+
+    @property
+    def shown_only(self) -> tuple[int, ...]:
+        """Indices of the messages that are not trained on, whatever `data.loss_on` says."""
+        return tuple([i for i, message in enumerate(self.messages) if not message.trained])
+
+    @property
     def system(self) -> str | None:
         """The system message that it begins with."""
         first = self.messages[0]
@@ -91,7 +102,8 @@ class Conversation(_Example):
     @property
     def canonical(self) -> str:
         """Equal for equal rows, wherever they stand."""
-        return _canonical([self.tools, self.to_template()])
+        weights = [self.shown_only] if self.shown_only else []
+        return _canonical([self.tools, self.to_template(), *weights])
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,10 @@ class Text(_Example):
 
     text: str
     place: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,)
 
     @property
     def canonical(self) -> str:
@@ -119,6 +135,10 @@ class Preference(_Example):
     rejected: tuple[Message, ...]
     place: str
     tools_json: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(message.content for message in self.prompt + self.chosen + self.rejected)
 
     def conversation(self, answer: tuple[Message, ...]) -> Conversation:
         """The prompt with one of the two behind it."""

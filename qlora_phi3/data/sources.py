@@ -6,20 +6,20 @@ Problem it has, in its turn, so that all are told at once. Knows nothing of what
 
 from __future__ import annotations
 
-import codecs
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, Problem, is_file, is_folder, shown
-from ..json_files import DECODER, RepeatedKey
-from .json_text import decoded, parse, repeated
+from ..json_files import first_repeated
+from .file_kinds import check_kind, packed, special_kind
+from .json_rows import rows_of_lines, rows_of_list, starts_list
 from .provenance import Record, SourceFile
+from .text_lines import lines_of, text_of
 
 Row = tuple[str, Any]
 """Its place and its value, or the Problem that keeps it from having one."""
@@ -28,7 +28,6 @@ DOCUMENTS: Final = (".md", ".rst")
 """Files that may lie beside the data; anything else that cannot be read is refused, not skipped."""
 
 _GIVE: Final = "Give a JSONL file, a .json list, a .csv, a .parquet, a .txt, or a folder of them."
-_ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
 MAX_LISTED: Final = 8
 """File names that a message lists."""
@@ -56,9 +55,12 @@ def files_of(path: Path) -> list[Path]:
     files = _in_folder(path) if is_folder(path, DataError) else [path]
     for file in files:
         if not is_file(file, DataError):
+            if kind := special_kind(file):
+                raise DataError(str(file), f"is {kind}, not a file.", "Write its rows into a file first.")
             raise DataError(str(file), "no such file.", _beside(file))
         if file.suffix.lower() not in READERS:
-            raise DataError(str(file), f"{file.suffix or 'no suffix'} is not available yet.", _GIVE)
+            reason = f"{file.suffix or 'no suffix'} is not available yet."
+            raise DataError(str(file), reason, packed(file.suffix) or _GIVE)
         try:
             file.open("rb").close()
         except OSError as error:
@@ -98,7 +100,8 @@ def _in_folder(folder: Path) -> list[Path]:
             )
         if path.suffix.lower() not in READERS:
             reason = f"{path.suffix or 'no suffix'} is not available yet, and nothing is skipped silently."
-            raise DataError(str(path), reason, "Move it out of the folder, or give the path of one file.")
+            remedy = packed(path.suffix) or "Move it out of the folder, or give the path of one file."
+            raise DataError(str(path), reason, remedy)
     if not found:
         raise DataError(str(folder), "is a folder without data files.", _GIVE)
     _check_one_split(folder, found)
@@ -132,25 +135,28 @@ def _split_of(path: Path) -> str:
     return ""
 
 
-def rows_of(files: list[Path], record: Record = lambda read: None) -> Iterator[Row]:
+def rows_of(files: list[Path], record: Record | None = None) -> Iterator[Row]:
     """Rows of all files in turn; a file that breaks off gives a last Problem, and the next file follows.
 
-    `record` gets what was read of each file, once it has been, or once nobody wants more rows.
+    `record` gets what was read of each file, once it has been, or once nobody wants more rows; without it
+    nothing beyond the rows is read.
     """
     for file in files:
         yield from _rows(file, record)
 
 
-def _rows(path: Path, record: Record) -> Iterator[Row]:
+def _rows(path: Path, record: Record | None) -> Iterator[Row]:
     empty = True
     try:
-        with SourceFile(path) as file:
+        with SourceFile(path, hashing=record is not None) as file:
+            check_kind(file)
             try:
                 for row in READERS[path.suffix.lower()](file) if file.num_bytes else ():
                     empty = False
                     yield row
             finally:
-                record(file.record())
+                if record is not None:
+                    record(file.record())
     except DataError as error:
         empty = False
         yield from ((problem.place, problem) for problem in error.problems)
@@ -161,105 +167,37 @@ def _rows(path: Path, record: Record) -> Iterator[Row]:
         yield str(path), Problem(str(path), "holds no rows.", "Write at least one conversation into it.")
 
 
-def _jsonl(file: SourceFile) -> Iterator[Row]:
-    """One JSON object a line; a bad line does not stop the next."""
-    for place, line in _lines(file):
-        if not line.strip():
-            continue
-        try:  # JSON counts columns from the last newline: none may be left
-            value = parse(text_of(line.rstrip(), place), place, _ONE_OBJECT)
-        except DataError as error:
-            value = error.problems[0]
-        yield place, value
-
-
-def _lines(file: SourceFile) -> Iterator[tuple[str, bytes]]:
-    """(place, bytes) of every line; a BOM is dropped."""
-    for number, line in enumerate(file.lines(), start=1):
-        yield f"{file}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-
-
-def text_of(line: bytes, place: str) -> str:
-    """A line's text.
-
-    Raises:
-        DataError: not UTF-8, or with NUL bytes, as UTF-16 and files cut off by a crash have them.
-    """
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text (byte {error.start + 1} of the line)."
-        raise DataError(place, reason, "Convert the file to UTF-8.") from None
-    if "\0" in text:
-        reason = f"has a NUL byte (character {text.index(chr(0)) + 1} of the line): this is not UTF-8 text."
-        raise DataError(place, reason, "Convert the file to UTF-8, or write it again.")
-    return text
-
-
-def _json_list(file: SourceFile) -> Iterator[Row]:
-    """The objects of one JSON list, decoded one by one; the text is held, not all its values."""
-    text = "".join(text_of(line, place) for place, line in _lines(file))
-    at, number = _skip(text, 0), 0
-    if at == len(text):
+def _json(file: SourceFile) -> Iterator[Row]:
+    """One JSON object a line or one list of them, whichever the file begins like: names are often wrong."""
+    lines = lines_of(file)
+    before, first = [], None
+    for first in lines:
+        if first[1].strip():
+            break
+        before.append(first)
+    if first is None or not first[1].strip():
         return
-    _check_list(text[at], file)
-    at = _skip(text, at + 1)
-    closed = text.startswith("]", at)
-    while not closed:
-        number += 1
-        place = f"{file}: row {number}"
-        value, at = decoded(partial(_row_at, text, at, place), place, _AGAIN)
-        yield place, value
-        at = _skip(text, at)
-        closed = text.startswith("]", at)
-        if not closed:
-            at = _skip(text, _after(",", text, at, place))
-    at = _skip(text, at + 1)
-    if at < len(text):
-        where = f"{file}:{text.count(chr(10), 0, at) + 1}"
-        raise DataError(where, "has more text after the list's end.", "Write one list: [{...}, {...}].")
-
-
-def _row_at(text: str, at: int, place: str) -> tuple[Any, int]:
-    """The value that begins at `at`, and where it ends; a key twice spoils this row only."""
-    try:
-        return DECODER.raw_decode(text, at)
-    except RepeatedKey as error:
-        return repeated(error, place).problems[0], json.JSONDecoder().raw_decode(text, at)[1]
-
-
-def _check_list(first: str, file: SourceFile) -> None:
-    if first != "[":
-        found = "a JSON object, not a list of rows" if first == "{" else "not a JSON list of rows"
-        remedy = "Write [{...}, {...}]; if it has one object a line, name it .jsonl."
-        raise DataError(str(file), f"is {found}.", remedy)
+    every = chain([first], lines)
+    if starts_list(first[1], file.path.suffix.lower()):
+        text = "".join(text_of(line, place) for place, line in chain(before, every))
+        yield from rows_of_list(text, str(file))
+    else:
+        yield from rows_of_lines(every, str(file))
 
 
 def _document(file: SourceFile) -> Iterator[Row]:
     """The whole file as one row of plain text, its line ends as they are."""
-    text = "".join(text_of(line, place) for place, line in _lines(file))
+    text = "".join(text_of(line, place) for place, line in lines_of(file))
     yield str(file), {"text": text}
-
-
-def _skip(text: str, at: int) -> int:
-    """Index of the first character from `at` that is not JSON's white space."""
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _after(mark: str, text: str, at: int, place: str) -> int:
-    if text.startswith(mark, at):
-        return at + 1
-    reason = "the file ends inside the list" if at == len(text) else f"found {text[at]!r}, expected , or ]"
-    raise DataError(place, f"not valid JSON after this row: {reason}.", _AGAIN)
 
 
 def _csv(file: SourceFile) -> Iterator[Row]:
     """Records under a header; its place is the line it begins in. After a broken quote nothing is read."""
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 131,072 characters, is for the whole process
-    lines = (text_of(line, place) for place, line in _lines(file))
-    reader, header = csv.reader(lines, strict=True), None
+    lines = (text_of(line, place) for place, line in lines_of(file))
+    first = next(lines, "")
+    separator = _separator(first, file.path.suffix)
+    reader, header = csv.reader(chain([first], lines), delimiter=separator, strict=True), None
     while True:
         place = f"{file}:{reader.line_num + 1}"
         try:
@@ -275,6 +213,13 @@ def _csv(file: SourceFile) -> Iterator[Row]:
             yield place, _record(header, cells, place)
 
 
+def _separator(header: str, suffix: str) -> str:
+    """What separates columns: spreadsheets of many countries write semicolons, and some tabs."""
+    if suffix.lower() == ".tsv":
+        return "\t"
+    return next((mark for mark in ("\t", ";") if "," not in header and mark in header), ",")
+
+
 def _csv_reason(error: csv.Error) -> str:
     reasons = {
         "unexpected end of data": "a quote is opened and not closed",
@@ -284,20 +229,14 @@ def _csv_reason(error: csv.Error) -> str:
 
 
 def _checked_header(names: list[str], place: str) -> list[str]:
-    repeated = _repeated(names)
-    if repeated:
-        raise DataError(
-            place, f"the header names {shown(repeated[0])} twice.", "Rename or remove one column."
-        )
+    repeated = first_repeated(names)
+    if repeated is not None:
+        raise DataError(place, f"the header names {shown(repeated)} twice.", "Rename or remove one column.")
     blank = [name for name in names if name != name.strip()]
     if blank:
         remedy = "Remove the blanks around commas: they would become part of the text."
         raise DataError(place, f"the header's name {shown(blank[0])} begins or ends with a blank.", remedy)
     return names
-
-
-def _repeated(names: list[str]) -> list[str]:
-    return [name for i, name in enumerate(names) if name in names[:i]]
 
 
 def _record(header: list[str], cells: list[str], place: str) -> dict[str, Any] | Problem:
@@ -314,9 +253,9 @@ def _parquet(file: SourceFile) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(file.hashed()) as table:
-            repeated = _repeated(table.schema_arrow.names)
-            if repeated:
-                raise DataError(str(file), f"has two columns {shown(repeated[0])}.", "Rename or remove one.")
+            repeated = first_repeated(table.schema_arrow.names)
+            if repeated is not None:
+                raise DataError(str(file), f"has two columns {shown(repeated)}.", "Rename or remove one.")
             for batch in table.iter_batches(batch_size=_BATCH):
                 for i in range(batch.num_rows):
                     number += 1
@@ -350,10 +289,11 @@ def _without_nulls(value: Any) -> Any:
 
 
 READERS: Final[dict[str, Callable[[SourceFile], Iterator[Row]]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json_list,
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
     ".txt": _document,
 }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from .contents import is_blank
 from .quirks import Quirks
 from .rows import Conversation, Row, Text
 from .tools import tool_texts
@@ -49,12 +50,10 @@ def _message_signs(row: Conversation, quirks: Quirks) -> Iterator[Sign]:
         if role == before != "tool":  # one answer may make several calls
             yield "turn-order", f"{row.place}: messages[{i}]: {before} after {before}"
         before = role
-        if content[:1].isspace() or not content:
-            if not content.strip():
-                if role == "user":
-                    yield "empty-question", f"{row.place}: messages[{i}]"
-            elif role in quirks.strips:
-                yield "leading-blanks", f"{row.place}: messages[{i}]"
+        if role == "user" and is_blank(content):
+            yield "empty-question", f"{row.place}: messages[{i}]"
+        elif content[:1].isspace() and role in quirks.strips and content.strip():
+            yield "leading-blanks", f"{row.place}: messages[{i}]"
         if len(content) < _LONGEST or content.endswith(_INPUTS):
             missing = _missing(role, content)
             if missing:
@@ -73,7 +72,7 @@ def marker_signs(row: Row, quirks: Quirks) -> Iterator[Sign]:
     """Markers of chats in text, where they are no special tokens of this base: those are refused."""
     added = [one for one in (quirks.swallowing, quirks.added) if one is not None]
     for text in (row.text,) if isinstance(row, Text) else [message.content for message in row.messages]:
-        if "<|" in text or "INST]" in text or "_of_turn>" in text or text[:1] == "[":
+        if text[:1] == "[" or any([part in text for part in _PARTS]):
             break
         if added and any([one.search(text) for one in added]):
             break
@@ -90,6 +89,10 @@ def _markers_in(text: str, place: str, quirks: Quirks) -> Iterator[Sign]:
         hit = pattern.search(text) if pattern is not None else None
         if hit is not None:
             yield code, f"{place}: {hit[0]}"
+    asked, answered = _ASKED.search(text), _ANSWERED.search(text)
+    if asked is not None and answered is not None:
+        yield "chat-markers", f"{place}: {asked[0]}"
+        return
     for hit in _MARKERS.finditer(text):
         if not any(pattern is not None and pattern.search(hit[0]) for _, pattern in own):
             yield "chat-markers", f"{place}: {hit[0]}"
@@ -97,14 +100,34 @@ def _markers_in(text: str, place: str, quirks: Quirks) -> Iterator[Sign]:
 
 
 _MARKERS: Final = re.compile(
-    r"<\|[A-Za-z][A-Za-z0-9_ ]{0,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
-    r"""|\A\[\s*\{\s*["'](?:role|from|content|value)["']\s*:"""
+    r"<\|[A-Za-z][A-Za-z0-9_ ]{0,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜[^｜\n]{1,30}｜>"
+    r"|^#{2,3} ?(?:Instruction|Response|Human|Assistant|User|System|Input|Output) ?:|\bASSISTANT:"
+    r"""|\A\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""",
+    re.MULTILINE,
 )
-"""Of ChatML, Phi-3, Llama, Mistral and Gemma, and messages as JSON text inside a text."""
+"""Of ChatML, Phi-3, Llama, Mistral, Gemma and DeepSeek; headers of Alpaca, Guanaco, Vicuna and Claude; and
+messages as JSON text inside a text."""
+_ASKED: Final = re.compile(r"^(?:Human|User) ?:", re.MULTILINE)
+_ANSWERED: Final = re.compile(r"^(?:Assistant|AI|Bot) ?:", re.MULTILINE)
+"""Both in one text are a chat that is written out, as Claude's first ones were."""
+_PARTS: Final = (
+    "<|",
+    "INST]",
+    "_of_turn>",
+    "###",
+    "ssistant:",
+    "SSISTANT:",
+    "｜>",
+    "nstruction:",
+    "esponse:",
+)
+"""Without any of these there is no marker, which is found sooner than by the pattern."""
 
-_NOTHING: Final = frozenset({"nan", "NaN", "<NA>", "<na>", "<noinput>", "<nooutput>", "undefined", "#N/A"})
+_NOTHING: Final = frozenset(
+    {"nan", "NaN", "<NA>", "<na>", "<noinput>", "<nooutput>", "undefined", "#N/A", "NaT", "(null)", "#VALUE!"}
+)
 """What programs write for a missing value, and nobody for an answer."""
-_NO_INPUT: Final = frozenset({"None", "none", "null", "NULL", "N/A", "n/a", "nil", "<noinput>."})
+_NO_INPUT: Final = frozenset({"None", "none", "null", "NULL", "Null", "N/A", "n/a", "nil", "<noinput>."})
 """The same, which may be an answer."""
 _INPUTS: Final = tuple(f"\n\n{word}" for word in sorted(_NOTHING | _NO_INPUT))
 _LONGEST: Final = 20

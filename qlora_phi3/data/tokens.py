@@ -205,7 +205,26 @@ def marked(
     _check_prefix(conversation, prompt, whole)
     _check_answers(conversation, len(prompt), whole)
     trained = {"assistant": spans, "last": spans[-1:], "all": [(1, len(ids))]}[loss_on]
+    if conversation.shown_only:
+        trained = _without_shown(conversation, spans, loss_on)
     return Marked(ids, trained, conversation.place)
+
+
+def _without_shown(
+    conversation: Conversation, spans: list[tuple[int, int]], loss_on: LossOn
+) -> list[tuple[int, int]]:
+    """The answers that count, out of those that `loss_on` takes.
+
+    Raises:
+        DataError: `loss_on` takes all, also what is only shown.
+    """
+    if loss_on == "all":
+        where = f"{conversation.place}: messages[{conversation.shown_only[0]}]"
+        reason = "is only shown (weight 0, or part of a prompt), and data.loss_on: all would train on it."
+        raise DataError(where, reason, "Set data.loss_on to assistant.")
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    counted = [span for span, message in zip(spans, answers, strict=True) if message.trained]
+    return [span for span in counted if loss_on == "assistant" or span == spans[-1]]
 
 
 def _check_spans(conversation: Conversation, found: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_phi3.data.formats import FORMATS, SHAREGPT_ROLES, detect
+from qlora_phi3.data.formats import FORMATS, ROLES, detect
 from qlora_phi3.data.read import read
 from qlora_phi3.data.sources import READERS, rows_of
 from qlora_phi3.recipe import Data, Source
@@ -43,7 +43,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
 
 
 def test_the_page_names_every_kind_of_file_and_speaker() -> None:
-    assert not [word for word in (*READERS, *SHAREGPT_ROLES) if f"`{word}`" not in PAGE]
+    assert not [word for word in (*READERS, *ROLES) if f"`{word}`" not in PAGE]
 
 
 @pytest.mark.parametrize("block", RECIPES)

@@ -12,7 +12,7 @@ import pytest
 from conftest import PHI3_TEMPLATE, chatml_tokenizer, phi3_tokenizer
 
 from qlora_phi3.data import Prepared, figures, parts
-from qlora_phi3.data.doctor import MEANINGS, examine_answers, row_signs
+from qlora_phi3.data.doctor import MAX_REMEDIES, MEANINGS, examine_answers, row_signs
 from qlora_phi3.data.figures import Bin, Piece, bracketed, histogram, padding_share, pieces, summarize
 from qlora_phi3.data.parts import Part, Reading
 from qlora_phi3.data.quirks import Quirks
@@ -144,8 +144,9 @@ CASES: dict[str, Case] = {
         [
             ("user:  ", "assistant: good day"),
             ("system: ", "user: a", "assistant: good", "user: \n ", GOOD[1]),
+            ("user: \u200b\ufeff\u3000", "assistant: well"),
         ],
-        ("t:1: messages[0]", "t:2: messages[3]"),
+        ("t:1: messages[0]", "t:2: messages[3]", "t:3: messages[0]"),
         [("system: ", "user: .", "assistant: good day")],
     ),
     "placeholder": Case(
@@ -157,13 +158,24 @@ CASES: dict[str, Case] = {
         [
             ("user: <|im_start|>user hi", "assistant: good [/INST] day"),
             ('user: [{"role": "user", "content": "a"}]', GOOD[1]),
+            ("user: Below.\n\n### Instruction:\nAdd.\n\n### Response:", GOOD[1]),
+            ("user: A chat. USER: Hi ASSISTANT:", "assistant: <｜Assistant｜>Hi"),
+            ("user: A.\n\nHuman: Hi\n\nAssistant:", "assistant: <start_of_turn>model"),
         ],
         (
             "t:1: messages[0]: <|im_start|>",
             "t:1: messages[1]: [/INST]",
             """t:2: messages[0]: [{"role":""",
+            "t:3: messages[0]: ### Instruction:",
+            "t:4: messages[0]: ASSISTANT:",
+            "t:4: messages[1]: <｜Assistant｜>",
+            "t:5: messages[0]: Human:",
+            "t:5: messages[1]: <start_of_turn>",
         ),
-        [("user: a <| b |> c, [a] and <b>", "assistant: [{1}] INST")],
+        [
+            ("user: a <| b |> c, [a] and <b>", "assistant: [{1}] INST"),
+            ("user: Who is my assistant: he?\n### Response times", "assistant: Human: one; Assistant: two"),
+        ],
     ),
     "swallowing-token": Case(
         [("user: hello", "assistant: Close it with </s>   then")],
@@ -345,6 +357,20 @@ def test_rows_that_cannot_be_read_are_told_by_what_mends_them() -> None:
         ("error", "unreadable", ("t:1: not UTF-8 text.", "t:4: a NUL byte."), "Convert."),
         ("error", "unreadable", ("t:2: not JSON.",), "Mend."),
     ]
+
+
+def test_a_file_that_is_wrong_in_a_thousand_ways_fills_no_screen() -> None:
+    wrong = [Problem(f"t:{i}", "is wrong.", f"Remove `answer_{i}`.") for i in range(1000)]
+    found = [one for one in part_of(wrong, PHI3).findings if one.code == "unreadable"]
+    assert len(found) == MAX_REMEDIES + 1
+    assert sum(one.num_places for one in found) == 1000
+    assert "mend the rows above first" in found[-1].fix
+
+
+def test_a_key_and_a_value_of_a_megabyte_are_told_short() -> None:
+    rows = [replace(row, unused=(("k" * 10**6, "v" * 10**6),)) for row in talks([GOOD, LONG])]
+    (finding,) = examined(rows)
+    assert len(str(finding)) < 500 and finding.places[0].endswith(", in 2 rows")
 
 
 def test_a_finding_lists_the_first_places_and_counts_the_others() -> None:

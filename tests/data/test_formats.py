@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_phi3.data.formats import FORMATS, SHAREGPT_ROLES, convert, detect
+from qlora_phi3.data.formats import FORMATS, convert, detect
 from qlora_phi3.data.read import read
 from qlora_phi3.data.rows import Conversation, Text
 from qlora_phi3.errors import DataError
@@ -141,30 +141,37 @@ def test_unknown_format(row: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        ({"instruction": "hi", "response": "yo"}, "Rename `response` to `output`."),
-        (
-            {"instruction": "hi", "context": "c", "response": "yo", "category": "qa"},
-            "Rename `context` to `input` and `response` to `output`.",
-        ),
-        ({"Messages": []}, "Rename `Messages` to `messages`."),
-        (
-            {"Prompt": "hi", "Completion": "yo"},
-            "Rename `Prompt` to `prompt` and `Completion` to `completion`.",
-        ),
-        ({"question": "hi", "answer": "yo"}, "Rename `question` to `prompt` and `answer` to `completion`."),
-        ({"input": "hi", "output": "yo"}, "Rename `input` to `prompt` and `output` to `completion`."),
         (
             {"article": "hi", "highlights": "yo"},
             "Rename `article` to `prompt` and `highlights` to `completion`.",
         ),
-        ({"Text": "hi", "Label": 1}, "Rename `Text` to `prompt` and `Label` to `completion`."),
-        ({"Text": "hi"}, "Rename `Text` to `text`."),
         (
             {"Category": "ham", "Message": "hi"},
             "Rename `Message` to `prompt` and `Category` to `completion`.",
         ),
-        ({"inputs": "hi", "targets": "yo"}, "Rename `inputs` to `prompt` and `targets` to `completion`."),
-        ({"user": "hi", "assistant": "yo"}, "Rename `user` to `prompt` and `assistant` to `completion`."),
+        (
+            {"dialogue": "hi", "summary": "yo"},
+            "Rename `dialogue` to `prompt` and `summary` to `completion`.",
+        ),
+        (
+            {"problem": "p", "solution": "s", "answer": "7"},
+            "Rename `problem` to `prompt` and the answer to train on (of `solution`, `answer`) to "
+            "`completion`.",
+        ),
+        (
+            {"translation": {"de": "ja", "en": "yes"}},
+            "Write the text of `de` as `prompt` and that of `en` as `completion`.",
+        ),
+        (
+            {"chat": "USER: hi\n\nASSISTANT: yo"},
+            "`chat` is a conversation as one text: write its turns as "
+            '{"messages": [{"role": "user", "content": "..."}, ...]}.',
+        ),
+        (
+            {"segments": [{"label": False, "text": "<s>[INST] hi"}, {"label": True, "text": "yo</s>"}]},
+            "`segments` holds text that is rendered already, with its masks: write the turns as messages, "
+            "and the base's template and masks are applied for you.",
+        ),
         ({"content": "a page", "url": "x"}, "If it is plain text, rename `content` to `text`."),
         ({"chat": [{"role": "user", "content": "hi"}]}, "Rename `chat` to `messages`."),
         ({"dialog": [{"from": "human", "value": "hi"}]}, "Rename `dialog` to `conversations`."),
@@ -174,6 +181,37 @@ def test_keys_to_rename(row: dict[str, Any], remedy: str) -> None:
     with pytest.raises(DataError, match="has no format that is known") as caught:
         detect(row, "f:1")
     assert caught.value.problems[0].remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "asked"),
+    [
+        ({"instruction": "hi", "response": "yo"}, "alpaca", "hi"),
+        ({"instruction": "hi", "context": "c", "response": "yo", "category": "qa"}, "alpaca", "hi\n\nc"),
+        ({"instruction": "hi", "input": float("nan"), "output": "yo"}, "alpaca", "hi"),
+        ({"Prompt": "hi", "Completion": "yo"}, "prompt-completion", "hi"),
+        ({"question": "hi", "answer": "yo"}, "prompt-completion", "hi"),
+        ({"input": "hi", "output": "yo"}, "prompt-completion", "hi"),
+        ({"inputs": "hi", "targets": "yo", "task": "t"}, "prompt-completion", "hi"),
+        ({"user": "hi", "assistant": "yo"}, "prompt-completion", "hi"),
+        ({"user": "u17", "Question": "hi", "Answer": "yo"}, "prompt-completion", "hi"),
+        ({"problem": "hi", "solution": "yo"}, "prompt-completion", "hi"),
+    ],
+)
+def test_other_names_of_the_keys_are_read(row: dict[str, Any], name: str, asked: str) -> None:
+    assert detect(row, "f:1") == name
+    assert turns(row, name) == [("user", asked), ("assistant", "yo")]
+
+
+def test_a_key_by_another_name_is_told_by_its_own() -> None:
+    row = {"question": "hi", "answer": ""}
+    assert refusal(row, "prompt-completion") == (
+        "f:1: answer",
+        "the assistant says nothing.",
+        "Remove the row.",
+    )
+    assert refusal({**row, "rationale": "x"}, "prompt-completion")[0] == "f:1: answer"
+    assert "into `answer`" in refusal({**row, "answer": "y", "rationale": "x"}, "prompt-completion")[2]
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
@@ -229,7 +267,7 @@ def test_an_unknown_first_row_is_told_once(tmp_path: Path) -> None:
 
 # --- rows that are not right
 
-ROLES = ", ".join(SHAREGPT_ROLES)
+ROLES = "system, user, assistant, tool"
 GIVE_ROW = "Give the text of the row."
 GIVE_MESSAGE = "Give the text of the message."
 FILL = "Write its messages, or remove the row if it has none."
@@ -247,19 +285,11 @@ BAD = [
     ),
     pytest.param(
         "sharegpt",
-        talk(ASK, {"from": "tool", "value": "x"}),
+        talk(ASK, {"from": "narrator", "value": "x"}),
         "[1]",
-        "from 'tool' is unknown.",
+        "from 'narrator' is unknown.",
         f"Use one of {ROLES}.",
         id="unknown speaker",
-    ),
-    pytest.param(
-        "sharegpt",
-        talk({"role": "user", "content": "hi"}),
-        "[0]",
-        "from is missing.",
-        "Messages of role and content: name their list `messages`.",
-        id="role and content",
     ),
     pytest.param(
         "sharegpt",
@@ -279,10 +309,18 @@ BAD = [
     ),
     pytest.param(
         "sharegpt",
-        talk(ASK, {**ANSWER, "weight": 0}),
+        talk(ASK, {**ANSWER, "weight": 0.5}),
         "[1]",
-        "'weight' is not available yet.",
-        "Give every message the value 1; data.loss_on: last trains on each row's last answer alone.",
+        "weight is 0.5, and a message is trained on or not.",
+        "Write 1 or 0. A whole source has data.train.weight.",
+        id="half a weight",
+    ),
+    pytest.param(
+        "sharegpt",
+        talk(ASK, {**ANSWER, "weight": 0}),
+        "",
+        "every answer has the weight 0: nothing to train on.",
+        "Give the answers to train on the weight 1, or remove the row.",
         id="weight",
     ),
     pytest.param(
@@ -359,11 +397,19 @@ BAD = [
     ),
     pytest.param(
         "prompt-completion",
-        {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
+        {"prompt": "hi", "completion": float("nan")},
         "",
-        "prompt is a list, not text.",
-        'Put all messages into one list, {"messages": [...]}, with data.loss_on: last.',
-        id="prompt of messages",
+        "completion is missing.",
+        GIVE_ROW,
+        id="NaN of a table",
+    ),
+    pytest.param(
+        "prompt-completion",
+        {"prompt": "hi", "completion": "yo", "history": ["a", "b"]},
+        "",
+        "history is not a list of questions with their answers.",
+        'Write [["question", "answer"], ...], or all of the row as {"messages": [...]}.',
+        id="history of texts",
     ),
     pytest.param(
         "prompt-completion",
@@ -418,11 +464,11 @@ MISSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "weight": ("*", {"weight": 0, "sample_weight": 0.5, "train": False}, "how much a row counts"),
     "tools": (
         "chat",
-        {"functions": [{"name": "f"}], "chat_template_kwargs": {"x": 1}},
+        {"available_tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}},
         "what the model is shown",
     ),
     "history": ("chat", {"history": [["a", "b"]], "chatHistory": ["a"]}, "earlier turns"),
-    "context": ("pair", {"context": "x", "contexts": ["x"], "Context": "x"}, "belongs to the question"),
+    "context": ("pair", {"context": "x", "contexts": ["x"], "choices": ["x"]}, "belongs to the question"),
     "picture": (
         "*",
         {"image": "a.png", "images": [b"x"], "image_path": "x", "Audio": b""},
@@ -494,7 +540,7 @@ def test_keys_that_would_be_missed(kind: str) -> None:
     group, keys, words = MISSED[kind]
     for name in GROUPS[group]:
         for key, value in keys.items():
-            if key in FORMATS[name].used:
+            if key in FORMATS[name].beside or key in FORMATS[name].picked({**BASIC[name], key: value}):
                 continue
             place, reason, remedy = refusal({**BASIC[name], key: value}, name)
             assert place == "f:1" and f"`{key}`" in reason and words in reason, (name, key, reason)
@@ -519,7 +565,7 @@ def test_the_refusal_names_all_keys_of_a_kind_and_what_to_rename() -> None:
         ({"answer": "x", "reasoning": "y"}, True),
         ({"label": False}, None),
         ({"weight": 0}, None),
-        ({"history": [["a", "b"]]}, None),
+        ({"dialogHistory": [["a", "b"]]}, None),
         ({"image": "x"}, None),
     ],
 )
@@ -668,7 +714,7 @@ def test_tools_of_a_system_message_are_text(tools: Any) -> None:
         (chat({**CALLS, "tool_calls": []}), ": messages[1]", "content is missing."),
         (chat(RESULT, YO), ": messages[1]", "is a tool's result, but does not follow the assistant's call."),
         (chat(CALLS, {**RESULT, "content": {"x": 1}}), ": messages[2]", "content is an object, not text."),
-        (chat(CALLS, {**RESULT, "weight": 0}), ": messages[2]", "'weight' is not available yet."),
+        (chat(CALLS, {**RESULT, "audio": "x"}), ": messages[2]", "'audio' is not available yet."),
     ],
 )
 def test_malformed_tools(row: dict[str, Any], where: str, reason: str) -> None:

@@ -107,9 +107,9 @@ def test_what_both_begin_with_is_the_prompt() -> None:
             "chosen and rejected do not part at an answer.",
         ),
         (
-            {"prompt": "a", "chosen": [{"role": "bot", "content": "b"}], "rejected": "c"},
+            {"prompt": "a", "chosen": [{"role": "narrator", "content": "b"}], "rejected": "c"},
             ": chosen[0]",
-            "role 'bot' is unknown.",
+            "role 'narrator' is unknown.",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be."}, "", "`system` would be left out"),
     ],

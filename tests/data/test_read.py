@@ -117,7 +117,7 @@ FIRST = ": messages[0]"
 SECOND = ": messages[1]"
 GIVE_TEXT = "Give the text of the message."
 INTO_CONTENT = "Put what it says into content, or remove it if the message means the same without it."
-ALL_OF_ONE = "Give every message the value 1; data.loss_on: last trains on each row's last answer alone."
+NONE_COUNTS = "Give the answers to train on the weight 1, or remove the row."
 TWICE = "Keep the right one, or give the other a name of its own."
 
 BAD_ROWS = [
@@ -230,9 +230,9 @@ BAD_ROWS = [
         row(USER, None), SECOND, "is null, not an object.", "Give it role and content.", id="null message"
     ),
     pytest.param(
-        row({"role": "human", "content": "hi"}, ASSISTANT),
+        row({"role": "narrator", "content": "hi"}, ASSISTANT),
         FIRST,
-        "role 'human' is unknown.",
+        "role 'narrator' is unknown.",
         "Use one of system, user, assistant, tool.",
         id="unknown role",
     ),
@@ -326,16 +326,16 @@ BAD_ROWS = [
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "weight": 0}),
-        SECOND,
-        "'weight' is not available yet.",
-        ALL_OF_ONE,
+        "",
+        "every answer has the weight 0: nothing to train on.",
+        NONE_COUNTS,
         id="weight 0: do not train",
     ),
     pytest.param(
         row(USER, {**ASSISTANT, "train": False}),
-        SECOND,
-        "'train' is not available yet.",
-        ALL_OF_ONE,
+        "",
+        "every answer has the weight 0: nothing to train on.",
+        NONE_COUNTS,
         id="train false",
     ),
 ]
@@ -428,7 +428,7 @@ def test_unusable_file(tmp_path: Path, name: str) -> None:
     path.write_text(GOOD)
     [(place, reason, remedy)] = problems_of(path)
     assert (place, reason) == (str(path), f"{path.suffix or 'no suffix'} is not available yet.")
-    assert "JSONL file" in remedy
+    assert {".gz": "Unpack", ".xlsx": "as CSV"}.get(path.suffix, "JSONL file") in remedy
 
 
 def test_missing_file(tmp_path: Path) -> None:

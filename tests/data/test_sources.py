@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,7 +212,7 @@ def test_a_broken_file_does_not_hide_the_next(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 cut off")
     (tmp_path / "b.csv").write_text("prompt,completion\na\n")
     (tmp_path / "c.jsonl").touch()
-    (tmp_path / "d.json").write_text("{}")
+    (tmp_path / "d.json").write_text("7")
     assert [place for place, _ in problems_of(tmp_path)] == ["/a.parquet", "/b.csv:2", "/c.jsonl", "/d.json"]
 
 
@@ -277,8 +278,36 @@ BROKEN = [
     pytest.param("a.json", b"[]", "", "holds no rows.", id="empty list"),
     pytest.param("a.json", b" \n", "", "holds no rows.", id="blank"),
     pytest.param("a.json", b"\xef\xbb\xbf", "", "holds no rows.", id="BOM"),
-    pytest.param("a.json", GOOD.encode(), "", "is a JSON object, not a list of rows.", id="object"),
-    pytest.param("a.json", b'{"data": []}', "", "is a JSON object, not a list of rows.", id="wrapped"),
+    pytest.param("a.json", b'{"a":\n 1}', "", "is a JSON object, not a list of rows.", id="object"),
+    pytest.param("a.json", b'{"data": []}', "", "is one object, with its rows under 'data'.", id="wrapped"),
+    pytest.param(
+        "a.jsonl",
+        b'{"version": "1", "train": [{"prompt": "a"}]}',
+        "",
+        "is one object, with its rows under 'train'.",
+        id="wrapped in a line",
+    ),
+    pytest.param(
+        "a.json",
+        b'{"prompt": {"0": "a"}, "completion": {"0": "b"}}',
+        "",
+        "is one object, a table as pandas writes it.",
+        id="pandas by columns",
+    ),
+    pytest.param(
+        "a.json",
+        b'{"0":\n{"prompt": "a", "completion": "b"}}',
+        "",
+        "is one object, a table as pandas writes it.",
+        id="pandas by index",
+    ),
+    pytest.param(
+        "a.json",
+        b'{"columns": ["prompt"], "index": [0], "data": [["a"]]}',
+        "",
+        "is one object, a table as pandas writes it.",
+        id="pandas split",
+    ),
     pytest.param("a.json", b'"hi"', "", "is not a JSON list of rows.", id="text"),
     pytest.param("a.json", f"[{GOOD}".encode(), ": row 1", END, id="cut after a row"),
     pytest.param(
@@ -291,8 +320,8 @@ BROKEN = [
     pytest.param(
         "a.json",
         f"[{GOOD},]".encode(),
-        ": row 2",
-        f"not valid JSON: Expecting value at column {len(GOOD) + 3}.",
+        ": row 1",
+        "not valid JSON: a comma follows the last row.",
         id="comma at the end",
     ),
     pytest.param(
@@ -386,17 +415,47 @@ BROKEN = [
     ),
     pytest.param(
         "a.csv",
-        b"prompt,answer\na,b\na,b\n",
+        b"prompt,grade\na,b\na,b\n",
         ":2",
-        "has no format that is known (found keys 'prompt', 'answer').",
+        "has no format that is known (found keys 'prompt', 'grade').",
         id="missing column",
     ),
     pytest.param(
         "a.csv",
-        b"messages\n\"[{'role': 'user'}]\"\n",
+        b"messages\n\"[{'role': 'user'}\n {'role': 'b'}]\"\n",
         ":2",
         "messages is not valid JSON: Expecting property name enclosed in double quotes at column 3.",
-        id="Python instead of JSON",
+        id="what numpy prints instead of JSON",
+    ),
+    pytest.param(
+        "a.csv",
+        b"messages\n\"[{'role': 'user', 'role': 'b'}]\"\n",
+        ":2",
+        "names the key 'role' twice in one object: only one of the two would be read.",
+        id="a key twice in Python's way",
+    ),
+    pytest.param("a.jsonl", b"\x1f\x8b\x08\0", "", "is a gzip archive, whatever its name says.", id="gzip"),
+    pytest.param(
+        "a.csv",
+        b"PK\x03\x04\0",
+        "",
+        "is a zip archive, or a spreadsheet (.xlsx), whatever its name says.",
+        id="spreadsheet",
+    ),
+    pytest.param("a.json", b"PAR1\0", "", "is a Parquet file, whatever its name says.", id="Parquet"),
+    pytest.param(
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "",
+        "is a pointer of Git LFS, whatever its name says.",
+        id="LFS",
+    ),
+    pytest.param(
+        "a.jsonl",
+        b"\n<!DOCTYPE html><html>",
+        "",
+        "is a web page (HTML), whatever its name says.",
+        id="web page",
     ),
     pytest.param(
         "a.csv",
@@ -413,6 +472,51 @@ def test_broken_file(tmp_path: Path, name: str, content: bytes, where: str, reas
     path = tmp_path / name
     path.write_bytes(content)
     assert problems_of(path) == [(where, reason)]
+
+
+PRETTY = '[\n  {\n "prompt": "a",\n "completion": "b"}\n]\n'
+TALK = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+PYTHON = "[{'role': 'user', 'content': 'a'}, {'from': 'gpt', 'value': 'b'}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("a.json", f"{GOOD}\n{GOOD}\n", [":1", ":2"]),
+        ("a.json", f"\n{GOOD}", [":2"]),
+        ("a.jsonl", f"[{GOOD}, {GOOD}]", [": row 1", ": row 2"]),
+        ("a.jsonl", PRETTY, [": row 1"]),
+        ("a.jsonl", f"[{GOOD},\n{GOOD}]", [": row 1", ": row 2"]),
+        ("a.jsonl", f"{TALK}\n{TALK}", [":1", ":2"]),
+        ("a.json", f"[{TALK}]", [": row 1"]),
+        ("a.csv", "prompt;completion\na;b\n", [":2"]),
+        ("a.csv", "\ufeffprompt\tcompletion\na\tb\n", [":2"]),
+        ("a.tsv", "prompt\tcompletion\na\tb\n", [":2"]),
+        ("a.csv", f'messages\n"{PYTHON}"\n', [":2"]),
+        ("a.csv", 'prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', [":2"]),
+    ],
+)
+def test_what_a_file_holds_counts_more_than_its_name(
+    tmp_path: Path, name: str, content: str, places: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    rows = read(source(path))
+    assert [row.place for row in rows] == [f"{path}{place}" for place in places]
+    assert {row.texts for row in rows} == {("a", "b")}
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert problems_of(tmp_path / "a.jsonl") == [("", "is a pipe, not a file.")]
+    assert problems_of(tmp_path) == [("/a.jsonl", "is a pipe, not a file.")]
+
+
+def test_a_thousand_columns_twice_are_found_in_no_time(tmp_path: Path) -> None:
+    """Each was once compared with all before it: minutes for what a spreadsheet may have."""
+    path = tmp_path / "a.csv"
+    path.write_text(",".join([*map(str, range(200_000)), "199999"]) + "\n1\n")
+    assert problems_of(path) == [(":1", "the header names '199999' twice.")]
 
 
 @pytest.mark.parametrize("suffix", WRITE)
