@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart/$(shell date -u +%Y-%m-%dT%H-%M-%SZ)
 
-.PHONY: quickstart test test-slow check format docs clean
+.PHONY: quickstart test test-grid test-slow check format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -19,9 +19,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m qlora_phi3 recipe quickstart --out $(RUN_DIR)
 
-## the fast tests: offline, on the CPU, about 10 minutes on two cores
+## the fast tests: offline, on the CPU, minutes on two cores
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+## for every night: the combinations of settings that the fast tests leave out
+test-grid: $(VENV)/.installed
+	$(BIN)/python -m pytest -m grid -n auto
 
 ## the tests on the built-in model
 test-slow: $(VENV)/.installed

@@ -152,9 +152,14 @@ MIXED = [
 
 
 def settings_of(shape: str, lengths: list[int], passes: int, keys: dict[str, Any]) -> list[object]:
-    """What differs between cases, in an order that is the same for all."""
+    """What differs between cases, in an order that is the same for all.
+
+    Engine, policy and shape count as one setting too, which meets every other: together they decide where a
+    step is fullest, and a fault is seen only there.
+    """
     names = {name for one in GRID for name in one.values[3]} - {"train__effective_batch", "data__max_length"}
-    return [shape, lengths, passes, *(keys.get(name) for name in sorted(names))]
+    where = keys["train__engine"], keys["train__activations"], shape
+    return [shape, lengths, passes, where, *(keys.get(name) for name in sorted(names))]
 
 
 GRID = sorted(

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm import Ended, run
 
 from qlora_phi3 import memory, settle
 from qlora_phi3.errors import RecipeError
@@ -34,15 +36,9 @@ KEPT = {"activations": "keep", "kept_layers": 2, "keep_attention": False, "slice
 """What `auto` becomes on a tiny model of two layers."""
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qlora_phi3", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def command(*arguments: object) -> Ended:
+    """One command line in a child of a process that has imported torch already; `finished` is a plain one."""
+    return run(*arguments, cwd=Path(tempfile.mkdtemp()))
 
 
 def step_losses(folder: Path) -> list[Any]:
@@ -65,7 +61,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "train: {max_steps: 6, effective_batch: 4, learning_rate: 2.0e-2}\n"
         "evaluate: {metrics: [loss, perplexity, exact_match, json_match], samples: 6, max_new_tokens: 8}\n"
     )
-    done = command("recipe", recipe, "--out", home / "out")
+    line = [sys.executable, "-m", "qlora_phi3", "recipe", recipe, "--out", home / "out"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return home / "out", recipe
 
@@ -303,10 +300,10 @@ def test_notes_say_what_became_of_overlong_rows(
 
 
 def test_default_folder_is_named_after_recipe_and_time(
-    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = command("recipe", write_recipe(), "data.eval=", "evaluate.metrics=[loss]", "train.max_steps=1")
+    keys = ["data.eval=", "evaluate.metrics=[loss]", "train.max_steps=1"]
+    done = run("recipe", write_recipe(), *keys, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "tiny").iterdir()
     assert (folder / "report.json").is_file()

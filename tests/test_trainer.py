@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import every_pair
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -194,10 +195,13 @@ def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
 EXACT = ["model.compute_dtype=float32", "model.quantization=none", "train.optimizer=adamw_torch"]
 
 
-@pytest.mark.parametrize("packing", ["packing=true", "packing=false"])
-@pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("geometry", ["gqa", "untied"])
+@every_pair(
+    "packing, micro_batch, window, geometry",
+    ["packing=true", "packing=false"],
+    [1, 4],
+    [None, 7],
+    ["gqa", "untied"],
+)
 def test_a_step_is_that_of_stock_transformers(
     recipe: Callable[..., Recipe],
     tmp_path: Path,
@@ -243,10 +247,13 @@ def test_lora_plus_trains_b_faster(
 BESIDE = "adapter.targets=[embed_tokens, q, v, down, lm_head]"
 
 
-@pytest.mark.parametrize("targets", [BESIDE, "adapter.targets=[lm_head]", "adapter.targets=[embed_tokens]"])
-@pytest.mark.parametrize("split_fused", ["true", "false"])
-@pytest.mark.parametrize("method", ["lora", "rslora"])
-@pytest.mark.parametrize("geometry", ["untied", "tied"])
+@every_pair(
+    "targets, split_fused, method, geometry",
+    [BESIDE, "adapter.targets=[lm_head]", "adapter.targets=[embed_tokens]"],
+    ["true", "false"],
+    ["lora", "rslora"],
+    ["untied", "tied"],
+)
 def test_a_step_with_embedding_and_head_is_that_of_stock_transformers(
     recipe: Callable[..., Recipe], tmp_path: Path, targets: str, split_fused: str, method: str, geometry: str
 ) -> None:

@@ -9,6 +9,7 @@ import memory_lab
 import pytest
 import torch
 from memory_lab import build, documents, host_is_apart, loss_of, losses_and_gradients, recipe, rows, trained
+from pairs import every_pair
 
 from qlora_phi3 import evaluate, phases
 from qlora_phi3.case import Case
@@ -59,39 +60,40 @@ def step(settings: Recipe, passes: list[list[int]]) -> list[torch.Tensor]:
     return losses_and_gradients(model_of(settings)[0], settings, passes)
 
 
-ENGINES = [("reference", ["embedding"]), ("native", ["embedding"]), ("native", ["embedding", "layers"])]
+HOSTED = {
+    "reference-embedding": ("reference", ["embedding"]),
+    "native-embedding": ("native", ["embedding"]),
+    "native-embedding-layers": ("native", ["embedding", "layers"]),
+}
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("base", ["nf4", "bfloat16", "float32"])
-@pytest.mark.parametrize(("engine", "host"), ENGINES, ids=["-".join([e, *h]) for e, h in ENGINES])
-def test_losses_and_gradients_are_those_without(
-    engine: str, host: list[str], base: str, policy: dict[str, Any], passes: list[list[int]]
-) -> None:
-    shared = {"adapter__rank": 4, "adapter__dropout": 0.3, "train__engine": engine, **BASES[base], **policy}
-    found, expected = (step(recipe(memory__host=where, **shared), passes) for where in (host, []))
-    assert len(found) == len(expected) > len(passes)
+@every_pair("hosted, base, policy, passes", HOSTED, ["nf4", "bfloat16", "float32"], POLICIES, PASSES)
+def test_losses_and_gradients_are_those_without(hosted: str, base: str, policy: str, passes: str) -> None:
+    engine, host = HOSTED[hosted]
+    shared = {"adapter__rank": 4, "adapter__dropout": 0.3, "train__engine": engine}
+    shared |= {**BASES[base], **POLICIES[policy]}
+    found, expected = (step(recipe(memory__host=where, **shared), PASSES[passes]) for where in (host, []))
+    assert len(found) == len(expected) > len(PASSES[passes])
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("sizes", "lengths"), [(TALL, [300]), (WIDE, [70])], ids=["tall", "wide"])
-@pytest.mark.parametrize("policy", KEEPING.values(), ids=KEEPING)
-@pytest.mark.parametrize("base", ["nf4", "float32"])
-@pytest.mark.parametrize(("engine", "host"), ENGINES, ids=["-".join([e, *h]) for e, h in ENGINES])
+LARGEST: dict[str, tuple[dict[str, Any], list[int]]] = {"tall": (TALL, [300]), "wide": (WIDE, [70])}
+
+
+@every_pair(
+    "hosted, base, policy, largest",
+    HOSTED,
+    ["nf4", "float32"],
+    KEEPING,
+    LARGEST,
+    allowed=lambda hosted, _, policy, __: (hosted, policy) != ("reference-embedding", "attention"),
+)
 def test_the_device_has_what_the_plan_says(
-    engine: str,
-    host: list[str],
-    base: str,
-    policy: dict[str, Any],
-    sizes: dict[str, Any],
-    lengths: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    hosted: str, base: str, policy: str, largest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if engine == "reference" and "train__keep_attention" in policy:
-        pytest.skip("native's")
     host_is_apart(monkeypatch)
-    keys = {**BASES[base], **policy, "train__engine": engine, "adapter__rank": 4}
+    (engine, host), (sizes, lengths) = HOSTED[hosted], LARGEST[largest]
+    keys = {**BASES[base], **KEEPING[policy], "train__engine": engine, "adapter__rank": 4}
     settings = recipe(memory__host=host, train__effective_batch=1, **keys)
     assert on_device(settings, lengths, sizes) == pytest.approx(planned(settings, lengths, sizes), rel=0.02)
 
