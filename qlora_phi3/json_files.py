@@ -130,7 +130,8 @@ def read(path: Path, error: type[InputError], remedy: str, *, missing: str = "",
     try:
         return load(path, nan=nan)
     except FileNotFoundError:
-        raise error(str(path), "is missing.", missing or remedy) from None
+        lost = "is a link to a file that is not there." if path.is_symlink() else "is missing."
+        raise error(str(path), lost, missing or remedy) from None
     except (OSError, ValueError) as failure:
         raise error(str(path), f"cannot be read: {said(failure)}.", way_on(failure, remedy)) from None
 

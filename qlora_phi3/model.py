@@ -76,10 +76,15 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    tokenizer_files.check_settings(folder)
+    known = is_file(folder / "config.json", ModelError)  # not of a tokenizer by itself, as an export has it
+    config = _native_config(read_config(folder), folder) if known else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises nothing more specific
-        reason = f"the tokenizer cannot be read: {first_line(error)}"
+        reason = f"the tokenizer cannot be read: {first_line(error).rstrip('.')}."
         raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
     if not tokenizer.chat_template:
         raise ModelError(str(folder), "the tokenizer has no chat template.", "Choose an instruct checkpoint.")
@@ -91,19 +96,11 @@ def load_tokenizer(folder: Path) -> Any:
             raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    _check_vocabulary(tokenizer, folder)
-    return tokenizer
-
-
-def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
-    """Refuse tokens that were added and never given a row: the embedding would be read behind its end."""
-    if not is_file(folder / "config.json", ModelError):  # a tokenizer by itself, as an export has it
-        return
-    rows = read_config(folder).get("vocab_size")
     highest = max((*tokenizer.added_tokens_decoder, len(tokenizer) - 1))
-    if isinstance(rows, int) and highest >= rows:
+    if config is not None and highest >= config.vocab_size:
         added = str(tokenizer.convert_ids_to_tokens(highest))
-        raise tokenizer_files.beyond(folder, highest, added, rows)
+        raise tokenizer_files.beyond(folder, highest, added, config.vocab_size)
+    return tokenizer
 
 
 def load(
@@ -271,17 +268,33 @@ def _nf4(settings: Model) -> Any:
 
 
 def native_config(checkpoint: Checkpoint) -> Any:
-    """config.json as transformers' own class, without what names code or is internal to transformers."""
+    """config.json as transformers' own class, without what names code or is internal to transformers.
+
+    Raises:
+        ModelError: transformers refuses it.
+    """
+    return _native_config(checkpoint.config, checkpoint.folder)
+
+
+def _native_config(config: Mapping[str, Any], folder: Path) -> Any:
     from transformers import Phi3Config
 
-    kept = {k: v for k, v in checkpoint.config.items() if k != "auto_map" and not k.startswith("_")}
+    kept = {k: v for k, v in config.items() if k != "auto_map" and not k.startswith("_")}
+    kept |= {key: _as_longrope(kept[key]) for key in ("rope_scaling", "rope_parameters") if key in kept}
     try:
         return Phi3Config.from_dict(kept)
     except Exception as error:  # its validation raises many kinds, some of them plain Exceptions
         reason = f"transformers refuses it: {' '.join(str(error).split())[:300]}."
-        raise ModelError(
-            str(checkpoint.folder / "config.json"), reason, "Download the checkpoint again."
-        ) from error
+        raise ModelError(str(folder / "config.json"), reason, "Download the checkpoint again.") from error
+
+
+def _as_longrope(rope: Any) -> Any:
+    """The name that the first 128k checkpoints have for LongRoPE, as transformers 5.23 can read it.
+
+    It renames "su" itself, but only once it has looked for the original context under the new name.
+    """
+    named = rope if isinstance(rope, Mapping) else {}
+    return {**named, **{key: "longrope" for key in ("type", "rope_type") if named.get(key) == "su"}} or rope
 
 
 def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:

@@ -27,7 +27,7 @@ def is_link_to(target: str) -> Callable[[Path], object]:
     ("make", "reason"),
     [
         pytest.param(lambda path: None, "is missing.", id="missing"),
-        pytest.param(is_link_to("nowhere"), "is missing.", id="dangling link"),
+        pytest.param(is_link_to("nowhere"), "is a link to a file that is not there.", id="dangling link"),
         pytest.param(is_link_to("f.json"), "cannot be read: Too many levels of symbolic links.", id="loop"),
         pytest.param(lambda path: os.mkfifo(path), "cannot be read: Not a regular file.", id="pipe"),
         pytest.param(is_link_to("/dev/zero"), "cannot be read: Not a regular file.", id="device"),
