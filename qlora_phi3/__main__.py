@@ -10,7 +10,7 @@ if __name__ == "__main__":
         from .cli import main
 
         main()
-    except ImportError as error:
+    except (ImportError, MemoryError) as error:
         installed.stop(error)
     except KeyboardInterrupt:  # before the commands were there
         raise SystemExit(130) from None

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, endings, fit, meter, phi3, plan_text, process, progress, speeds, weights
+from . import __version__, endings, fit, installed, meter, phi3, plan_text, process, progress, speeds, weights
 from .commands import Commands, TakesKeys
 from .errors import (
     MAX_SHOWN,
@@ -92,6 +92,11 @@ def main() -> None:
             told.add(problem.remedy)
     except SystemExit as end:
         code = end.code
+    except (ImportError, MemoryError) as error:
+        if not installed.lacks_memory(error):
+            raise
+        code = FitError.exit_code
+        print(installed.NO_MEMORY, file=sys.stderr)  # noqa: T201
     lost = progress.drop_unwritten(sys.stdout)
     if lost is not None:
         code = code or 1

@@ -540,7 +540,7 @@ def test_an_adapter_of_a_base_whose_weights_have_changed(
     weights = load_file(folder / "model.safetensors")
     save_file({k: w / 2 for k, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     after, said = locate(Model(base=str(folder))), []
-    with pytest.raises(ModelError, match="is not .* as it is here"):
+    with pytest.raises(ModelError, match=r"is not .* as it is here"):
         check_provenance(tmp_path, after, said.append)
     old = before.provenance.to_json()
     for one in old["weights"]:

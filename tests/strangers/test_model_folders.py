@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from attempts import attempt, check_refused
 from conftest import write_chats
+from warm import Ended
 
 Change = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -464,3 +467,25 @@ def test_the_run_refuses_it(
     recipe = recipe_of(tmp_path, folder_of(tmp_path, checkpoints("gqa"), change))
     check_refused(attempt("recipe", recipe, "--out", "out", cwd=tmp_path), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS, TOKENIZER, SETTINGS, "chat_template.jinja"])
+def test_a_base_of_somebody_else(checkpoints: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """What one may not read is whole: to download it again would help nobody."""
+    bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    able = [] if os.geteuid() else bound
+    if able and shutil.which(able[0]) is None:
+        pytest.skip("root may read everything")
+    folder = folder_of(tmp_path, checkpoints("gqa"), lambda _: None)
+    recipe = recipe_of(tmp_path, folder)
+    (folder / name).chmod(0)
+    done = subprocess.run(
+        [*able, sys.executable, "-m", "qlora_phi3", "recipe", recipe, "--dry-run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    (folder / name).chmod(0o700)
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    check_refused(ended, "cannot be read: Permission denied. Check who may read it.")
