@@ -12,7 +12,7 @@ def main() -> None:
         from . import cli
 
         cli.main(to_the_end=True)
-    except ImportError as error:
+    except (ImportError, MemoryError) as error:
         installed.stop(error)
     except KeyboardInterrupt:  # before the commands were there
         raise SystemExit(130) from None

@@ -158,7 +158,7 @@ def find_damage(folder: Path) -> str | None:
         hashes = {name: str(entry["sha256"]) for name, entry in provenance["files"].items()}
     except OSError as error:
         return f"{PROVENANCE}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"{PROVENANCE} is not what we wrote"
     if found != FORMAT_VERSION:
         return f"format version {found}, expected {FORMAT_VERSION}"

@@ -22,6 +22,7 @@ from . import (
     __version__,
     endings,
     fit,
+    installed,
     interrupts,
     meter,
     phi3,
@@ -106,6 +107,11 @@ def _end() -> int | str | None:
             told.add(problem.remedy)
     except SystemExit as end:
         code = end.code
+    except (ImportError, MemoryError) as error:
+        if not installed.lacks_memory(error):
+            raise
+        code = FitError.exit_code
+        print(installed.NO_MEMORY, file=sys.stderr)  # noqa: T201
     lost = progress.drop_unwritten(sys.stdout)
     if lost is not None:
         code = code or 1

@@ -123,6 +123,11 @@ _ROPE: Final[dict[str, Check]] = {
 }
 
 
+def known(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json goes on to `Phi3Config`: others' keys become attributes of it, methods included."""
+    return {key: value for key, value in config.items() if key in REQUIRED or key in OPTIONAL}
+
+
 def faults(config: Mapping[str, Any]) -> list[str]:
     """Every value that cannot be one of `Phi3Config`, in words: "hidden_size is 'x', needs ..."."""
     found = [

@@ -47,10 +47,10 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
         ValueError: it is larger than `most` bytes.
     """
     with open_file(path) as file:
-        content = file.read() if most is None else file.read(most + 1)
-    if most is not None and len(content) > most:
-        raise ValueError(f"larger than {format_bytes(most)}")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise ValueError(f"larger than {format_bytes(most)}")
+        return file.read(size)
 
 
 def write_text(path: Path, text: str) -> None:

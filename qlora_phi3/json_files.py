@@ -7,6 +7,7 @@ too deeply, a key twice, endless numbers. Knows nothing of what the values mean,
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,22 +68,28 @@ def _constant(name: str) -> float:
 
 DECODER: Final = json.JSONDecoder(object_pairs_hook=unique_object)
 """Made once: `json.loads` with a hook makes one at every call."""
-_FINITE: Final = json.JSONDecoder(object_pairs_hook=unique_object, parse_constant=_constant)
+_STRICT: Final = json.JSONDecoder(object_pairs_hook=unique_object, parse_constant=_constant)
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(text: str, *, nan: bool = True) -> Any:
-    """What a text says; `nan`: whether NaN and Infinity may stand in it, as Python writes them.
+def parse(text: str, *, strict: bool = False) -> Any:
+    """What a text says; `strict`: without what Python alone writes, NaN, Infinity, half of a surrogate pair.
 
     Raises:
         NotJson: it is not JSON, or names a key twice.
     """
     try:
-        return (DECODER if nan else _FINITE).decode(text)
+        found = (_STRICT if strict else DECODER).decode(text)
+        if strict and _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except NotJson:
         raise
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
         raise NotJson(f"it is not JSON: {error.msg.removesuffix(' at')} at {where}") from None
+    except UnicodeEncodeError:
+        raise NotJson("it holds half of a character (one of the two \\u codes of a pair)") from None
     except RecursionError:
         raise NotJson("it is nested too deeply") from None
     except ValueError:  # Python reads 4300 digits at most
@@ -99,7 +106,7 @@ def read_text(path: Path, most: int | None = MAX_BYTES) -> str:
     return _decoded(_content(path, most))
 
 
-def load(path: Path, most: int | None = MAX_BYTES, *, nan: bool = True) -> Any:
+def load(path: Path, most: int | None = MAX_BYTES, *, strict: bool = False) -> Any:
     """What a file says, for those who make it anew where it cannot be read.
 
     Raises:
@@ -112,7 +119,7 @@ def load(path: Path, most: int | None = MAX_BYTES, *, nan: bool = True) -> Any:
     what = other_format(content[:_LONGEST])
     if what is not None:
         raise NotJson(what)
-    return parse(_decoded(content), nan=nan)
+    return parse(_decoded(content), strict=strict)
 
 
 def _content(path: Path, most: int | None) -> bytes:
@@ -135,29 +142,30 @@ def other_format(content: bytes) -> str | None:
     return next((what for beginning, what in _BEGINNINGS if begins.startswith(beginning)), None)
 
 
-def read(path: Path, error: type[InputError], remedy: str, *, missing: str = "", nan: bool = True) -> Any:
+def read(path: Path, error: type[InputError], remedy: str, *, missing: str = "", strict: bool = False) -> Any:
     """What a file says; `missing`: the remedy where there is no such file.
 
     Raises:
         InputError, of the kind given: it is missing, cannot be read or is not JSON.
     """
     try:
-        return load(path, nan=nan)
+        return load(path, strict=strict)
     except FileNotFoundError:
-        raise error(str(path), "is missing.", missing or remedy) from None
+        lost = "is a link to a file that is not there." if path.is_symlink() else "is missing."
+        raise error(str(path), lost, missing or remedy) from None
     except (OSError, ValueError) as failure:
         raise error(str(path), f"cannot be read: {said(failure)}.", way_on(failure, remedy)) from None
 
 
 def read_object(
-    path: Path, error: type[InputError], remedy: str, *, missing: str = "", nan: bool = True
+    path: Path, error: type[InputError], remedy: str, *, missing: str = "", strict: bool = False
 ) -> dict[str, Any]:
     """As `read`, of a file that holds one object.
 
     Raises:
         InputError, of the kind given: as `read`, or it holds something else.
     """
-    found = read(path, error, remedy, missing=missing, nan=nan)
+    found = read(path, error, remedy, missing=missing, strict=strict)
     if not isinstance(found, dict):
         raise error(str(path), "is not a JSON object.", remedy)
     return found

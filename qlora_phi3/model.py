@@ -6,6 +6,8 @@ parameter counts. Refuses weights that do not fill the model, and a dtype that t
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from . import prequantized, shards, template_limits, tokenizer_files
+from . import config_values, ladder, prequantized, shards, template_limits, tokenizer_files
 from .errors import ModelError, is_file
 from .recipe import Model
 from .weights import Checkpoint, Say, first_line, read_config
@@ -76,10 +78,15 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    tokenizer_files.check_settings(folder)
+    known = is_file(folder / "config.json", ModelError)  # not of a tokenizer by itself, as an export has it
+    config = _native_config(read_config(folder), folder) if known else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises nothing more specific
-        reason = f"the tokenizer cannot be read: {first_line(error)}"
+        reason = f"the tokenizer cannot be read: {first_line(error).rstrip('.')}."
         raise ModelError(str(folder), reason, "Download the tokenizer files again.") from None
     if not tokenizer.chat_template:
         raise ModelError(str(folder), "the tokenizer has no chat template.", "Choose an instruct checkpoint.")
@@ -91,19 +98,11 @@ def load_tokenizer(folder: Path) -> Any:
             raise ModelError(str(folder), "the tokenizer has neither pad nor eos token.", "Set one in it.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    _check_vocabulary(tokenizer, folder)
-    return tokenizer
-
-
-def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
-    """Refuse tokens that were added and never given a row: the embedding would be read behind its end."""
-    if not is_file(folder / "config.json", ModelError):  # a tokenizer by itself, as an export has it
-        return
-    rows = read_config(folder).get("vocab_size")
     highest = max((*tokenizer.added_tokens_decoder, len(tokenizer) - 1))
-    if isinstance(rows, int) and highest >= rows:
+    if config is not None and highest >= config.vocab_size:
         added = str(tokenizer.convert_ids_to_tokens(highest))
-        raise tokenizer_files.beyond(folder, highest, added, rows)
+        raise tokenizer_files.beyond(folder, highest, added, config.vocab_size)
+    return tokenizer
 
 
 def load(
@@ -229,6 +228,7 @@ def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.d
     from transformers import Phi3ForCausalLM
 
     config, nf4 = native_config(checkpoint), _nf4(settings)
+    _check_generation(checkpoint.folder)
     if nf4 is not None and folder != checkpoint.folder:  # quantized already: transformers reads that here
         config.quantization_config, nf4 = nf4.to_dict(), None
     try:
@@ -244,9 +244,11 @@ def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.d
             ignore_mismatched_sizes=True,  # _check_complete refuses them, and can name one
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+    except Exception as error:  # of transformers, safetensors and torch: each has kinds of its own
+        if isinstance(error, MemoryError) or ladder.ran_out(error):
             raise
+        if os.strerror(errno.ENOMEM) in str(error):  # a file that could not be mapped
+            raise MemoryError(first_line(error)) from None
         reason = f"the weights cannot be loaded: {first_line(error)}"
         raise ModelError(str(folder), reason, "Download the checkpoint again.") from error
     _check_complete(loading, folder)
@@ -254,6 +256,24 @@ def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.d
     _check_tied(model, checkpoint)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     return model
+
+
+def _check_generation(folder: Path) -> None:
+    """Read the settings of answers as transformers does in a load, whose error would be one of the weights.
+
+    Raises:
+        ModelError: they cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / tokenizer_files.GENERATION
+    if not is_file(path, ModelError):
+        return
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its checks raise many kinds
+        reason = f"transformers refuses it: {first_line(error).rstrip('.')}."
+        raise ModelError(str(path), reason, "Mend it, or remove it.") from error
 
 
 def _nf4(settings: Model) -> Any:
@@ -271,17 +291,33 @@ def _nf4(settings: Model) -> Any:
 
 
 def native_config(checkpoint: Checkpoint) -> Any:
-    """config.json as transformers' own class, without what names code or is internal to transformers."""
+    """config.json as transformers' own class, without what is none of this architecture's keys.
+
+    Raises:
+        ModelError: transformers refuses it.
+    """
+    return _native_config(checkpoint.config, checkpoint.folder)
+
+
+def _native_config(config: Mapping[str, Any], folder: Path) -> Any:
     from transformers import Phi3Config
 
-    kept = {k: v for k, v in checkpoint.config.items() if k != "auto_map" and not k.startswith("_")}
+    kept = config_values.known(config)
+    kept |= {key: _as_longrope(kept[key]) for key in ("rope_scaling", "rope_parameters") if key in kept}
     try:
         return Phi3Config.from_dict(kept)
     except Exception as error:  # its validation raises many kinds, some of them plain Exceptions
         reason = f"transformers refuses it: {' '.join(str(error).split())[:300]}."
-        raise ModelError(
-            str(checkpoint.folder / "config.json"), reason, "Download the checkpoint again."
-        ) from error
+        raise ModelError(str(folder / "config.json"), reason, "Download the checkpoint again.") from error
+
+
+def _as_longrope(rope: Any) -> Any:
+    """The name that the first 128k checkpoints have for LongRoPE, as transformers 5.23 can read it.
+
+    It renames "su" itself, but only once it has looked for the original context under the new name.
+    """
+    named = rope if isinstance(rope, Mapping) else {}
+    return {**named, **{key: "longrope" for key in ("type", "rope_type") if named.get(key) == "su"}} or rope
 
 
 def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:

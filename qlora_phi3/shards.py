@@ -201,7 +201,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not os.path.lexists(path):
         reason = f"holds neither {WEIGHTS} nor {INDEX}, from which the weights would be loaded."
         raise ModelError(str(folder), reason, _WHOLE)
-    found = json_files.read_object(path, ModelError, _AGAIN, nan=False).get("weight_map")
+    found = json_files.read_object(path, ModelError, _AGAIN, strict=True).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ModelError(str(path), "has no weight_map.", _AGAIN)
     there: set[str] = set()

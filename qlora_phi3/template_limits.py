@@ -123,11 +123,11 @@ def is_simple(template: str) -> bool:
 
     try:
         tree = jinja2.Environment(extensions=[loopcontrols]).parse(template)
+        assignments = tree.find_all(jinja2.nodes.Assign)
+        assigned = frozenset(name for one in assignments for name in _names(one.target))
+        return _is_simple(tree, assigned, 0)
     except (jinja2.TemplateError, RecursionError):
         return True
-    assignments = tree.find_all(jinja2.nodes.Assign)
-    assigned = frozenset(name for one in assignments for name in _names(one.target))
-    return _is_simple(tree, assigned, 0)
 
 
 def _is_simple(node: Any, assigned: frozenset[str], depth: int) -> bool:

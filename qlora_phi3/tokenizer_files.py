@@ -6,14 +6,16 @@ whether the embedding has a row for every token. Libraries meet a wrong one with
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from . import json_files
-from .errors import ModelError, is_file, shown
+from .errors import ModelError, shown
 
 TOKENIZER: Final = "tokenizer.json"
+ADDED: Final = "added_tokens.json"
 SETTINGS: Final = "tokenizer_config.json"
 GENERATION: Final = "generation_config.json"
 
@@ -136,9 +138,9 @@ def check_settings(folder: Path) -> None:
     """
     for name, checks in _CHECKS.items():
         path = folder / name
-        if not is_file(path, ModelError) and not path.exists():
+        if not os.path.lexists(path):
             continue
-        found = json_files.read_object(path, ModelError, _AGAIN, nan=False)
+        found = json_files.read_object(path, ModelError, _AGAIN, strict=True)
         wrong = [
             f"{key} is {shown(found[key])}, needs {needs}"
             for key, (fits, needs) in checks.items()
@@ -147,8 +149,13 @@ def check_settings(folder: Path) -> None:
         if wrong:
             raise ModelError(str(path), f"{'; '.join(wrong)}.", _AGAIN)
     template = folder / "chat_template.jinja"
-    if template.exists():
+    if os.path.lexists(template):
         _check_template(template)
+    added = folder / ADDED
+    if os.path.lexists(added):
+        found = json_files.read_object(added, ModelError, _AGAIN, strict=True)
+        for token, number in found.items():
+            _number(added, token, number)
 
 
 def _check_template(path: Path) -> None:
@@ -168,7 +175,7 @@ def beyond(folder: Path, highest: int, token: str, rows: int) -> ModelError:
 
 def _tokens(path: Path) -> Iterator[tuple[int, str]]:
     """(id, text) of every token that tokenizer.json has."""
-    found = json_files.read_object(path, ModelError, _AGAIN, nan=False)
+    found = json_files.read_object(path, ModelError, _AGAIN, strict=True)
     model, added = found.get("model"), found.get("added_tokens", [])
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocab, (dict, list)) or not isinstance(added, list):

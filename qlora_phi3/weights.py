@@ -6,6 +6,7 @@ in checkpoints, other architectures, and checkpoints that are quantized already.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -163,7 +164,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     phi3.check_architecture(config, str(path))
     check_auto_map(config, path)
     tokenizer_config = folder / "tokenizer_config.json"
-    if is_file(tokenizer_config, ModelError) or tokenizer_config.exists():
+    if os.path.lexists(tokenizer_config):
         check_auto_map(_read_json(tokenizer_config), tokenizer_config)
     for key, value in config.items():
         if key.startswith("_") and not isinstance(value, _HARMLESS_UNDERSCORE.get(key, ())):
@@ -299,7 +300,7 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     whole = "Give a folder that holds a whole checkpoint."
-    return json_files.read_object(path, ModelError, "Download it again.", missing=whole, nan=False)
+    return json_files.read_object(path, ModelError, "Download it again.", missing=whole, strict=True)
 
 
 def first_line(error: BaseException) -> str:

