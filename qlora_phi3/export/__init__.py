@@ -6,7 +6,7 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from . import card, destination
 from .options import BELONGS, TARGETS, Options, Say, check
 
 if TYPE_CHECKING:
+    from ..weights import Checkpoint
     from .gates import Gates
     from .source import Source
 
@@ -41,16 +42,23 @@ class Exported:
         return f"{self.target}  {self.folder}  {format_bytes(sum(self.files.values()))}"
 
 
-def check_base(targets: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse, before a training, a base that one of its exports could not be made of.
+def check_base(targets: Sequence[str], checkpoint: Checkpoint, run: Path) -> None:
+    """Refuse, before a training, what one of its exports could not be made of, or would have no room.
 
     Raises:
-        ModelError: llama.cpp cannot repeat its tokenizer, or LongRoPE's tables are not whole.
+        ModelError: llama.cpp cannot repeat the base's tokenizer or rotary embedding, or Ollama its template.
+        OutputError: the run's disk has no room for all of them.
     """
-    if any(target == "ollama" or target.startswith("gguf:") for target in targets):
-        from . import gguf
+    wanted = [target for target in targets if target != "adapter"]  # which a run always has
+    if not wanted:
+        return
+    from . import stops
+    from .table import base_bytes, check_base_for
 
-        gguf.check_base(config, folder)
+    stops.named_by(checkpoint)
+    for target in wanted:
+        check_base_for(target, checkpoint)
+    destination.check_room([(run / "exports", base_bytes(target, checkpoint)) for target in wanted])
 
 
 def export(
@@ -90,6 +98,7 @@ def export_all(
     """
     if out is not None and len([target for target in targets if target != "hub"]) != 1:
         raise InputError("--out", f"is for one target; these are {', '.join(targets)}.", "Leave it out.")
+    from . import hub
     from .gates import Gates
     from .source import open_source
     from .table import target_of
@@ -103,20 +112,23 @@ def export_all(
         target: destination.real(out or destination.folder_of(source.run, source.folder, target))
         for target in written
     }
-    needed = 0
-    for target, folder in places.items():
+    for folder in places.values():
+        destination.clear(folder)
         destination.check(folder, force)
+    destination.check_apart(places)
+    if "hub" in targets:
+        hub.check_first(source, places.get(options.what), options)
+    for target in places:
         target_of(target).check(source, options)
-        needed += target_of(target).num_bytes(source, options)
-        destination.check_room(folder, needed)
+    sizes = [(folder, target_of(target).num_bytes(source, options)) for target, folder in places.items()]
+    beside = [target_of(target).gate_bytes(source, options) for target in places if options.gate]
+    destination.check_room(sizes, max(beside, default=0))
     gates = Gates(source, say)
     done = []
     for target, folder in places.items():
         done.append(_export(source, target, folder, force, options, gates, say))
         finished(done[-1])
     if "hub" in targets:
-        from . import hub
-
         done.append(hub.push(source, places.get(options.what), options, say))
         finished(done[-1])
     return done

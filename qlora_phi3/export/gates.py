@@ -54,7 +54,7 @@ class Gates:
         reason = f"{found['consumer']} does not compute what was trained: {why}. {difference}."
         known = context.limits_of(self._source, target, details.get("context"))
         reason = " ".join([reason, *(f"Known of it: {one}" for one in known)])
-        raise RunError(f"{target}: {failed / destination.PARITY}", reason, "The export was removed.")
+        raise RunError(f"{target}: {failed or folder}", reason, "The export was removed.")
 
     def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """The gate's result, and the first token that differs in words."""
