@@ -151,7 +151,12 @@ def _export(
         say(summary(parity))
         about = card.About(
             *(target, source.name, source.base_name, details, parity, licence_name(source)),
-            limits=context.limits_of(source, target, details.get("context")),
+            limits=context.limits_of(
+                source,
+                target,
+                details.get("context"),
+                [one["prompt"] for one in parity.get("other_texts", ())],
+            ),
         )
         (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
         content = {"target": target, "details": details, "files": destination.files_of(partial)}

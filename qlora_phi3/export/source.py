@@ -275,7 +275,6 @@ def licence_name(source: Source) -> str | None:
     readme = source.checkpoint.folder / "README.md"
     if readme.is_file():
         head = readme.read_text(encoding="utf-8", errors="replace")[:4000].splitlines()
-        for line in head:
-            if line.startswith("license:"):
-                return line.removeprefix("license:").strip()
+        found = (re.match(r"""license:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", line) for line in head)
+        return next((match[1] for match in found if match is not None), None)
     return None
