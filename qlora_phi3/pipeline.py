@@ -101,7 +101,7 @@ def _exported(done: report.RunReport, recipe: Recipe, folder: Path, display: Dis
     made: list[export.Exported] = []
     try:
         export.export_all(folder, wanted, say=display.say, finished=made.append)
-    except (InputError, RunError) as error:
+    except (InputError, RunError, FitError) as error:
         raise RunError.of((*error.problems, _unexported(folder, wanted, made))) from None
     except Interrupted as asked:
         stop = Problem(str(folder), f"stopped by {asked.name}.")

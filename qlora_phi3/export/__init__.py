@@ -6,12 +6,14 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import FitError, InputError, RunError
 from ..units import format_bytes
 from . import card, destination
 from .options import BELONGS, TARGETS, Options, Say, check
@@ -74,7 +76,8 @@ def export(
 
     Raises:
         InputError: the adapter, target or place cannot be used -> nothing is left behind.
-        RunError: the gate found a difference, or the disk gave back other than was written.
+        RunError: the gate found a difference, or the disk did not take or give back what was written.
+        FitError: memory did not suffice.
     """
     return export_all(run, [target], out=out, force=force, options=options, say=say)[0]
 
@@ -95,15 +98,44 @@ def export_all(
 
     Raises:
         InputError: as `export`; or `out` for several targets.
+        RunError, FitError: as `export`.
+    """
+    options = options or Options()
+    with _told(", ".join(targets), run):
+        source, places = _checked(run, targets, out, force, options, say)
+    from . import hub
+    from .gates import Gates
+
+    gates, done = Gates(source, say), list[Exported]()
+    try:
+        for target, folder in places.items():
+            with _told(target, folder):
+                done.append(_export(source, target, folder, force, options, gates, say))
+            finished(done[-1])
+        if "hub" in targets:
+            done.append(hub.push(source, places.get(options.what), options, say))
+            finished(done[-1])
+    except BaseException:
+        for one in done:
+            say(f"whole all the same: {one}")
+        raise
+    return done
+
+
+def _checked(
+    run: Path, targets: Sequence[str], out: Path | None, force: bool, options: Options, say: Say
+) -> tuple[Source, dict[str, Path]]:
+    """The source, and the place of each target that is written: all that can be told before anything is.
+
+    Raises:
+        InputError: as `export_all`.
     """
     if out is not None and len([target for target in targets if target != "hub"]) != 1:
         raise InputError("--out", f"is for one target; these are {', '.join(targets)}.", "Leave it out.")
     from . import hub
-    from .gates import Gates
     from .source import open_source
     from .table import target_of
 
-    options = options or Options()
     check(targets, {"repo": options.repo} if "hub" in targets else {})
     source = open_source(run, say)
     assert source.stop_ids, "a chat template without an end of turn is refused when it is read"
@@ -123,15 +155,36 @@ def export_all(
     sizes = [(folder, target_of(target).num_bytes(source, options)) for target, folder in places.items()]
     beside = [target_of(target).gate_bytes(source, options) for target in places if options.gate]
     destination.check_room(sizes, max(beside, default=0))
-    gates = Gates(source, say)
-    done = []
-    for target, folder in places.items():
-        done.append(_export(source, target, folder, force, options, gates, say))
-        finished(done[-1])
-    if "hub" in targets:
-        done.append(hub.push(source, places.get(options.what), options, say))
-        finished(done[-1])
-    return done
+    return source, places
+
+
+@contextmanager
+def _told(target: str, folder: Path) -> Iterator[None]:
+    """Have the system's and the libraries' errors told; the unfinished export is gone then.
+
+    Raises:
+        FitError: memory did not suffice.
+        RunError: a file that cannot be read or written.
+    """
+    from safetensors import SafetensorError
+
+    from ..ladder import ran_out
+    from ..weights import first_line
+
+    nothing = "Nothing is left of this export."
+    try:
+        yield
+    except OSError as error:
+        place = os.fsdecode(error.filename) if error.filename is not None else str(folder)
+        raise RunError(f"{target}: {place}", f"{error.strerror or error}.", nothing) from None
+    except SafetensorError as error:
+        reason = f"a safetensors file cannot be read or written: {first_line(error)}."
+        raise RunError(f"{target}: {folder}", reason, nothing) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or ran_out(error)):
+            raise
+        remedy = f"{nothing} Close other programs; --no-gate needs less."
+        raise FitError(f"{target}: {folder}", "out of memory.", remedy) from None
 
 
 def _export(
