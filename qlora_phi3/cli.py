@@ -6,7 +6,6 @@ that needs it, so that everything else answers at once.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -42,6 +41,8 @@ from .errors import (
     QloraError,
     is_file,
     is_folder,
+    printable,
+    printable_json,
     shown,
 )
 from .recipe import Recipe
@@ -304,14 +305,14 @@ def export(
     process.quiet()
 
     def say(text: str) -> None:
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
     done = exports.export_all(run, to, out=out, force=force, options=options, say=say)
     if as_json:
         _print_json({"exports": [one.to_json() for one in done]})
     else:
         for one in done:
-            typer.echo(str(one))
+            typer.echo(printable(str(one)))
 
 
 @app.command()
@@ -462,4 +463,4 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    typer.echo(printable_json(content))

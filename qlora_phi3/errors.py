@@ -6,13 +6,14 @@ exceptions with a traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Final
+from typing import Any, Final
 
 from typing_extensions import Self
 
@@ -38,18 +39,25 @@ class Problem:
 
     def __str__(self) -> str:
         """One line, whatever names and values hold: no escape sequence of theirs reaches a terminal."""
-        place, reason, remedy = (printable(part) for part in (self.place, self.reason, self.remedy))
+        place, reason, remedy = (printable(part, MAX_PART) for part in (self.place, self.reason, self.remedy))
         return f"{place}: {reason} {remedy}".rstrip()
 
 
-def printable(text: str) -> str:
-    """Text with control and format characters as Python writes them, cut where it is endless."""
-    cut = text if len(text) <= MAX_PART else f"{text[:MAX_PART]}..."
-    if cut.isprintable():
-        return cut
-    return "".join(
-        one if one.isprintable() or unicodedata.category(one) == "Zs" else ascii(one)[1:-1] for one in cut
-    )
+def printable(text: str, most: int | None = None) -> str:
+    """One line of text with control and format characters as Python writes them, cut to `most` characters."""
+    cut = text if most is None or len(text) <= most else f"{text[:most]}..."
+    return cut if cut.isprintable() else "".join(one if _is_still(one) else ascii(one)[1:-1] for one in cut)
+
+
+def printable_json(content: Any) -> str:
+    """A JSON document, in whose texts such characters are escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    return "".join(one if one == "\n" or _is_still(one) else json.dumps(one)[1:-1] for one in text)
+
+
+def _is_still(one: str) -> bool:
+    """Whether a character moves nothing on a terminal."""
+    return one.isprintable() or unicodedata.category(one) == "Zs"
 
 
 class QloraError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def _exported(
     try:
         with interrupts.at_once():
             export.export_all(folder, wanted, say=display.say, finished=made.append)
-    except (InputError, RunError) as error:
+    except (InputError, RunError, FitError) as error:
         raise RunError.of((*error.problems, _unexported(folder, wanted, made))) from None
     except Interrupted as asked:
         stop = Problem(str(folder), f"stopped by {asked.name}.")
@@ -121,7 +122,7 @@ def _exported(
 
 def _unexported(folder: Path, wanted: list[str], made: list[export.Exported]) -> Problem:
     left = [target for target in wanted if target not in {one.target for one in made}]
-    remedy = f"Then `export {folder} {' '.join(f'--to {target}' for target in left)}`."
+    remedy = f"Then `export {shlex.quote(str(folder))} {' '.join(f'--to {target}' for target in left)}`."
     missing = "only its exports are missing" if not made else f"{len(left)} of its exports are missing"
     return Problem(str(folder), f"the run is whole, {missing}.", remedy)
 
@@ -200,7 +201,7 @@ def _prepare(recipe: Recipe, place: run_folder.RunFolder, display: Display) -> _
         display.say(str(finding))
     checkpoint = weights.locate(recipe.model, display.say, tokenizer_folder)
     recipe_checks.check_base(recipe, checkpoint.geometry)
-    export.check_base(recipe.export, checkpoint.config, checkpoint.folder)
+    export.check_base(recipe.export, checkpoint, place.path)
     engine, why = native.choose(recipe, checkpoint.config, device)
     recipe, plan, notes = settle(recipe.settled(engine=engine), checkpoint, splits, device, display.say)
     write_inputs(recipe, plan, place)

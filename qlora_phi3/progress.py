@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
+from .errors import printable
+
 PLAIN_SECONDS: Final = 5.0
 """Time between plain lines, so that a log file of a long run stays readable."""
 
@@ -118,7 +120,7 @@ class Steps:
         self._updates.append((now, step))
         if step == self._total or step <= 1 or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            line = f"{self._title} {step}/{self._total}  {figures}{self._left()}"
+            line = printable(f"{self._title} {step}/{self._total}  {figures}{self._left()}")
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self) -> str:
@@ -139,7 +141,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One sentence about what happens now."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def steps(self, title: str, total: int) -> Steps:
         """Progress over `total` steps, to be used with `with`."""

@@ -6,17 +6,20 @@ name is whole and gated. Knows nothing of torch until something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import FitError, InputError, RunError
 from ..units import format_bytes
 from . import card, destination
 from .options import BELONGS, TARGETS, Options, Say, check
 
 if TYPE_CHECKING:
+    from ..weights import Checkpoint
     from .gates import Gates
     from .source import Source
 
@@ -41,16 +44,23 @@ class Exported:
         return f"{self.target}  {self.folder}  {format_bytes(sum(self.files.values()))}"
 
 
-def check_base(targets: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse, before a training, a base that one of its exports could not be made of.
+def check_base(targets: Sequence[str], checkpoint: Checkpoint, run: Path) -> None:
+    """Refuse, before a training, what one of its exports could not be made of, or would have no room.
 
     Raises:
-        ModelError: llama.cpp cannot repeat its tokenizer, or LongRoPE's tables are not whole.
+        ModelError: llama.cpp cannot repeat the base's tokenizer or rotary embedding, or Ollama its template.
+        OutputError: the run's disk has no room for all of them.
     """
-    if any(target == "ollama" or target.startswith("gguf:") for target in targets):
-        from . import gguf
+    wanted = [target for target in targets if target != "adapter"]  # which a run always has
+    if not wanted:
+        return
+    from . import stops
+    from .table import base_bytes, check_base_for
 
-        gguf.check_base(config, folder)
+    stops.named_by(checkpoint)
+    for target in wanted:
+        check_base_for(target, checkpoint)
+    destination.check_room([(run / "exports", base_bytes(target, checkpoint)) for target in wanted])
 
 
 def export(
@@ -66,7 +76,8 @@ def export(
 
     Raises:
         InputError: the adapter, target or place cannot be used -> nothing is left behind.
-        RunError: the gate found a difference, or the disk gave back other than was written.
+        RunError: the gate found a difference, or the disk did not take or give back what was written.
+        FitError: memory did not suffice.
     """
     return export_all(run, [target], out=out, force=force, options=options, say=say)[0]
 
@@ -87,14 +98,44 @@ def export_all(
 
     Raises:
         InputError: as `export`; or `out` for several targets.
+        RunError, FitError: as `export`.
+    """
+    options = options or Options()
+    with _told(", ".join(targets), run):
+        source, places = _checked(run, targets, out, force, options, say)
+    from . import hub
+    from .gates import Gates
+
+    gates, done = Gates(source, say), list[Exported]()
+    try:
+        for target, folder in places.items():
+            with _told(target, folder):
+                done.append(_export(source, target, folder, force, options, gates, say))
+            finished(done[-1])
+        if "hub" in targets:
+            done.append(hub.push(source, places.get(options.what), options, say))
+            finished(done[-1])
+    except BaseException:
+        for one in done:
+            say(f"whole all the same: {one}")
+        raise
+    return done
+
+
+def _checked(
+    run: Path, targets: Sequence[str], out: Path | None, force: bool, options: Options, say: Say
+) -> tuple[Source, dict[str, Path]]:
+    """The source, and the place of each target that is written: all that can be told before anything is.
+
+    Raises:
+        InputError: as `export_all`.
     """
     if out is not None and len([target for target in targets if target != "hub"]) != 1:
         raise InputError("--out", f"is for one target; these are {', '.join(targets)}.", "Leave it out.")
-    from .gates import Gates
+    from . import hub
     from .source import open_source
     from .table import target_of
 
-    options = options or Options()
     check(targets, {"repo": options.repo} if "hub" in targets else {})
     source = open_source(run, say)
     assert source.stop_ids, "a chat template without an end of turn is refused when it is read"
@@ -103,23 +144,47 @@ def export_all(
         target: destination.real(out or destination.folder_of(source.run, source.folder, target))
         for target in written
     }
-    needed = 0
-    for target, folder in places.items():
+    for folder in places.values():
+        destination.clear(folder)
         destination.check(folder, force)
-        target_of(target).check(source, options)
-        needed += target_of(target).num_bytes(source, options)
-        destination.check_room(folder, needed)
-    gates = Gates(source, say)
-    done = []
-    for target, folder in places.items():
-        done.append(_export(source, target, folder, force, options, gates, say))
-        finished(done[-1])
+    destination.check_apart(places)
     if "hub" in targets:
-        from . import hub
+        hub.check_first(source, places.get(options.what), options)
+    for target in places:
+        target_of(target).check(source, options)
+    sizes = [(folder, target_of(target).num_bytes(source, options)) for target, folder in places.items()]
+    beside = [target_of(target).gate_bytes(source, options) for target in places if options.gate]
+    destination.check_room(sizes, max(beside, default=0))
+    return source, places
 
-        done.append(hub.push(source, places.get(options.what), options, say))
-        finished(done[-1])
-    return done
+
+@contextmanager
+def _told(target: str, folder: Path) -> Iterator[None]:
+    """Have the system's and the libraries' errors told; the unfinished export is gone then.
+
+    Raises:
+        FitError: memory did not suffice.
+        RunError: a file that cannot be read or written.
+    """
+    from safetensors import SafetensorError
+
+    from ..ladder import ran_out
+    from ..weights import first_line
+
+    nothing = "Nothing is left of this export."
+    try:
+        yield
+    except OSError as error:
+        place = os.fsdecode(error.filename) if error.filename is not None else str(folder)
+        raise RunError(f"{target}: {place}", f"{error.strerror or error}.", nothing) from None
+    except SafetensorError as error:
+        reason = f"a safetensors file cannot be read or written: {first_line(error)}."
+        raise RunError(f"{target}: {folder}", reason, nothing) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or ran_out(error)):
+            raise
+        remedy = f"{nothing} Close other programs; --no-gate needs less."
+        raise FitError(f"{target}: {folder}", "out of memory.", remedy) from None
 
 
 def _export(
@@ -139,7 +204,12 @@ def _export(
         say(summary(parity))
         about = card.About(
             *(target, source.name, source.base_name, details, parity, licence_name(source)),
-            limits=context.limits_of(source, target, details.get("context")),
+            limits=context.limits_of(
+                source,
+                target,
+                details.get("context"),
+                [one["prompt"] for one in parity.get("other_texts", ())],
+            ),
         )
         (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
         content = {"target": target, "details": details, "files": destination.files_of(partial)}

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import strict_yaml
+from ..errors import shown
 from ..pages import environment
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _environment() -> jinja2.Environment:
         "raw": _Safe,
         "code": code,
         "py": _python,
+        "identifier": _identifier,
         "sh": lambda text: _Safe(shlex.quote(_printable(text))),
         "fenced": _fenced,
         "spans": _spans,
@@ -126,10 +128,9 @@ def _environment() -> jinja2.Environment:
 
 
 def _escaped(value: Any) -> Any:
-    """One line of text, however many it had."""
-    if not isinstance(value, str) or isinstance(value, _Safe) or hasattr(value, "__html__"):
-        return value
-    return _Safe(_line(re.sub(r"\s+", " ", _printable(value))))
+    """One line of text, however many it had; so is a list or an object in a foreign report."""
+    plain = isinstance(value, (_Safe, int, float)) or hasattr(value, "__html__")
+    return value if plain else _Safe(_line(re.sub(r"\s+", " ", _printable(str(value)))))
 
 
 def _line(text: str) -> str:
@@ -163,6 +164,17 @@ def _python(value: Any) -> _Safe:
         return _Safe(repr(value))
     text = json.dumps(value, ensure_ascii=False).replace("`", "\\x60")
     return _Safe("".join(one if one.isprintable() else _python_escape(one) for one in text))
+
+
+def _identifier(text: object) -> _Safe:
+    """A name that stands in code as it is.
+
+    Raises:
+        ValueError: it is none; a foreign report may have anything there.
+    """
+    if not str(text).isidentifier():
+        raise ValueError(f"{shown(text)} is no name")
+    return _Safe(str(text))
 
 
 def _python_escape(one: str) -> str:

@@ -6,10 +6,10 @@ both by the base's own numbers. Refuses contexts that give other answers than we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, ModelError, shown
 from ..phi3 import Geometry
 from . import vocabulary
 
@@ -133,12 +133,34 @@ def limits(family: str, config: Mapping[str, Any], geometry: Geometry, context: 
     return found
 
 
-def limits_of(source: Source, target: str, context: int | None) -> list[str]:
-    """`limits` of a target, as the command names it, for a source's base."""
+def limits_of(source: Source, target: str, context: int | None, other_texts: Sequence[str] = ()) -> list[str]:
+    """`limits` of a target, as the command names it; `other_texts`: what the gate found other ids of."""
     base, family = source.checkpoint, target.partition(":")[0]
     found = limits(family, base.config, base.geometry, context)
     if family in LLAMA_CPP:
         found += vocabulary.differences(base.folder, source.stop_ids)
+        other = vocabulary.unexplained(base.folder, other_texts)
+        found += [f"llama.cpp makes other tokens of {', '.join(map(shown, other[:8]))}."] if other else []
+    return found
+
+
+def not_asked(source: Source, target: str, context: int | None, *, long: bool) -> list[str]:
+    """What the gate leaves out of what a user may do with an export, in words.
+
+    `long`: a text beyond the sliding window was asked.
+    """
+    family, window = target.partition(":")[0], window_of(source.checkpoint.geometry)
+    found = ["sampled answers: each was the likeliest token by token"]
+    if family == "vllm":
+        found.append("vLLM itself, which is not run here: its files were read by transformers and PEFT")
+    if family == "ollama":
+        found.append(
+            "Ollama itself, which is not run here: the GGUF was asked in llama.cpp, with the base's template"
+        )
+    if window is not None and not long:
+        found.append(f"texts of more than {window} tokens, the base's sliding window")
+    if context is not None:
+        found.append(f"conversations of more than {context} tokens")
     return found
 
 

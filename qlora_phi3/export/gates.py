@@ -7,6 +7,7 @@ the parity module's matter.
 from __future__ import annotations
 
 import importlib.util
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -17,12 +18,16 @@ from typing import Any, Final
 from .. import data, layouts, model
 from ..errors import InputError, QloraError, RunError
 from ..weights import first_line
-from . import context, destination, table
+from . import context, destination, table, vocabulary
 from .options import Say, family
 from .source import Source
 
 NUM_PROMPTS: Final = 4
 MAX_NEW_TOKENS: Final = 96
+BEYOND: Final = 64
+"""Tokens by which a question may be longer than the sliding window."""
+MOST_ASKED: Final = 4096
+"""A longer window is not asked: each token of it is computed three times, on a CPU for minutes."""
 FALLBACK: Final = ("Hello! Who are you?", "Name three colours.", "What is 2 + 3?")
 """What is asked where there are no held-out rows."""
 
@@ -32,7 +37,7 @@ class Gates:
 
     def __init__(self, source: Source, say: Say) -> None:
         self._source, self._say = source, say
-        self._asked: dict[tuple[str, int | None], tuple[Any, Any]] = {}
+        self._asked: dict[tuple[str, int | None, int | None], tuple[Any, Any]] = {}
 
     def check(
         self, target: str, partial: Path, folder: Path, details: Mapping[str, Any], *, wanted: bool = True
@@ -54,7 +59,7 @@ class Gates:
         reason = f"{found['consumer']} does not compute what was trained: {why}. {difference}."
         known = context.limits_of(self._source, target, details.get("context"))
         reason = " ".join([reason, *(f"Known of it: {one}" for one in known)])
-        raise RunError(f"{target}: {failed / destination.PARITY}", reason, "The export was removed.")
+        raise RunError(f"{target}: {failed or folder}", reason, "The export was removed.")
 
     def _measure(self, target: str, partial: Path, details: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """The gate's result, and the first token that differs in words."""
@@ -65,18 +70,25 @@ class Gates:
                 opened = _open(consumers, target, self._source, partial, details, stack)
             if isinstance(opened, str):
                 return _skipped(target, opened), ""
-            live, reference = self._reference(partial, details)
+            window = _window(self._source, target)
+            live, reference = self._reference(partial, details, window)
             self._say(f"comparing it in {opened.name} with the model as trained")
             name = f"ollama:{details['kind']}" if target == "ollama" else target
+            base, size = self._source.checkpoint.folder, details.get("context")
+            texts = vocabulary.odd_texts(base) if family(target) in context.LLAMA_CPP else []
+            left = context.not_asked(self._source, target, size, long=window is not None)
             with _told(target, f"{opened.name} cannot run it"):
-                found = parity.gate(name, reference, opened, stops=live.stops)
+                found = parity.gate(name, reference, opened, stops=live.stops, texts=texts, not_asked=left)
         return found.to_json(), str(found.first_difference or "")
 
-    def _reference(self, partial: Path, details: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _reference(
+        self, partial: Path, details: Mapping[str, Any], window: int | None = None
+    ) -> tuple[Any, Any]:
         """The adapter in PEFT on the weights that the export is for, and its answers: as in training where it
         was merged into those, else the base's own, which is what others load it onto.
 
         What PEFT is given are the source's checked tensors. Its files may be in names that PEFT passes over.
+        `window`: one more question is longer than so many tokens.
         """
         from . import consumers, parity
 
@@ -84,7 +96,7 @@ class Gates:
         settings, size = self._source.model, details.get("context")
         if not dequant:
             settings = settings.model_copy(update={"quantization": "none", "compute_dtype": "float32"})
-        key = settings.quantization, size
+        key = settings.quantization, size, window
         if key not in self._asked:
             self._asked.clear()  # one model at a time
             with TemporaryDirectory(dir=partial, prefix=".trained-") as place:
@@ -95,6 +107,7 @@ class Gates:
             # an answer may become twice as long as the live model's before it counts as one without end
             room = None if size is None else size - 2 * new - 8
             asked = prompts(self._source, live, room)
+            asked += [] if window is None else [longer_than(window, live)]
             reference = parity.Reference.of(live, live.control(), asked, max_new_tokens=new)
             self._asked[key] = live, reference
         return self._asked[key]
@@ -188,6 +201,28 @@ def prompts(source: Source, live: Any, room: int | None) -> list[list[dict[str, 
             fitting = (one for one in found if room is None or len(live.tokens(one)) <= room)
             asked = list(islice(fitting, NUM_PROMPTS)) or asked
     return asked
+
+
+def _window(source: Source, target: str) -> int | None:
+    """The base's sliding window, where the target's program is to heed it and a question fits behind it."""
+    geometry, window = source.checkpoint.geometry, context.window_of(source.checkpoint.geometry)
+    if window is None or family(target) in (*context.LLAMA_CPP, "mlx"):
+        return None
+    most = window + BEYOND + 2 * MAX_NEW_TOKENS + 8
+    return window if window <= MOST_ASKED and most <= geometry.max_positions else None
+
+
+def longer_than(window: int, live: Any) -> list[dict[str, Any]]:
+    """A question of a little more tokens than the window."""
+    text = " ".join(f"{FALLBACK[number % len(FALLBACK)]} ({number})" for number in range(window))
+
+    def asked(size: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": text[:size]}]
+
+    size = bisect_right(
+        range(len(text)), window + BEYOND // 2, key=lambda size: len(live.tokens(asked(size)))
+    )
+    return asked(size)
 
 
 def summary(found: Mapping[str, Any]) -> str:

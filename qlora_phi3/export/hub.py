@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import InputError, OutputError, Problem, RunError
+from ..errors import InputError, OutputError, Problem, RunError, shown
 from ..recipe_values import is_hub_id
 from ..units import format_bytes
 from ..weights import first_line
@@ -56,12 +56,35 @@ def push(source: Source, folder: Path | None, options: Options, say: Say) -> Exp
     if options.dry_run:
         say(f"{len(files)} files, {format_bytes(sum(files.values()))} for {repo}; nothing was sent")
         return Exported("hub", folder, files, {"repo": repo, "sent": False})
-    token = os.environ.get(TOKEN)
-    if not token:
-        raise InputError(TOKEN, "is not set.", "Export a token of yours that may write, or give --dry-run.")
-    address = _upload(folder, repo, sorted(files), token)
+    address = _upload(folder, repo, sorted(files), _token())
     say(f"sent to {address}")
     return Exported("hub", folder, files, {"repo": repo, "sent": True, "address": address})
+
+
+def check_first(source: Source, written: Path | None, options: Options) -> None:
+    """What can be refused before anything is written; `written`: where what is pushed will come from.
+
+    Raises:
+        InputError: as `push`.
+    """
+    repo = options.repo or ""
+    if written is None:
+        check(destination.folder_of(source.run, source.folder, options.what), options.what, repo)
+    _check_repo(repo)
+    if not options.dry_run:
+        _token()
+
+
+def _check_repo(repo: str) -> None:
+    if not is_hub_id(repo):
+        raise InputError("--repo", f"{shown(repo)} is no org/name.", "Write --repo you/name.")
+
+
+def _token() -> str:
+    found = os.environ.get(TOKEN)
+    if not found:
+        raise InputError(TOKEN, "is not set.", "Export a token of yours that may write, or give --dry-run.")
+    return found
 
 
 def check(folder: Path, what: str, repo: str) -> dict[str, int]:
@@ -70,8 +93,7 @@ def check(folder: Path, what: str, repo: str) -> dict[str, int]:
     Raises:
         InputError: as `push`.
     """
-    if not is_hub_id(repo):
-        raise InputError("--repo", f"{repo!r} is no org/name.", "Write --repo you/name.")
+    _check_repo(repo)
     if not (folder / destination.ABOUT).is_file():
         remedy = f"Export it first: --to {what} --to hub."
         raise OutputError(str(folder), f"there is no export of {what} here.", remedy)
@@ -100,8 +122,10 @@ def _unfit(path: Path) -> Problem | None:
         (p for p in (str(path.absolute().parent), str(Path.home())) if len(p) > 1 and p in text), None
     )
     if found or here:
-        shown = here or (found[0] if found else "")
-        return Problem(str(path), f"holds a path of this machine, {shown!r}.", "Remove it, then push again.")
+        there = here or (found[0] if found else "")
+        return Problem(
+            str(path), f"holds a path of this machine, {shown(there)}.", "Remove it, then push again."
+        )
     return None
 
 

@@ -21,6 +21,10 @@ _IMPOSSIBLE: Final = -1e4
 """Log-probability of tokens that are not listed: its exp is 0, and 0 times it is no NaN."""
 
 
+SECONDS: Final = 1800.0
+"""For one request: a long answer of a large model on a slow CPU, but not for ever."""
+
+
 class LlamaCpp:
     """llama.cpp through xllamacpp, on a GGUF file and, where given, a LoRA GGUF beside it.
 
@@ -109,7 +113,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             self._server.listening_address + path, data, {"Content-Type": "application/json"}
         )
-        with self._opener.open(request) as answer:
+        with self._opener.open(request, timeout=SECONDS) as answer:
             content: dict[str, Any] = json.load(answer)
         return content
 

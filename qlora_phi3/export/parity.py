@@ -6,7 +6,7 @@ Refuses to call anything equal that it could not tell from the base without the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
@@ -78,16 +78,20 @@ def thresholds_of(target: str) -> Thresholds:
     return THRESHOLDS[key]
 
 
+Kind = Literal["template", "text", "greedy", "stop"]
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first token that differs: in which prompt, where, what was expected and what was found.
 
-    `kind`: "template" (ids of a prompt), "greedy" (the likeliest token of an answer), "stop" (how an answer
-    ends). `position` counts from the prompt's first token in a template, else from the answer's. `margin`:
-    how much likelier the live model holds its own token, in nats; near 0 it is a tie.
+    `kind`: "template" (ids of a prompt), "text" (ids of one that no rows have), "greedy" (the likeliest token
+    of an answer), "stop" (how an answer ends). `position` counts from the prompt's first token in a template,
+    else from the answer's. `margin`: how much likelier the live model holds its own token, in nats; near 0 it
+    is a tie.
     """
 
-    kind: Literal["template", "greedy", "stop"]
+    kind: Kind
     prompt: str
     position: int
     expected: str
@@ -95,7 +99,7 @@ class Difference:
     margin: float | None = None
 
     def __str__(self) -> str:
-        where = "of the prompt" if self.kind == "template" else "of the answer to"
+        where = "of the prompt" if self.kind in ("template", "text") else "of the answer to"
         margin = "" if self.margin is None else f" (by {self.margin:.3g} nats the likelier)"
         return (
             f"token {self.position} {where} {self.prompt!r}: as trained it is {self.expected!r}{margin}, "
@@ -110,7 +114,8 @@ class Parity:
     `passed` means: it was compared, is within the thresholds, and could have failed. "cannot tell" is no
     drift: the adapter changes the base by less than the export may differ, or there was no control to see it
     by. `stops` is None where the live model ended none of its answers. `control_kl` is the live model's
-    divergence from the base without the adapter.
+    divergence from the base without the adapter. `other_texts`: messages beside what rows hold that become
+    other ids; the card names them. `not_asked`: what was not compared, sentences.
 
     Units: KL in nats per token; `greedy_agreement` as a share.
     """
@@ -129,6 +134,9 @@ class Parity:
     num_prompts: int = 0
     num_positions: int = 0
     first_difference: Difference | None = None
+    num_texts: int = 0
+    other_texts: tuple[Difference, ...] = ()
+    not_asked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -204,19 +212,30 @@ class Reference:
         return torch.cat([divergence(row.live, other) for row, other in zip(self.rows, found, strict=True)])
 
 
-def gate(target: str, reference: Reference, consumer: Consumer, *, stops: Iterable[int]) -> Parity:
+def gate(
+    target: str,
+    reference: Reference,
+    consumer: Consumer,
+    *,
+    stops: Iterable[int],
+    texts: Sequence[str] = (),
+    not_asked: Sequence[str] = (),
+) -> Parity:
     """Compare a program on the export with the live model, on prompts and the live model's own answers.
 
     Greedy agreement counts the positions of these answers at which both find the same token likeliest (or
     the live model has a tie), so that one early choice does not spoil all that follows; the program's own
-    generation is held to stop. `stops` are the ids that end an answer.
+    generation is held to stop. `stops` are the ids that end an answer. Of `texts`, which no rows hold, other
+    ids are no drift: they are told.
 
     Raises:
         InputError: no thresholds are known for the target.
     """
     limits = thresholds_of(target)
     live, rows = reference.live, reference.rows
-    template = _templates(live, consumer, [*reference.prompts, *PROBES])
+    template = next(_templates(live, consumer, [*reference.prompts, *PROBES]), None)
+    odd = [[{"role": "user", "content": text}] for text in texts]
+    other_texts = tuple(replace(one, kind="text") for one in _templates(live, consumer, odd))
     found = [consumer.log_probs(row.compared, len(row.live)) for row in rows]
     kl = reference.divergence(found)
     greedy = [_disagreement(row, other, live) for row, other in zip(rows, found, strict=True)]
@@ -238,6 +257,9 @@ def gate(target: str, reference: Reference, consumer: Consumer, *, stops: Iterab
         num_prompts=len(rows),
         num_positions=len(kl),
         first_difference=first,
+        num_texts=len(texts),
+        other_texts=other_texts,
+        not_asked=tuple(not_asked),
     )
     verdict, reasons = _verdict(measured, limits, template, stop)
     return replace(measured, verdict=verdict, reasons=reasons)
@@ -306,8 +328,8 @@ def _disagreement(row: _Row, found: Tensor, live: Consumer) -> tuple[int, Differ
     return count, first
 
 
-def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messages]) -> Difference | None:
-    """The first prompt that becomes other ids; one that the live model's template refuses is left out."""
+def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messages]) -> Iterator[Difference]:
+    """The prompts that become other ids; one that the live model's template refuses is left out."""
     for messages in conversations:
         try:
             expected = live.tokens(messages)
@@ -317,16 +339,15 @@ def _templates(live: Consumer, consumer: Consumer, conversations: Iterable[Messa
         try:
             found = consumer.tokens(messages)
         except Exception as error:
-            return Difference(
-                "template", prompt, 0, live.text(expected[:1]), f"an error: {first_line(error)}"
-            )
+            told = f"an error: {first_line(error)}"
+            yield Difference("template", prompt, 0, live.text(expected[:1]), told)
+            continue
         if found != expected:
-            return _first_other("template", prompt, expected, found, live.text)
-    return None
+            yield _first_other("template", prompt, expected, found, live.text)
 
 
 def _first_other(
-    kind: Literal["template", "stop"],
+    kind: Kind,
     prompt: str,
     expected: list[int],
     found: list[int],

@@ -264,10 +264,13 @@ def licence_name(source: Source) -> str | None:
     """What the base's README says its licence is; None where nothing does."""
     if source.checkpoint.provenance.source == "builtin":
         return "apache-2.0"
-    readme = source.checkpoint.folder / "README.md"
+    return licence_in(source.checkpoint.folder / "README.md")
+
+
+def licence_in(readme: Path) -> str | None:
+    """The licence's name in the head of a README."""
     if readme.is_file():
         head = readme.read_text(encoding="utf-8", errors="replace")[:4000].splitlines()
-        for line in head:
-            if line.startswith("license:"):
-                return line.removeprefix("license:").strip()
+        found = (re.match(r"""license:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", line) for line in head)
+        return next((match[1] for match in found if match is not None), None)
     return None

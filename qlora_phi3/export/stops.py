@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..model import load_tokenizer
 
 if TYPE_CHECKING:
+    from ..weights import Checkpoint
     from .source import Source
 
 NAME: Final = "generation_config.json"
@@ -24,10 +25,18 @@ NAME: Final = "generation_config.json"
 def stops_of(source: Source) -> list[int]:
     """The template's end of turn, the tokenizer's eos, and what the base itself names, ascending."""
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    named = _settings(source.checkpoint.folder, source.checkpoint.config).get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    found = {Turns.of(tokenizer).end, tokenizer.eos_token_id, *ids}
+    found = {Turns.of(tokenizer).end, tokenizer.eos_token_id, *named_by(source.checkpoint)}
     return sorted(token for token in found if token is not None)
+
+
+def named_by(checkpoint: Checkpoint) -> list[int | None]:
+    """What the base's own settings of answering stop at.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    named = _settings(checkpoint.folder, checkpoint.config).get("eos_token_id")
+    return named if isinstance(named, list) else [named]
 
 
 def generation_config(source: Source) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 
 from ..errors import ModelError
+from ..model import load_tokenizer
+from ..weights import Checkpoint
 from . import compare, context, merge, merged, ollama, targets
 from .options import Options, Say, family
 from .source import Source, licence_file, licence_name, tokenizer_bytes
@@ -25,12 +27,14 @@ class Target:
     """How one target is made.
 
     `write` fills an empty folder and returns what is worth knowing of it; `num_bytes` predicts its size;
-    `check` refuses what can be told before anything is written.
+    `check` refuses what can be told before anything is written. `gate_bytes`: what the check of it writes
+    beside it for a while.
     """
 
     write: Write
     num_bytes: Callable[[Source, Options], int]
     check: Callable[[Source, Options], object]
+    gate_bytes: Callable[[Source, Options], int] = lambda source, options: 0
 
 
 def target_of(name: str) -> Target:
@@ -57,6 +61,31 @@ _BITS: Final[dict[str, float]] = {
 """Bits a weight."""
 
 
+def base_bytes(target: str, checkpoint: Checkpoint) -> int:
+    """About what a target needs of the disk, told by the base alone; 0 of those that are small."""
+    numbers = checkpoint.geometry.num_parameters
+    if target == "merged":
+        return 2 * numbers
+    kind = "q8_0" if target == "ollama" else target.removeprefix("gguf:")
+    return int(numbers * _BITS[kind] / 8) if kind in _BITS else 0
+
+
+def check_base_for(target: str, checkpoint: Checkpoint) -> None:
+    """What a target asks of the base alone.
+
+    Raises:
+        InputError: llama.cpp cannot repeat its tokenizer or rotary embedding, or Ollama its template.
+    """
+    if family(target) not in context.LLAMA_CPP:
+        return
+    from . import gguf
+
+    context.of_llama_cpp(checkpoint.config, checkpoint.geometry)
+    gguf.check_base(checkpoint.config, checkpoint.folder)
+    if target == "ollama":
+        ollama.take_apart(load_tokenizer(checkpoint.folder), str(checkpoint.folder))
+
+
 def _context(source: Source) -> int:
     """The context that llama.cpp is to be run with, for the check and by the card."""
     return context.of_llama_cpp(source.checkpoint.config, source.checkpoint.geometry)
@@ -68,11 +97,8 @@ def _check_gguf(source: Source, options: Options) -> None:
     Raises:
         InputError: a tokenizer, template or rotary embedding that llama.cpp cannot repeat; `--merge-base`.
     """
-    from . import gguf
-
     compare.candidates(source, options.merge_base)
-    _context(source)
-    gguf.check_base(source.checkpoint.config, source.checkpoint.folder)
+    check_base_for("gguf", source.checkpoint)
 
 
 def _write_gguf(source: Source, folder: Path, kind: str, options: Options, say: Say) -> dict[str, Any]:
@@ -119,7 +145,7 @@ def _check_gguf_lora(source: Source, options: Options) -> None:
     Raises:
         ModelError: the linears are scaled differently, or the base fits no GGUF.
     """
-    from . import gguf, gguf_lora
+    from . import gguf_lora
 
     scales = {f"{pair.scale:.12g}" for pair in merge.fused_pairs(source).values()}
     if len(scales) > 1:
@@ -127,8 +153,7 @@ def _check_gguf_lora(source: Source, options: Options) -> None:
         reason += "; a GGUF adapter has one alpha for all."
         raise ModelError(str(source.folder), reason, "Export gguf:q8_0, with the adapter merged into it.")
     gguf_lora.check_tied(list(merge.fused_pairs(source)), source.checkpoint.geometry, str(source.folder))
-    _context(source)
-    gguf.check_base(source.checkpoint.config, source.checkpoint.folder)
+    check_base_for("gguf-lora", source.checkpoint)
 
 
 def _write_ollama(source: Source, folder: Path, options: Options, say: Say) -> dict[str, Any]:
@@ -178,7 +203,12 @@ TABLE: Final[dict[str, Target]] = {
     "mlx": Target(targets.write_mlx, targets.num_bytes, targets.check_mlx),
     "vllm": Target(targets.write_vllm, targets.num_bytes, targets.check_vllm),
     "merged": Target(merged.write, merged.num_bytes, _check_merged),
-    "gguf-lora": Target(_write_gguf_lora, targets.num_bytes, _check_gguf_lora),
+    "gguf-lora": Target(
+        _write_gguf_lora,
+        targets.num_bytes,
+        _check_gguf_lora,
+        gate_bytes=lambda source, options: gguf_bytes(source, "f16"),  # the base, for llama.cpp to load it on
+    ),
     "ollama": Target(_write_ollama, lambda source, options: gguf_bytes(source, options.kind), _check_ollama),
 }
 """Target -> how it is made; `gguf:KIND` is made by its kind, `hub` from what another wrote."""

@@ -178,12 +178,15 @@ def _converted(source: Source, folder: Path, layout: layouts.Layout) -> dict[str
 def _write(
     source: Source, folder: Path, tensors: layouts.Tensors, config: layouts.AdapterConfig
 ) -> dict[str, Any]:
-    """The adapter with what belongs to it, in a folder that is there and empty."""
+    """The adapter with what belongs to it, in a folder that is there and empty, and stays the same one."""
     provenance = source.checkpoint.provenance
-    folder.rmdir()  # the writer makes it itself, when all is well
     # PEFT's loaders go to the base that is named here, and in that one find a third of these names
     base = None if config.layout == "unfused" else source.base_name
-    layouts.write_adapter(folder, tensors, config, base=base, revision=provenance.revision if base else None)
+    inside = folder / ".adapter"
+    layouts.write_adapter(inside, tensors, config, base=base, revision=provenance.revision if base else None)
+    for path in inside.iterdir():
+        path.rename(folder / path.name)
+    inside.rmdir()
     copy_tokenizer(source, folder)
     note = provenance.to_json() | {"base": source.base_name}
     text = json.dumps(note, indent=2) + "\n"

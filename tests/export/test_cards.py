@@ -15,8 +15,10 @@ from conftest import write_chats
 from export_lab import make_base
 
 from qlora_phi3 import export, pipeline, weights
+from qlora_phi3.errors import ModelError
 from qlora_phi3.export import card
 from qlora_phi3.export.consumers import Live
+from qlora_phi3.export.source import licence_in
 from qlora_phi3.recipe import Recipe
 from qlora_phi3.recipe_file import load_recipe
 
@@ -161,7 +163,7 @@ def test_what_users_write_stays_text(run: Path, kind: str) -> None:
 
     def page(text: str, name: str) -> tuple[list[str], str]:
         report = json.loads((run / "report.json").read_text())
-        report["description"] = report["machine"]["system"] = text
+        report["description"], report["machine"]["system"] = text, [text]
         report["recipe"]["description"] = report["data"]["system_prompt"] = text
         report["data"]["sources"][0]["name"] = report["base"]["revision"] = text
         report["trained"][0]["part"] = report["metrics"]["tuned"] and text
@@ -176,6 +178,23 @@ def test_what_users_write_stays_text(run: Path, kind: str) -> None:
     extra = [tag for tag in tags if tag not in plain or tags.count(tag) > plain.count(tag)]
     assert {tag for tag in extra if tag not in ("<code", "</code")} == set()
     assert not re.search(r"<(script|img|a)\b", html)
+
+
+def test_a_foreign_report_puts_no_code_into_the_card(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    report = json.loads((run / "report.json").read_text())
+    report["recipe"]["model"]["compute_dtype"] = "float32); import os; os.system('x'"
+    (other / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ModelError, match=r"report\.json: is no report of a run of this version"):
+        export.export(other, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [("'mit' # ours", "mit"), ("[a](b)", None), ("apache-2.0", "apache-2.0")]
+)
+def test_a_licence_is_its_name_alone(tmp_path: Path, line: str, found: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {line}\n---\n")
+    assert licence_in(tmp_path / "README.md") == found
 
 
 @pytest.mark.parametrize(

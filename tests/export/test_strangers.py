@@ -17,7 +17,7 @@ from test_cli_surface import command
 
 from qlora_phi3 import export
 from qlora_phi3.errors import InputError, ModelError, RunError
-from qlora_phi3.export import context, gguf, stops, vocabulary
+from qlora_phi3.export import context, gguf, merge, merged, stops, vocabulary
 from qlora_phi3.phi3 import Geometry
 
 UNQUANTIZED = {"model": {"quantization": "none"}}
@@ -215,12 +215,39 @@ def test_what_llama_cpp_makes_of_other_tokens_is_told(tmp_path: Path) -> None:
     (base / stops.NAME).write_text(json.dumps(settings))
     done = export.export(make_run(tmp_path, base, **UNQUANTIZED), "gguf:f16")
     assert done.parity is not None and done.parity["stops"] is True
+    assert done.parity["num_texts"] > 20 and not any(
+        "<|end|>" in one["prompt"] for one in done.parity["other_texts"]
+    )
+    other = {one["prompt"] for one in done.parity["other_texts"]}
+    assert {"a <|doc|> b", "a <ci`te>\n\nb", "\u3000a"} <= other and "a <|doc|>b" not in other
+    assert vocabulary.unexplained(base, [*other, "odd"]) == ["odd"]
     text = html.unescape((done.folder / "README.md").read_text())
+    assert "Not compared: sampled answers" in text and "conversations of more than 512 tokens" in text
     tokens = r"<code><|doc|></code>, <code><ci\x60te></code>"
     assert f"drops white space right behind {tokens}, where" in text and "White space beyond ASCII" in text
     assert vocabulary.read(base, 300, done.details["stop_ids"]).ids["eom"] == user
     more = vocabulary.differences(base, [user, words.convert_tokens_to_ids("<|system|>")])
     assert more[-1] == "A GGUF has no place for all stops: have llama.cpp stop at `<|system|>` too."
+
+
+def test_a_question_longer_than_the_window_is_asked_of_programs_that_heed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base", "mini")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"sliding_window": 100}))
+    eager(base)
+    run = make_run(tmp_path, base, **UNQUANTIZED)
+    done = export.export(run, "merged")
+    assert done.parity is not None and done.parity["verdict"] == "passed" and done.parity["num_prompts"] == 5
+    assert not any("sliding window" in one for one in done.parity["not_asked"])
+    asked = export.export(run, "mlx").parity
+    assert asked is not None and asked["num_prompts"] == 4
+    assert any("more than 100 tokens" in one for one in asked["not_asked"])
+    config_of = merge.config_of
+    monkeypatch.setattr(merged, "config_of", lambda *told: config_of(*told) | {"sliding_window": None})
+    with pytest.raises(RunError, match="does not compute what was trained"):
+        export.export(run, "merged", out=tmp_path / "x")
 
 
 # Who may read
