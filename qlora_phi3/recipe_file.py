@@ -26,7 +26,9 @@ from .strict_yaml import dotted_path
 KeyPath = strict_yaml.Path
 
 COMMAND_LINE: Final = "command line"
-MAX_BYTES: Final = 1_000_000
+MAX_BYTES: Final = 200_000
+"""PyYAML reads 100 kB a second on a busy core; a recipe of a thousand sources has 60 kB."""
+
 
 MAX_PROBLEMS: Final = 20
 """Problems that are told; a file that is no recipe may have as many as lines."""
