@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from . import files
-from .errors import OutputError, RunError
+from .errors import ModelError, OutputError, RunError
 from .units import format_bytes
 
 REMEDY: Final = "Choose another folder with --out."
@@ -35,6 +35,7 @@ _BEFORE: Final = {CLAIM, RESERVE, "recipe.yaml", "plan.json"}
 """All that a run writes before it trains."""
 _UNFINISHED: Final = re.compile(r"\.(recipe\.yaml|plan\.json)\.\d+")
 _TRIES: Final = 100
+_LISTED: Final = 5
 _LINK: Final = "is a link that leads nowhere."
 
 
@@ -316,6 +317,24 @@ def check_folder(folder: Path, but: str = "") -> None:
             raise _Taken(str(folder), "holds another run." if run else "is not empty.", REMEDY)
     except OSError as error:
         raise OutputError(str(folder), f"cannot be used: {error.strerror}.", REMEDY) from None
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that holds runs and is none itself.
+
+    Raises:
+        ModelError: which runs are in it, the newest first.
+    """
+    try:
+        inside = [path.parent for path in folder.glob("*/recipe.yaml")]
+        inside += [path.parent for path in folder.glob("*/*/recipe.yaml")]
+        inside.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    except OSError:  # it is told when it is read
+        return
+    if inside and not (folder / "recipe.yaml").exists() and not (folder / "adapter_config.json").exists():
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        remedy = f"Give one of them: {', '.join(map(str, inside[:_LISTED]))}{more}."
+        raise ModelError(str(folder), "is a folder of runs, no run itself.", remedy)
 
 
 def _is_dead(folder: Path) -> bool:

@@ -75,6 +75,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_damages = 0
         self._folder = tempfile.TemporaryDirectory(prefix="strangers-")
         self.world = World(Path(self._folder.name), type(self).say)
         (self.world.work / "empty").mkdir()
@@ -126,12 +127,17 @@ class Machine(RuleBasedStateMachine):
     def look(self, what: str, how: tuple[Any, ...]) -> None:
         self.world.execute(LOOKS[what], None, self._pauses(how))
 
+    @precondition(lambda self: self.num_damages < 2)
     @rule(number=numbers, how=st.sampled_from(sorted(DAMAGES)))
     def damage(self, number: int, how: str) -> None:
+        """Not more than two between commands: what all is in ruins refuses everything."""
+        self.num_damages += 1
         self.world.damage(number, how)
 
+    @precondition(lambda self: not self.world.is_pristine())
     @rule()
     def mend(self) -> None:
+        self.num_damages = 0
         self.world.mend()
 
     @precondition(lambda self: self.world.runs())
@@ -150,6 +156,7 @@ class Machine(RuleBasedStateMachine):
         return words, out or "runs/tiny"
 
     def _pauses(self, how: tuple[Any, ...]) -> list[Pause]:
+        self.num_damages = 0
         kind, first, second, signal, number, damage = how
         world = self.world
         send: Interlude = lambda child: world.send(child, signal)  # noqa: E731
