@@ -294,7 +294,7 @@ def _save(ready: _Ready, place: run_folder.RunFolder, log: MetricsLog, display: 
     try:
         place.restore()
         adapters.save(ready.tuned, ready.base, place.path / "adapter")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever a library makes of this place: another may do, training again costs
         display.say(f"{wanted} cannot be written: {weights.first_line(error)}")
         try:
             place.move()

@@ -306,6 +306,11 @@ def check_folder(folder: Path, but: str = "") -> None:
         OutputError: another run, other files, or no folder at all.
     """
     try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        reason = "its whole path is not UTF-8, and the libraries that save the adapter take no other."
+        raise OutputError(str(folder.absolute()), reason, REMEDY) from None
+    try:
         there = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
         if not there.is_dir():
             what = "is a file." if there.exists() else _LINK
