@@ -48,7 +48,7 @@ from .errors import (
 from .recipe import Recipe
 from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
-from .run_folder import check_folder
+from .run_folder import check_folder, check_run
 from .units import format_bytes, parse_bytes
 
 
@@ -61,10 +61,15 @@ class _Commands(Commands):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise SystemExit(1) from None  # `| head` has seen enough, and wants to hear nothing
-        except OSError as error:
-            raise endings.failed(error, ctx.invoked_subcommand or "qlora-phi3") from None
         except KeyboardInterrupt as stop:
             raise endings.ended(stop, ctx.invoked_subcommand or "qlora-phi3") from None
+        except (MemoryError, ImportError, OSError, RuntimeError) as error:
+            what = ctx.invoked_subcommand or "qlora-phi3"
+            if endings.lacks_memory(error):
+                raise endings.no_memory(error, what) from None
+            if not isinstance(error, OSError):
+                raise
+            raise endings.failed(error, what) from None
 
 
 app = typer.Typer(
@@ -302,6 +307,7 @@ def export(
     if not is_folder(run, ModelError):
         reason = "is no folder." if run.exists() else "no such folder."
         raise ModelError(str(run), reason, "Give a run folder, or the folder of an adapter.")
+    check_run(run)
     process.quiet()
 
     def say(text: str) -> None:
@@ -320,6 +326,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Make report.html anew from what a run folder holds."""
     from .report import rebuild
 
+    check_run(run)
     typer.echo(rebuild(run))
 
 
@@ -379,15 +386,27 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
 
 def _sizes(found: Recipe) -> phi3.Geometry | None:
     """The base's sizes where they are known without a download; refused where the recipe asks for more."""
-    init = found.adapter.init
-    if init is not None and not is_folder(Path(init), ModelError) and not is_file(Path(init), ModelError):
-        raise ModelError(
-            f"adapter.init: {init}", "no such file or folder.", "Give an adapter's, or remove it."
-        )
+    if found.adapter.init is not None:
+        _check_init(Path(found.adapter.init))
     geometry = weights.known_geometry(found.model)
     if geometry is not None:
         check_base(found, geometry)
     return geometry
+
+
+def _check_init(init: Path) -> None:
+    """Whether there may be an adapter; what is in its file, the run reads."""
+    place = f"adapter.init: {init}"
+    if is_file(init, ModelError):
+        if init.suffix not in (".safetensors", ".pt"):
+            remedy = "Give the folder of an adapter, its .safetensors, or loralib's .pt."
+            raise ModelError(place, "is no adapter.", remedy)
+    elif not is_folder(init, ModelError):
+        raise ModelError(place, "no such file or folder.", "Give an adapter's, or remove it.")
+    elif is_folder(init / "adapter", ModelError):
+        raise ModelError(place, "is a run; its adapter is inside.", f"Write {init / 'adapter'}.")
+    elif not any(path.suffix in (".safetensors", ".pt", ".bin") for path in init.iterdir()):
+        raise ModelError(place, "holds no adapter.", "Give the folder that adapter_config.json is in.")
 
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from .errors import FitError, Problem, QloraError, RunError, StopError
 from .interrupts import Interrupted
@@ -57,6 +57,23 @@ def failed(error: OSError, what: str) -> RunError:
     """An error of the operating system in words; `what` stands where it names no file."""
     place = os.fsdecode(error.filename) if error.filename is not None else what
     return RunError(place, f"{error.strerror or error}.")
+
+
+_LACKS: Final = ("failed to map segment", "annot allocate memory", "can't allocate memory", "out of memory")
+"""What the system's loader, the system, torch on a CPU and on CUDA say."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, a library, or where one is loaded."""
+    return isinstance(error, MemoryError) or any(said in str(error) for said in _LACKS)
+
+
+def no_memory(error: BaseException, what: str) -> FitError:
+    """Memory that ran out anywhere but in a training, in words."""
+    said = str(error).strip().splitlines()
+    reason = f"out of memory{f': {said[0]}' if said else ''}."
+    remedy = "Close other programs, or raise the limit on this one's memory (`ulimit -v`, the container's)."
+    return FitError(what, reason, remedy)
 
 
 def ended(stop: KeyboardInterrupt, what: str) -> StopError:

@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import xxhash
 
-from . import json_files
+from . import files, json_files
 
 STALE_SECONDS: Final = 24 * 3600
 """Age of an unfinished entry after which the run that was writing it is taken for dead."""
 
 _MANIFEST: Final = "manifest.json"
 _UNFINISHED: Final = "unfinished-"
+_LOCK: Final = ".lock"
 _BLOCK: Final = 2**20
 
 
 def check(entry: Path) -> None:
     """Compare every file with the hash it was written with, and count the entry as used just now.
+
+    What dead processes left beside it goes.
 
     Raises:
         OSError: it is missing, or a file cannot be read.
@@ -38,21 +41,42 @@ def check(entry: Path) -> None:
     if json_files.load(entry / _MANIFEST) != _hashes(entry):
         raise ValueError("a file is not what was written")
     os.utime(entry)
+    remove_dead(entry.parent)
 
 
 @contextmanager
 def unfinished(root: Path) -> Iterator[Path]:
-    """A folder to make an entry in; what is still in it goes at the end.
+    """A folder to make an entry in; what is still in it goes at the end, or when the cache is used next.
 
     Raises:
         OSError: `root` cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
+    remove_dead(root)
+    folder = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    held = _lock_of(folder)
     try:
-        yield folder
+        with held.open("xb") as file:
+            files.lock(file)
+            folder.mkdir(mode=0o700)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        held.unlink(missing_ok=True)
+
+
+def remove_dead(root: Path) -> None:
+    """Remove what processes that ended without a chance to were making: nobody holds its lock any more."""
+    for held in root.glob(f"{_UNFINISHED}*{_LOCK}"):
+        folder = held.with_name(held.name.removesuffix(_LOCK))
+        if folder.is_dir() and files.is_abandoned(held):
+            shutil.rmtree(folder, ignore_errors=True)
+            held.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    """Beside it: the folder itself becomes the entry."""
+    return folder.with_name(f"{folder.name}{_LOCK}")
 
 
 def publish(folder: Path, entry: Path, max_bytes: int) -> None:
@@ -74,8 +98,8 @@ def publish(folder: Path, entry: Path, max_bytes: int) -> None:
 
 def _hashes(entry: Path) -> dict[str, str]:
     """By path inside the entry, of all files but the manifest."""
-    files = [path for path in sorted(entry.rglob("*")) if path.is_file() and path != entry / _MANIFEST]
-    return {path.relative_to(entry).as_posix(): _hash(path) for path in files}
+    found = [path for path in sorted(entry.rglob("*")) if path.is_file() and path != entry / _MANIFEST]
+    return {path.relative_to(entry).as_posix(): _hash(path) for path in found}
 
 
 def _hash(path: Path) -> str:
@@ -88,14 +112,26 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _size(entry: Path) -> int:
+    """Bytes; of one that another process fills or removes at this moment, about."""
+    total = 0
+    for file in entry.rglob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
 def _prune(newest: Path, max_bytes: int) -> None:
-    found = {path: path.stat().st_mtime for path in newest.parent.iterdir()}
+    found: dict[Path, float] = {}
+    for path in newest.parent.iterdir():
+        with suppress(FileNotFoundError):  # another process is done with it
+            found[path] = path.stat().st_mtime
     room = max_bytes
     for path in sorted(found, key=lambda path: (path == newest, found[path]), reverse=True):
-        if path.name.startswith(_UNFINISHED):
-            if time.time() - found[path] > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+        is_unfinished = path.name.startswith(_UNFINISHED)
+        if is_unfinished and time.time() - found[path] > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
             continue
-        room -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if room < 0 and path != newest:
+        room -= _size(path)
+        if room < 0 and path != newest and not is_unfinished:
             shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final
 
 from .units import format_bytes
 
@@ -96,3 +96,30 @@ def sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def lock(file: IO[Any]) -> bool | None:
+    """Hold an open file until it is closed or the process ends, in whatever way.
+
+    False: another process holds it, and so lives; None: this system or its disk cannot tell.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_abandoned(path: Path) -> bool | None:
+    """Whether a file that its process held by `lock` has outlived it; None where that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            return lock(file)
+    except OSError:
+        return None

@@ -82,12 +82,11 @@ def run(
             raise RunError.of((*error.problems, endings.kept(place))) from None
         except (FitError, RunError) as error:
             raise endings.with_bearings(error, place) from None
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or ladder.ran_out(error)):
+        except (RuntimeError, MemoryError, OSError) as error:
+            if ladder.ran_out(error) or endings.lacks_memory(error):
+                raise endings.with_bearings(endings.no_memory(error, recipe.name), place) from None
+            if not isinstance(error, OSError):
                 raise
-            found = FitError(recipe.name, f"out of memory: {weights.first_line(error)}")
-            raise endings.with_bearings(found, place) from None
-        except OSError as error:
             raise endings.with_bearings(endings.failed(error, recipe.name), place) from None
 
 
@@ -296,7 +295,7 @@ def _save(ready: _Ready, place: run_folder.RunFolder, log: MetricsLog, display: 
     try:
         place.restore()
         adapters.save(ready.tuned, ready.base, place.path / "adapter")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever a library makes of this place: another may do, training again costs
         display.say(f"{wanted} cannot be written: {weights.first_line(error)}")
         try:
             place.move()

@@ -26,7 +26,12 @@ from .strict_yaml import dotted_path
 KeyPath = strict_yaml.Path
 
 COMMAND_LINE: Final = "command line"
-MAX_BYTES: Final = 1_000_000
+MAX_BYTES: Final = 200_000
+"""PyYAML reads 100 kB a second on a busy core; a recipe of a thousand sources has 60 kB."""
+
+
+DATA: Final = (".jsonl", ".csv", ".parquet", ".txt")
+"""Of files that no recipe is in; a .json may be one."""
 
 MAX_PROBLEMS: Final = 20
 """Problems that are told; a file that is no recipe may have as many as lines."""
@@ -61,6 +66,9 @@ def find_recipe(name_or_path: str) -> Path:
         RecipeError: no such file, or no such name -> the nearest one; a path that cannot be looked up.
     """
     path = Path(name_or_path)
+    if path.suffix.lower() in DATA and is_file(path, RecipeError):
+        remedy = f"Give it to a recipe, `recipe NAME data.train.path={name_or_path}`, or to `doctor NAME` alike."
+        raise RecipeError(name_or_path, "is a file of data, not a recipe.", remedy)
     if is_file(path, RecipeError):
         return path
     names = {found.stem: found for found in list_recipes()}

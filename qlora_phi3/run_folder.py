@@ -13,15 +13,16 @@ import errno
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from . import files
-from .errors import OutputError, RunError
+from .errors import ModelError, OutputError, RunError
 from .units import format_bytes
 
 REMEDY: Final = "Choose another folder with --out."
@@ -30,7 +31,11 @@ CLAIM: Final = ".claim.json"
 RESERVE: Final = ".reserve"
 """Holds disk space for what is written at the end."""
 
+_BEFORE: Final = {CLAIM, RESERVE, "recipe.yaml", "plan.json"}
+"""All that a run writes before it trains."""
+_UNFINISHED: Final = re.compile(r"\.(recipe\.yaml|plan\.json)\.\d+")
 _TRIES: Final = 100
+_LISTED: Final = 5
 _LINK: Final = "is a link that leads nowhere."
 
 
@@ -49,6 +54,7 @@ class RunFolder:
         self.plan: dict[str, Any] | None = None
         self._claimed, self._made = path, made
         self._token = secrets.token_hex(8)
+        self._held: IO[str] | None = None
         self._texts: dict[str, str] = {}
         self._unwritten: set[str] = set()
 
@@ -126,11 +132,25 @@ class RunFolder:
         path = self.path / CLAIM
         file = path.open("x", encoding="utf-8")
         try:
-            with file:
-                json.dump({"process": os.getpid(), "host": platform.node(), "run": self._token}, file)
+            files.lock(file)
+            json.dump({"process": os.getpid(), "host": platform.node(), "run": self._token}, file)
+            file.flush()
         except OSError:
+            file.close()
             path.unlink(missing_ok=True)
             raise
+        self._held = file
+
+    def _end_claim(self) -> None:
+        """The file first, then its lock: one that nobody holds is a dead run's."""
+        held, self._held = self._held, None
+        if os.name == "nt" and held is not None:  # which removes no open file, and has no lock
+            held.close()
+        with contextlib.suppress(OSError):
+            (self._claimed / CLAIM).unlink()
+        if held is not None:
+            with contextlib.suppress(OSError):
+                held.close()
 
     def is_ours(self) -> bool:
         """Whether the folder is the one that was claimed, not another in its place."""
@@ -177,9 +197,10 @@ class RunFolder:
     def remove(self) -> None:
         """Undo all that this run made, and nothing else."""
         if self.is_ours():
-            for name in (*self._texts, RESERVE, CLAIM):
+            for name in (*self._texts, RESERVE):
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
+            self._end_claim()
         for folder in self._made:
             with contextlib.suppress(OSError):  # not ours alone any more
                 folder.rmdir()
@@ -187,9 +208,9 @@ class RunFolder:
     def close(self) -> None:
         """End the claim; what the run wrote stays."""
         if self.is_ours():
-            for name in (RESERVE, CLAIM):
-                with contextlib.suppress(OSError):
-                    (self._claimed / name).unlink()
+            with contextlib.suppress(OSError):
+                (self._claimed / RESERVE).unlink()
+            self._end_claim()
 
 
 @contextlib.contextmanager
@@ -235,6 +256,7 @@ def _claim(folder: Path) -> RunFolder:
     check_folder(folder)
     made: list[Path] = []
     try:
+        _clear_dead(folder)
         _make(folder.absolute(), made)
         run = RunFolder(folder, made)
         run.sign()
@@ -284,17 +306,70 @@ def check_folder(folder: Path, but: str = "") -> None:
         OutputError: another run, other files, or no folder at all.
     """
     try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        reason = "its whole path is not UTF-8, and the libraries that save the adapter take no other."
+        raise OutputError(str(folder.absolute()), reason, REMEDY) from None
+    try:
         there = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
         if not there.is_dir():
             what = "is a file." if there.exists() else _LINK
             reason = what if there == folder else f"cannot be made: {there} {what}"
             raise OutputError(str(folder), reason, REMEDY)
         found = {path.name for path in folder.iterdir()} - {but} if there == folder else set()
-        if found:
+        if found and not _is_dead(folder):
             run = found & {"recipe.yaml", CLAIM}
             raise _Taken(str(folder), "holds another run." if run else "is not empty.", REMEDY)
     except OSError as error:
         raise OutputError(str(folder), f"cannot be used: {error.strerror}.", REMEDY) from None
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that holds runs and is none itself.
+
+    Raises:
+        ModelError: which runs are in it, the newest first.
+    """
+    try:
+        inside = [path.parent for path in folder.glob("*/recipe.yaml")]
+        inside += [path.parent for path in folder.glob("*/*/recipe.yaml")]
+        inside.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    except OSError:  # it is told when it is read
+        return
+    if inside and not (folder / "recipe.yaml").exists() and not (folder / "adapter_config.json").exists():
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        remedy = f"Give one of them: {', '.join(map(str, inside[:_LISTED]))}{more}."
+        raise ModelError(str(folder), "is a folder of runs, no run itself.", remedy)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether it holds only what a run that was killed before it trained has left.
+
+    A claim is written under its lock: an empty one is a run's that is just making it.
+    """
+    names = {path.name for path in folder.iterdir()}
+    unfinished = {name for name in names if _UNFINISHED.fullmatch(name)}
+    if CLAIM not in names or not names - unfinished <= _BEFORE or not files.is_abandoned(folder / CLAIM):
+        return False
+    try:
+        return '"run": ' in (folder / CLAIM).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _clear_dead(folder: Path) -> None:
+    """Remove what such a run has left, the claim last, under its lock: two runs may find it at once.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not folder.is_dir() or not _is_dead(folder):
+        return
+    with contextlib.suppress(FileNotFoundError), (folder / CLAIM).open("rb") as claim:
+        if not files.lock(claim) or not os.path.samestat(os.fstat(claim.fileno()), (folder / CLAIM).stat()):
+            return
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CLAIM):
+            path.unlink()
 
 
 def _is_there(path: Path) -> bool:

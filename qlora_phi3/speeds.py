@@ -6,12 +6,13 @@ Owns which of them say something about a recipe. Nothing is predicted from them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from . import builtin, json_files
+from . import builtin, files, json_files
 from .files import read_bytes
 from .recipe import Recipe
 
@@ -79,11 +80,16 @@ def note(speed: Speed) -> None:
     """
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size > MAX_BYTES:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:  # one write: runs side by side do not mix their lines
-        file.write(json.dumps(speed.to_json()) + "\n")
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        files.write_text(path, "".join(lines[len(lines) // 2 :]))
+    with open(path, "a", encoding="utf-8", opener=_itself) as file:
+        file.write(json.dumps(speed.to_json()) + "\n")  # one write: runs side by side do not mix their lines
+
+
+def _itself(name: str, flags: int) -> int:
+    """Opened without following a link to a file of somebody's, or waiting for who reads a pipe."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def alike(recipe: Recipe) -> list[Speed]:

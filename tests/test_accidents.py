@@ -277,6 +277,66 @@ def test_other_commands_end_in_a_sentence(
     check_words(ended, code, "doctor: stopped by")
 
 
+@pytest.mark.parametrize(
+    "moment", ["report:show", "run_folder:RunFolder.close", "speeds:note", "progress:drop_unwritten"]
+)
+def test_stopped_when_all_is_there_it_says_so(
+    start: Callable[..., Running], tmp_path: Path, moment: str
+) -> None:
+    when = Moment(f"qlora_phi3.{moment}")
+    more = ("train.max_steps=5",) if moment == "speeds:note" else ()
+    ended = start("--out", "out", *more, moment=when, act=_signal, given=("SIGHUP",)).wait()
+    at_the_very_end = moment == "progress:drop_unwritten"
+    check_words(ended, 0 if at_the_very_end else 3, *([] if at_the_very_end else ["the terminal was closed"]))
+    check_whole(tmp_path / "out", 5 if more else 3)
+
+
+def test_a_closing_terminal_tells_twice_and_costs_nothing(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    """The system sends SIGHUP to the group, and the shell to its jobs."""
+    accident = {"moment": Moment(STEP, 2), "act": _signal, "given": ("SIGHUP", "SIGHUP")}
+    check_words(start("--out", "out", **accident).wait(), 3, "the terminal was closed")
+    check_whole(tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize(
+    ("moment", "signals", "code"),
+    [("remove", ("SIGINT", "SIGINT"), 2), ("sign", ("SIGTERM",), 143)],
+)
+def test_no_signal_disturbs_claiming_and_clearing(
+    start: Callable[..., Running],
+    tmp_path: Path,
+    checkpoints: Callable[[], Path],
+    moment: str,
+    signals: tuple[str, ...],
+    code: int,
+) -> None:
+    wrong = f"adapter.init={checkpoints() / 'model.safetensors'}"  # is refused when the base is there
+    when = Moment(f"qlora_phi3.run_folder:RunFolder.{moment}")
+    ended = start("--out", "deep/out", wrong, moment=when, act=_signal, given=signals).wait()
+    check_words(ended, code)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_a_killed_run_left_is_told_from_a_living_one_s(
+    start: Callable[..., Running], tmp_path: Path, moment: str
+) -> None:
+    """Before it trained there is nothing of worth: the next run has the folder. The cache is swept as well."""
+    when = {"before": Moment("qlora_phi3.model:load"), "after": Moment(STEP, 2)}[moment]
+    assert start("--out", "out", moment=when, act=_signal, given=("SIGKILL",)).wait().returncode == -9
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {".claim.json", "recipe.yaml"} <= left
+    ended = start("--out", "out").wait()
+    if moment == "before":
+        check_words(ended, 0)
+        check_whole(tmp_path / "out", 3)
+    else:
+        check_words(ended, 2, "out: holds another run")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == left
+
+
 def test_a_second_ctrl_c_ends_it_at_once(start: Callable[..., Running], tmp_path: Path) -> None:
     ended = start("--out", "out", moment=Moment(STEP, 2), act=_signal, given=("SIGINT", "SIGINT")).wait()
     check_words(ended, 130, "stopped at once by Ctrl-C", "no adapter was saved")
@@ -285,6 +345,37 @@ def test_a_second_ctrl_c_ends_it_at_once(start: Callable[..., Running], tmp_path
         "plan.json",
         "metrics.jsonl",
     }
+
+
+# --- memory
+
+
+def _no_memory(*errors: str) -> None:
+    known = {
+        "MemoryError": MemoryError(),
+        "ImportError": ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        "OSError": OSError(12, "Cannot allocate memory"),
+        "RuntimeError": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    }
+    raise known[errors[0]]
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "ImportError", "OSError", "RuntimeError"])
+@pytest.mark.parametrize("command", ["doctor", "recipe"])
+def test_memory_that_runs_out_anywhere_is_told_as_that(
+    start: Callable[..., Running], tmp_path: Path, command: str, error: str
+) -> None:
+    moment = {"doctor": "qlora_phi3.checkup:check_machine", "recipe": "qlora_phi3.data:check"}[command]
+    accident = {"moment": Moment(moment), "act": _no_memory, "given": (error,)}
+    if command == "recipe" and error == "ImportError":
+        accident["moment"] = Moment("qlora_phi3.process:quiet")
+    if command == "doctor":
+        ended = run("doctor", cwd=tmp_path, **accident)
+    else:
+        ended = start("--out", "out", **accident).wait()
+    assert ended.returncode == 4, ended
+    check_words(Ended(4, "", ended.stderr.replace(error, "")), 4, ": out of memory", "Close other programs")
+    assert not (tmp_path / "out").exists()
 
 
 # --- several at once

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -86,6 +88,40 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="No such file"):
         publish()
+
+
+def _begin_and_die(root: str) -> None:
+    with entries.unfinished(Path(root)) as folder:
+        (folder / "file").write_bytes(b"x" * 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such lock: there a day's age decides")
+@pytest.mark.parametrize("use", ["check", "unfinished"])
+def test_what_a_killed_process_left_goes_at_the_next_use(tmp_path: Path, use: str) -> None:
+    root = tmp_path / "root"
+    entry = make(root, "one")
+    child = multiprocessing.get_context("fork").Process(target=_begin_and_die, args=(str(root),))
+    child.start()
+    child.join()
+    with entries.unfinished(root) as alive:  # removes the dead one itself
+        assert {path.name for path in root.iterdir() if path.is_dir()} == {"one", alive.name}
+        entries.check(entry)
+        assert alive.is_dir()
+    child = multiprocessing.get_context("fork").Process(target=_begin_and_die, args=(str(root),))
+    child.start()
+    child.join()
+    assert len(list(root.iterdir())) == 3
+    entries.check(entry) if use == "check" else make(root, "two")
+    assert not list(root.glob("unfinished-*"))
+
+
+def test_what_another_process_is_making_counts(tmp_path: Path) -> None:
+    os.utime(make(tmp_path, "old"), (1000, 1000))
+    with entries.unfinished(tmp_path) as folder:
+        (folder / "file").write_bytes(b"x" * 5000)
+        make(tmp_path, "new", max_bytes=5000)
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"new", folder.name}
 
 
 def test_the_oldest_make_room(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -84,6 +85,19 @@ def test_what_is_there_is_left_alone(there: str) -> None:
     with pytest.raises(OutputError, match=why), claim(Path("out"), "tiny"):
         pass
     assert [(path.name, path.read_text()) for path in Path("out").iterdir()] == [(there, "mine")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere paths are text")
+@pytest.mark.parametrize("above", [False, True])
+def test_a_path_that_no_library_can_write_to_is_refused(above: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, the adapter could not be saved."""
+    bad = Path(os.fsdecode(b"caf\xe9"))
+    if above:
+        bad.mkdir()
+        monkeypatch.chdir(bad)
+    with pytest.raises(OutputError, match="is not UTF-8"), claim(None if above else bad / "out", "tiny"):
+        pass
+    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling", "loop", "below a file"])

@@ -140,6 +140,21 @@ def test_a_few_steps_say_little() -> None:
     assert noting(Done()) == [] and [one.tokens_per_second for one in speeds.alike(recipe())] == [5.0]
 
 
+@pytest.mark.parametrize("there", ["link", "dangling", "pipe"])
+def test_speeds_go_into_no_other_file(cache: Path, tmp_path: Path, there: str) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    victim = tmp_path / "victim"
+    if there == "pipe":
+        os.mkfifo(cache / "speeds.jsonl")
+    else:
+        (cache / "speeds.jsonl").symlink_to(victim)
+    if there == "link":
+        victim.write_text("mine")
+    with pytest.raises(OSError, match="symbolic links|No such device"):
+        speeds.note(speed())
+    assert victim.read_text() == "mine" if there == "link" else not victim.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(builtin.CACHE_ENV, str(tmp_path / "file"))

@@ -5,6 +5,7 @@ Here a short part with fixed choices; `make strangers MINUTES=30` goes on with n
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,11 @@ def interruptions(command: str) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.tuples(st.sampled_from(kinds), moments, moments, signals, numbers, hows)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a run may have it."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+
+
 class Machine(RuleBasedStateMachine):
     """One stranger's day."""
 
@@ -75,6 +81,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_damages = 0
         self._folder = tempfile.TemporaryDirectory(prefix="strangers-")
         self.world = World(Path(self._folder.name), type(self).say)
         (self.world.work / "empty").mkdir()
@@ -86,9 +93,7 @@ class Machine(RuleBasedStateMachine):
     @rule(out=st.sampled_from(OUTS), change=st.sampled_from(sorted(CHANGES)), how=interruptions("recipe"))
     def train(self, out: str | None, change: str, how: tuple[Any, ...]) -> None:
         words, place = self._train(out, CHANGES[change])
-        free = out is None or not (self.world.work / out).exists() or out == "empty"
-        free = free and not (out == "empty" and any((self.world.work / out).iterdir()))
-        fine = self.world.is_pristine() and free
+        fine = self.world.is_pristine() and (out is None or is_free(self.world.work / out))
         ended = self.world.execute(words, place, self._pauses(how))
         if fine and how[0] == "none" and change not in ("not a number", "wrong"):
             assert ended.returncode == 0, ended
@@ -126,12 +131,17 @@ class Machine(RuleBasedStateMachine):
     def look(self, what: str, how: tuple[Any, ...]) -> None:
         self.world.execute(LOOKS[what], None, self._pauses(how))
 
+    @precondition(lambda self: self.num_damages < 2)
     @rule(number=numbers, how=st.sampled_from(sorted(DAMAGES)))
     def damage(self, number: int, how: str) -> None:
+        """Not more than two between commands: what all is in ruins refuses everything."""
+        self.num_damages += 1
         self.world.damage(number, how)
 
+    @precondition(lambda self: not self.world.is_pristine())
     @rule()
     def mend(self) -> None:
+        self.num_damages = 0
         self.world.mend()
 
     @precondition(lambda self: self.world.runs())
@@ -150,6 +160,7 @@ class Machine(RuleBasedStateMachine):
         return words, out or "runs/tiny"
 
     def _pauses(self, how: tuple[Any, ...]) -> list[Pause]:
+        self.num_damages = 0
         kind, first, second, signal, number, damage = how
         world = self.world
         send: Interlude = lambda child: world.send(child, signal)  # noqa: E731

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,13 @@ class World:
     ) -> None:
         after = snapshot(self.work)
         killed = told.killed and ended.returncode == -signal.SIGKILL
+        if ended.returncode < 0 and not killed and not ended.stderr:  # in its first milliseconds
+            ended = replace(ended, returncode=128 - ended.returncode)
         if not killed:
             check_told(ended)
-        gone = {name for name in before if name not in after and not _may_go(name, words)}
+        gone = {name for name in before if name not in after and not _may_go(name, words, place, before)}
         changed = {name for name in before if name in after and before[name] != after[name]}
+        changed = {name for name in changed if not _may_go(name, words, place, before)}
         if words[0] == "report":
             changed -= {f"{place}/report.html"}
         if words[0] == "export" and "--force" in words:
@@ -279,16 +282,18 @@ class World:
         paths += sorted(_walk(self.cache))
         path = paths[number % len(paths)]
         self.say(f"{how} {path.relative_to(self.root)}")
-        with suppress(OSError):
-            DAMAGES[how](path)
+        with suppress(OSError, IndexError):  # of an empty file no bit can be turned
+            (destroy if path.is_fifo() else DAMAGES[how])(path)  # opening a pipe would wait for ever
 
 
-def _may_go(name: str, words: tuple[str, ...]) -> bool:
+def _may_go(name: str, words: tuple[str, ...], place: str | None, before: Snapshot) -> bool:
     """What killed commands left may be cleared by the next to the same place."""
-    parts = Path(name).parts
+    path = Path(name)
     if words[0] == "export":
-        return any(part.startswith(".") and (".unfinished-" in part or ".replaced-" in part) for part in parts)
-    return False
+        hidden = [part for part in path.parts if part.startswith(".")]
+        return any(".unfinished-" in part or ".replaced-" in part for part in hidden)
+    claimed = f"{place}/.claim.json" in before and f"{place}/metrics.jsonl" not in before
+    return words[0] == "recipe" and claimed and str(path.parent) == place
 
 
 def _belongs(name: str, place: str) -> bool:
@@ -327,7 +332,7 @@ def check_export(folder: Path) -> None:
     assert found == listed, folder
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys()), path
+            assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys()), path  # noqa: SIM118
 
 
 # --- files
