@@ -80,6 +80,7 @@ def main() -> None:
     """
     if sys.stderr is not None:
         sys.stderr = progress.lossy(sys.stderr)  # what is only told may be lost, nothing else with it
+    progress.forgive(sys.stdout)
     code: int | str | None = 0
     try:
         with Interrupts().watched():  # SIGTERM and a closed terminal are told as Ctrl-C is
@@ -437,4 +438,5 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    text = json.dumps(content, indent=2)  # ASCII: whatever a file holds, and whatever the terminal can show
+    typer.echo(text.replace("\x7f", "\\u007f"))

@@ -113,7 +113,10 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
     "line.jsonl": (lines(json.dumps({"text": MEGABYTE})[:-2]), ["line.jsonl:1: not valid JSON: "]),
     "role.jsonl": (lines(messages({"role": MEGABYTE, "content": "a"})), ["role 'xxx", "xxx... is unknown."]),
     "key.jsonl": (lines({MEGABYTE: 1}), ["has no format that is known (found keys 'xxx", "xxx...')."]),
-    "more.jsonl": (lines(messages({**USER, MEGABYTE: "y"})), ["messages[0]: 'xxx", "xxx... is not available"]),
+    "more.jsonl": (
+        lines(messages({**USER, MEGABYTE: "y"})),
+        ["messages[0]: 'xxx", "xxx... is not available"],
+    ),
     "header.csv": (
         f"{MEGABYTE},{MEGABYTE}\na,b\n".encode(),
         ["header.csv:1: the header names 'xxx", "twice"],

@@ -101,11 +101,13 @@ def _look(
         return Look(use, source.path, why="it is large, and would have to be read whole")
     number = 0
     for row in useful(source, data, train, evaluate, use):
-        if number == MAX_ROWS or (number % 16 == 0 and process_time() > until):
+        if number == MAX_ROWS:
             return Look(use, source.path, number)
         number += 1
         if isinstance(row, Problem):
             told.add(row)
+        if number % 16 == 1 and process_time() > until:
+            return Look(use, source.path, number)
     return Look(use, source.path, number, whole=True)
 
 
