@@ -192,7 +192,7 @@ def _shown_only(message: Message) -> Message:
 
 def _history(row: dict[str, Any], place: str) -> list[Turn]:
     """Earlier exchanges, as LLaMA-Factory writes them: a list of questions with their answers."""
-    history = row.get("history")
+    history: Any = row.get("history")
     if not carries(history):
         return []
     found = parse_list(history, place, "history is ") if isinstance(history, str) else history
