@@ -32,8 +32,10 @@ OTHER_STYLES: Final = ("default", "reverse dim")
 """Two of each by turns, so that every token is seen."""
 
 BAR_WIDTH: Final = 30
-_DRIVING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tabs and new lines, and those that turn the direction of what follows."""
+_DRIVING: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tabs and new lines, half characters, and those that turn the direction of a text."""
 
 
 @dataclass(frozen=True)

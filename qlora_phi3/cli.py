@@ -6,6 +6,7 @@ that needs it, so that everything else answers at once.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -42,7 +43,6 @@ from .errors import (
     is_file,
     is_folder,
     printable,
-    printable_json,
     shown,
 )
 from .recipe import Recipe
@@ -95,6 +95,7 @@ def main(*, to_the_end: bool = False) -> None:
     """
     if sys.stderr is not None:
         sys.stderr = progress.lossy(sys.stderr)  # what is only told may be lost, nothing else with it
+    progress.forgive(sys.stdout)
     with interrupts.watched(to_the_end=to_the_end) as asked, asked.deferred():
         code = _end()
     sys.exit(code)
@@ -482,4 +483,5 @@ def _run(found: Recipe, out: Path | None, as_json: bool) -> None:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(printable_json(content))
+    text = json.dumps(content, indent=2)  # ASCII: whatever a file holds, and whatever the terminal can show
+    typer.echo(text.replace("\x7f", "\\u007f"))

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from . import installed
 from .errors import FitError, Problem, QloraError, RunError, StopError
 from .interrupts import Interrupted
 from .run_folder import RunFolder
@@ -59,13 +60,13 @@ def failed(error: OSError, what: str) -> RunError:
     return RunError(place, f"{error.strerror or error}.")
 
 
-_LACKS: Final = ("failed to map segment", "annot allocate memory", "can't allocate memory", "out of memory")
-"""What the system's loader, the system, torch on a CPU and on CUDA say."""
+_LACKS: Final = ("can't allocate memory", "out of memory")
+"""What torch says on a CPU and on CUDA."""
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory ran out, in Python, a library, or where one is loaded."""
-    return isinstance(error, MemoryError) or any(said in str(error) for said in _LACKS)
+    return installed.lacks_memory(error) or any(said in str(error) for said in _LACKS)
 
 
 def no_memory(error: BaseException, what: str) -> FitError:

@@ -6,14 +6,13 @@ exceptions with a traceback.
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any, Final
+from typing import Final
 
 from typing_extensions import Self
 
@@ -47,12 +46,6 @@ def printable(text: str, most: int | None = None) -> str:
     """One line of text with control and format characters as Python writes them, cut to `most` characters."""
     cut = text if most is None or len(text) <= most else f"{text[:most]}..."
     return cut if cut.isprintable() else "".join(one if _is_still(one) else ascii(one)[1:-1] for one in cut)
-
-
-def printable_json(content: Any) -> str:
-    """A JSON document, in whose texts such characters are escapes."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    return "".join(one if one == "\n" or _is_still(one) else json.dumps(one)[1:-1] for one in text)
 
 
 def _is_still(one: str) -> bool:

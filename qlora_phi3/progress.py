@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, Final, TextIO, cast
 
@@ -60,6 +61,12 @@ class Output(Console):
 def lossy(stream: TextIO) -> TextIO:
     """The stream itself, or around it one that never fails."""
     return stream if isinstance(stream, LossyStream) else cast(TextIO, LossyStream(stream))
+
+
+def forgive(stream: TextIO | None) -> None:
+    """Let a stream write what its encoding lacks as escapes: Latin-1 has no 日, and a row may."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def drop_unwritten(stream: TextIO | None) -> OSError | None:

@@ -33,7 +33,8 @@ from qlora_phi3.adapters import (
 )
 from qlora_phi3.errors import ModelError, RunError
 from qlora_phi3.model import Base, ParameterCounts, check_dtypes
-from qlora_phi3.recipe import Adapter, Data, Recipe, Source
+from qlora_phi3.recipe import Adapter, Data, Model, Recipe, Source
+from qlora_phi3.weights import locate
 
 IDS = torch.arange(24).view(2, 12)
 QUANTIZATIONS = ["nf4", "none"]

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_cli_surface import Answer, check_refused, command, listing, several
 
+from qlora_phi3.data.look import MAX_ROWS
+
 USER = {"role": "user", "content": "hi"}
 GOOD = {"messages": [USER, {"role": "assistant", "content": "yo"}]}
 MEGABYTE = "x" * 1_000_000
@@ -64,8 +66,37 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
     "nested.jsonl": (lines({"messages": [[USER]]}), ["messages[0]: is a list, not an object."]),
     "inside.jsonl": (lines({"data": GOOD}), ["has no format that is known (found keys 'data')."]),
     "deep.jsonl": (b"[" * 100_000, ["deep.jsonl:1: not valid JSON: nested too deeply."]),
-    "list.jsonl": (lines([GOOD]), ["list.jsonl:1: has no format that is known (found a list)."]),
-    "object.json": (lines(GOOD), ["object.json: is a JSON object, not a list of rows."]),
+    "list.jsonl": (lines([[1]]), ["list.jsonl:1: has no format that is known (found a list)."]),
+    "object.json": (
+        json.dumps(GOOD, indent=1).encode(),
+        ["object.json: is a JSON object, not a list of rows."],
+    ),
+    "table.json": (
+        lines({"prompt": {"0": "a"}, "completion": {"0": "b"}}),
+        ["table.json: is one object, a table as pandas writes it.", 'orient="records"'],
+    ),
+    "packed.jsonl": (b"\x1f\x8b\x08\0\0", ["packed.jsonl: is a gzip archive", "Unpack it"]),
+    "page.csv": (b"<!doctype html>\n<title>Log in</title>", ["page.csv: is a web page (HTML)"]),
+    "twice.jsonl": (
+        b'{"prompt": "a", "completion": "b", "prompt": "c"}',
+        ["twice.jsonl:1: names the key 'prompt' twice in one object"],
+    ),
+    "names.jsonl": (
+        lines(messages({**USER, "name": "Ada"}, GOOD["messages"][1])),
+        ["names.jsonl:1: messages[0]: 'name' is not available yet.", 'Write who speaks into content ("Ada'],
+    ),
+    "tree.jsonl": (
+        lines({"message_id": "a", "parent_id": None, "role": "prompter", "text": "hi"}),
+        ["tree.jsonl:1: `message_id` and `role` would be left out", "Write a conversation as one row"],
+    ),
+    "summary.jsonl": (
+        lines({"text": "a long text", "summary": "text", "title": "Act 1"}),
+        ["summary.jsonl:1: `summary` would be left out", "rename `text` to `prompt` and `summary` to"],
+    ),
+    "thought.jsonl": (
+        lines({"prompt": "2+2?", "reasoning": "two and two", "response": "4"}),
+        ["thought.jsonl:1: `reasoning` would be left out", "put it into `response`, in front"],
+    ),
     "open.json": (
         lines([GOOD])[:-1],
         ["row 1: not valid JSON after this row: the file ends inside"],
@@ -76,13 +107,16 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
         ["the assistant says nothing"],
     ),
     "roles.jsonl": (
-        lines(GOOD, messages(USER, {"role": "bot", "content": "b"})),
-        ["roles.jsonl:2: messages[1]: role 'bot' is unknown. Use one of system, user, assistant, tool."],
+        lines(GOOD, messages(USER, {"role": "narrator", "content": "b"})),
+        ["roles.jsonl:2: messages[1]: role 'narrator' is unknown. Use one of system, user, assistant, tool."],
     ),
     "line.jsonl": (lines(json.dumps({"text": MEGABYTE})[:-2]), ["line.jsonl:1: not valid JSON: "]),
     "role.jsonl": (lines(messages({"role": MEGABYTE, "content": "a"})), ["role 'xxx", "xxx... is unknown."]),
     "key.jsonl": (lines({MEGABYTE: 1}), ["has no format that is known (found keys 'xxx", "xxx...')."]),
-    "more.jsonl": (lines(messages({**USER, MEGABYTE: 1})), ["messages[0]: 'xxx", "xxx... is not available"]),
+    "more.jsonl": (
+        lines(messages({**USER, MEGABYTE: "y"})),
+        ["messages[0]: 'xxx", "xxx... is not available"],
+    ),
     "header.csv": (
         f"{MEGABYTE},{MEGABYTE}\na,b\n".encode(),
         ["header.csv:1: the header names 'xxx", "twice"],
@@ -183,6 +217,40 @@ def test_refused(answers: dict[str, Answer], name: str) -> None:
     message = "\n".join(row for row in done.stderr.splitlines() if not row.startswith("looking up"))
     check_refused(Answer([], done.returncode, done.stdout, message), *CASES[name])
     assert len(message) < LONGEST_MESSAGE
+
+
+NEED_TOKENS = ("calls.jsonl", "tools.jsonl", "special.txt")
+"""Refused by the chat template or the tokenizer, which a dry run does not load."""
+
+
+def test_a_dry_run_refuses_the_same_rows_in_the_same_words(place: Path, answers: dict[str, Answer]) -> None:
+    wanted = {name: [f"data.train.path={name}"] for name in FILES if name not in NEED_TOKENS}
+    wanted |= {name: overrides for name, (overrides, _) in OVERRIDES.items() if "hub" not in name}
+    found = several([["recipe", "tiny.yaml", *words, "--dry-run"] for words in wanted.values()], cwd=place)
+    told = {
+        name: (answer.returncode, answer.stdout, answer.stderr)
+        for name, (answer, _) in zip(wanted, found, strict=True)
+    }
+    assert told == {name: (2, "", answers[name].stderr) for name in wanted}
+    assert all("torch" not in heavy for _, heavy in found)
+
+
+def test_a_dry_run_says_what_it_looked_at(place: Path) -> None:
+    (place / "late.jsonl").write_bytes(lines(*[GOOD] * MAX_ROWS, "broken"))
+    overrides = {
+        "all": ["data.eval=[{path: good.jsonl}, {path: org/name}]"],
+        "a part": ["data.train.path=late.jsonl"],
+        "as JSON": ["--json"],
+    }
+    found = several([["recipe", "tiny.yaml", *words, "--dry-run"] for words in overrides.values()], cwd=place)
+    (whole, part, as_json), heavy = zip(*found, strict=True)
+    assert [one.returncode for one in (whole, part, as_json)] == [0, 0, 0]
+    assert "data.train: good.jsonl: all 3 rows looked at\n" in whole.stdout
+    assert "data.eval: org/name: not read, it is on the hub\n" in whole.stdout
+    assert "data.train: late.jsonl: only the first 20,000 rows looked at\n" in part.stdout
+    [looked] = json.loads(as_json.stdout)["rows_looked_at"]
+    assert looked == {"used_for": "train", "path": str(place / "good.jsonl"), "rows": 3, "all": True}
+    assert not any(heavy)
 
 
 def test_the_doctor_finds_the_same_unreadable_rows(place: Path) -> None:

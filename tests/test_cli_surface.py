@@ -164,6 +164,18 @@ def test_the_list_as_json() -> None:
     assert all(set(row) == {"name", "description", "smallest_card_gib"} for row in rows)
 
 
+def test_a_terminal_without_the_letters_of_a_recipe_is_answered(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "version: 1\nname: r\ndescription: 日本 é\ndata: {train: {path: a.jsonl}}\n", encoding="utf-8"
+    )
+    poor = {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    line = (*COMMAND, "recipe", "r.yaml", "--show")
+    done = subprocess.run(line, capture_output=True, cwd=tmp_path, env=ENVIRONMENT | poor, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c \xe9" in done.stdout
+
+
 def test_a_dry_run_prints_the_plan_uncut() -> None:
     text = output("recipe", "phi3-mini-chat-8gb", "--dry-run")
     assert "the recipe is valid" in text and "smallest card: 4 GB" in text
@@ -173,7 +185,8 @@ def test_a_dry_run_prints_the_plan_uncut() -> None:
 
 def test_a_dry_run_as_json() -> None:
     found = json.loads(output("recipe", "phi3-mini-chat-8gb", "--dry-run", "--json", "adapter.rank=8"))
-    assert set(found) == {"recipe", "plan", "smallest_card_gib", "base_checked"} and found["base_checked"]
+    assert set(found) == {"recipe", "plan", "smallest_card_gib", "base_checked", "rows_looked_at"}
+    assert found["base_checked"]
     assert found["recipe"]["adapter"]["rank"] == 8
     assert found["plan"]["peak_bytes"] == max(phase["peak_bytes"] for phase in found["plan"]["phases"])
 
@@ -248,7 +261,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str],
     (place / "many.jsonl").write_text("\n".join(["{"] * (MAX_PROBLEMS + 5)))
     (place / "empty.jsonl").write_text("\n")
     (place / "cut.parquet").write_bytes(b"PAR1 and no more")
-    (place / "semicolons.csv").write_text("instruction;output\na;b\n")
+    (place / "bars.csv").write_text("prompt|completion\na|b\n")
     return place
 
 
@@ -554,9 +567,9 @@ LATE = {
         ["tiny.yaml", "data.train.path=cut.parquet"],
         ["/cut.parquet: not a whole Parquet file: ", "Write or download the file again."],
     ),
-    "a CSV with semicolons": Refused(
-        ["tiny.yaml", "data.train.path=semicolons.csv"],
-        ["/semicolons.csv:2: has no format that is known", "Separate columns with commas."],
+    "a CSV with bars": Refused(
+        ["tiny.yaml", "data.train.path=bars.csv"],
+        ["/bars.csv:2: has no format that is known (found keys 'prompt|completion')."],
     ),
     "no rows": Refused(["tiny.yaml", "data.train.path=empty.jsonl"], ["/empty.jsonl: holds no rows."]),
     "rows too long": Refused(

@@ -71,6 +71,7 @@ COMMANDS = {
     "labels": ["tiny.yaml", "data.train.path=labels.csv"],
     "labels left out": ["tiny.yaml", "data.train.path=labels.csv", "data.train.format=text", "data.eval="],
     "escapes": ["tiny.yaml", "data.train.path=escapes.jsonl", "--samples", "1"],
+    "escapes as JSON": ["tiny.yaml", "data.train.path=escapes.jsonl", "--samples", "1", "--json"],
     "splits": ["tiny.yaml", "data.train.path=splits"],
     "missing": ["tiny.yaml", "data.train.path=none.jsonl"],
     "no name": ["--samples", "2"],
@@ -189,6 +190,10 @@ def test_text_of_a_row_does_not_drive_the_terminal(answers: dict[str, Answer]) -
     assert done.returncode == 0
     assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
     assert "<|user|>a \\x1b[2J b<|end|>" in done.stdout and "[\\u202eabc<|end|>]" in done.stdout
+    as_json = answers["escapes as JSON"]
+    assert as_json.stdout.isascii()
+    (sample,) = document(as_json)["samples"]
+    assert "\u202eabc" in "".join(piece["text"] for piece in sample["pieces"])
 
 
 def test_warnings_do_not_fail(answers: dict[str, Answer]) -> None:

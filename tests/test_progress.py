@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.console import Console
@@ -118,3 +118,14 @@ def test_error_ends_the_bar() -> None:
     assert out.getvalue()[before:] == "failed\n"
     run(display, [1], total=1)
     assert "1/1" in out.getvalue()
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\xe9 \\u65e5"), ("latin-1", b"\xe9 \\u65e5")])
+def test_what_an_encoding_lacks_is_written_as_escapes(encoding: str, written: bytes) -> None:
+    file = BytesIO()
+    stream = TextIOWrapper(file, encoding=encoding)
+    progress.forgive(stream)
+    stream.write("é 日")
+    stream.flush()
+    assert file.getvalue() == written
+    progress.forgive(None)  # as where Python was started without a terminal

@@ -228,6 +228,8 @@ DESCRIBING: Final = _set(
 )
 """Last words of keys that only describe a row: they are named, and nothing is made of them."""
 
+MAX_NAMED: Final = 8
+"""Keys that a message names."""
 LONG: Final = 40
 """Characters of a text that does not stand in another one by chance."""
 
@@ -243,21 +245,27 @@ _NUMBERED: Final = _set("id ids idx index name num value code url uri path file 
 """The same for labels and pictures, which tables name by a number or a path."""
 _CREATED: Final = _set("created updated modified crawl warc unnamed")
 
+NAMES: Final = 2**16
+"""Keys whose meaning is remembered: a table of thousands of columns has them in every row."""
+MAX_KEY: Final = 200
+"""Characters of a key that say what it means."""
+
 _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 _HELD_OUT: Final = re.compile(r"(test|valid|val|dev|eval|held)", re.IGNORECASE)
 _TRAINING: Final = re.compile(r"train", re.IGNORECASE)
 _SPLIT: Final = _set("split subset partition fold set")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=NAMES)
 def words_of(key: str) -> tuple[str, ...]:
     """`goldAnswer_text` -> gold, answer, text; `CoT` is one word."""
+    key = key[:MAX_KEY]
     if len(key) <= 4 and key.isalpha():
         return (key.casefold(),)
     return tuple(word.casefold() for word in _WORD.findall(key))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=NAMES)
 def meaning(key: str, format_: str) -> Meaning | None:
     """What a key that `format_` does not use says by its name; None where it may be left out."""
     words = words_of(key)
@@ -292,7 +300,7 @@ def singulars(word: str) -> Iterable[str]:
         yield word[:-1]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=NAMES)
 def describes(key: str) -> bool:
     """Whether a key of this name only says where a row is from, or how it is counted."""
     words = words_of(key)
@@ -305,15 +313,19 @@ def describes(key: str) -> bool:
 
 def carries(value: Any) -> bool:
     """Whether a value says anything: blanks, nulls and lists of them do not, 0 and false do."""
-    if isinstance(value, str):
-        return bool(value) and not value.isspace()
-    if isinstance(value, int):
-        return True
-    if isinstance(value, dict):  # Parquet fills the fields that a row lacks with null
-        return any(carries(one) for one in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(carries(one) for one in value)
-    return value is not None and value == value  # NaN, which pandas writes for nothing
+    waiting = [value]  # no recursion: JSON may be nested as deep as Python can read it
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if one and not one.isspace():
+                return True
+        elif isinstance(one, dict):  # Parquet fills the fields that a row lacks with null
+            waiting += one.values()
+        elif isinstance(one, (list, tuple)):
+            waiting += one
+        elif one is not None and one == one:  # NaN is what pandas writes for nothing
+            return True
+    return False
 
 
 def is_neutral(key: str, value: Any) -> bool:
@@ -377,7 +389,10 @@ def _may_go(one: Meaning, format_: str, value: Any, named: bool) -> bool:
 def _refusal(
     keys: list[str], one: Meaning, format_: str, shape: tuple[str, str], place: str, value: Any
 ) -> DataError:
-    *others, final = (f"`{_short(key)}`" for key in keys)
+    named = [f"`{_short(key)}`" for key in keys[:MAX_NAMED]]
+    if len(keys) > MAX_NAMED:
+        named.append(f"{len(keys) - MAX_NAMED:,} more")
+    *others, final = named
     names = f"{', '.join(others)} and {final}" if others else final
     asked, answer = shape
     reason = f"{names} would be left out ({shown(value)}): {one.says}."

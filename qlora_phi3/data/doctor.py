@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError, Problem, shown
+from ..errors import DataError, Problem, printable, shown
 from ..findings import Finding, Grade
 from ..recipe import GENERATION_METRICS, Data, Evaluate
 from .batches import Outcome
@@ -184,12 +184,13 @@ class Examiner:
             assert isinstance(outcome, Problem)
             room = outcome.remedy in self.remedies or len(self.remedies) < MAX_REMEDIES
             remedy = outcome.remedy if room else _OTHERS
-            self.remedies.setdefault(remedy, Places()).add(f"{outcome.place}: {outcome.reason}")
+            told = Problem(outcome.place, outcome.reason)
+            self.remedies.setdefault(remedy, Places()).add(str(told))
             return
         for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
         for key, value in row.unused:
-            name = _cut(str(key))
+            name = _cut(printable(str(key)))
             if name not in self.columns:
                 self.columns[name] = Column(shown(value), row.place)
             self.columns[name].num_rows += 1

@@ -14,7 +14,7 @@ from ..errors import DataError
 from .provenance import SourceFile
 
 _UNPACK: Final = "Unpack it, and give what was in it."
-_AS_CSV: Final = "Save it as CSV (UTF-8) there."
+_AS_CSV: Final = "Save it as CSV (UTF-8) in its program."
 _AS_JSONL: Final = "Write it as JSONL or Parquet with the program that made it."
 _AS_PARQUET: Final = "Write it as Parquet: Dataset.to_parquet(path)."
 _RAW: Final = "Download the raw file: this is the page that shows it, or asks to log in."
@@ -27,13 +27,18 @@ _SIGNS: Final = (
     (
         rb"PK\x03\x04",
         "a zip archive, or a spreadsheet (.xlsx)",
-        f"Unpack it; of a spreadsheet: {_AS_CSV.lower()}",
+        "Unpack it; a spreadsheet: save it as CSV (UTF-8) in its program.",
     ),
     (rb"\xd0\xcf\x11\xe0", "a spreadsheet (.xls)", _AS_CSV),
     (rb"PAR1", "a Parquet file", "Name it .parquet."),
     (rb"ARROW1|\xff\xff\xff\xff.\x00", "an Arrow file", _AS_PARQUET),
     (rb"SQLite format 3", "an SQLite database", _AS_JSONL),
     (rb"\x89HDF|\x93NUMPY|\x80[\x03-\x05]", "a file of arrays or pickled objects", _AS_JSONL),
+    (
+        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|ID3|OggS|\x7fELF",
+        "a picture, a sound or a program",
+        "Give a file of rows.",
+    ),
     (rb"%PDF-", "a PDF", "Give its text as .txt or JSONL."),
     (rb"version https://git-lfs", "a pointer of Git LFS", "Run `git lfs pull`, or download the file itself."),
 )

@@ -192,7 +192,7 @@ def _shown_only(message: Message) -> Message:
 
 def _history(row: dict[str, Any], place: str) -> list[Turn]:
     """Earlier exchanges, as LLaMA-Factory writes them: a list of questions with their answers."""
-    history = row.get("history")
+    history: Any = row.get("history")
     if not carries(history):
         return []
     found = parse_list(history, place, "history is ") if isinstance(history, str) else history
@@ -219,6 +219,9 @@ def _text(row: dict[str, Any], place: str, picked: Picked) -> Text:
 def _preference(row: dict[str, Any], place: str, picked: Picked) -> Preference:
     """The two answers behind what they have in common: `prompt`, and the messages both begin with."""
     prompt = _said(row, "prompt", "user", place) if row.get("prompt") is not None else []
+    if not prompt and all(isinstance(row[key], str) for key in ("chosen", "rejected")):
+        reason = "is a preference (chosen and rejected) without the question that both answer."
+        raise DataError(place, reason, "Write it as `prompt`, and only the answers as chosen and rejected.")
     chosen, rejected = (_branch(prompt, row, key, place) for key in ("chosen", "rejected"))
     for turns in (chosen, rejected):
         check_turns(turns, place)

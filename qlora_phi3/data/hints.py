@@ -6,6 +6,7 @@ Owns guesses that are only told. Nothing is read because of one.
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Any, Final
 
 from .columns import meaning, singulars, words_of
@@ -25,9 +26,12 @@ def hint(row: Any) -> str:
     """A way on for the commonest reasons that a row's keys are not found; nothing where none is known."""
     if not isinstance(row, dict):
         return ""
-    if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t"):
-        return "Separate columns with commas."
-    return _known(row) or _rename(row)
+    first = dict(islice(row.items(), MAX_KEYS))
+    return _known(first) or _rename(first)
+
+
+MAX_KEYS: Final = 200
+"""Keys that are looked at; a row of more is no row that anybody wrote."""
 
 
 _ASKED: Final = (

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ..errors import DataError, Problem
 from ..recipe import Source
 from .provenance import Record, SourceRead
-from .sources import Row, without_nulls
+from .sources import Row, first_line, without_nulls
 
 TIMEOUT_SECONDS: Final = 10.0
 """Of the first look-up; `datasets` alone tries an unreachable hub for half a minute."""
@@ -36,7 +36,7 @@ def rows_of(source: Source, record: Record | None = None) -> Iterator[Row]:
         yield from ((problem.place, problem) for problem in error.problems)
     except Exception as error:  # any reader of `datasets`, and its HTTP library, raises what it likes
         where = f"{place}: row {number + 1}"
-        yield where, Problem(where, f"cannot be read: {_first_line(error)}.", _NETWORK)
+        yield where, Problem(where, f"cannot be read: {first_line(error)}.", _NETWORK)
     else:
         if not number:
             yield place, Problem(place, "holds no rows.", "Choose another split.")
@@ -68,7 +68,7 @@ def _open(source: Source, place: str, record: Record | None) -> Any:
         )
     except Exception as error:  # ValueErrors, FileNotFoundErrors, HTTP errors: its message says what is wrong
         remedy = "Check split and subset; without data files that `datasets` knows it cannot be read."
-        raise DataError(place, f"cannot be opened: {_first_line(error)}.", remedy) from None
+        raise DataError(place, f"cannot be opened: {first_line(error)}.", remedy) from None
 
 
 def _look_up(source: Source, place: str) -> str | None:
@@ -96,10 +96,5 @@ def _explain(error: Exception, status: int | None) -> tuple[str, str]:
         return f"the hub refuses access (HTTP {status}): gated, private or no such data set.", remedy
     if status == 404:
         return "no such file or folder, and not on the hub, or no such revision.", "Check path and revision."
-    why = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
+    why = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error)
     return f"no such file or folder, and the hub cannot be reached: {why}.", _NETWORK
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -20,10 +20,7 @@ _ONE_OBJECT: Final = "Write one JSON object a line."
 _AGAIN: Final = "Write or download the file again."
 _LIST: Final = "Write [{...}, {...}], or one object a line."
 _BY_ROWS: Final = 'Write df.to_json("rows.jsonl", orient="records", lines=True).'
-_TABLES: Final = (
-    *("data", "rows", "records", "examples", "items", "samples", "results", "dataset", "instances"),
-    *("train", "test", "valid", "validation", "dev"),
-)
+_TABLES: Final = (*("data", "rows", "records", "examples", "train", "test", "valid", "validation", "dev"),)
 """Keys under which files hold all their rows."""
 
 

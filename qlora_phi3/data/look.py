@@ -23,6 +23,7 @@ MAX_SECONDS: Final = 2.0
 MAX_WHOLE_BYTES: Final = 64 * 2**20
 """Of a file that has to be read whole for its first row: a list in JSON, or a text."""
 _WHOLE: Final = (".json", ".txt")
+_HUB: Final = "on the hub"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Look:
     why: str = ""
 
     def __str__(self) -> str:
-        name = printable(f"data.{self.use}: {Path(self.path).name}")
+        name = printable(f"data.{self.use}: {self.path if self.why.endswith(_HUB) else Path(self.path).name}")
         if self.why:
             return f"{name}: not read, {self.why}"
         rows = f"{self.num_rows:,} row{'' if self.num_rows == 1 else 's'}"
@@ -95,16 +96,18 @@ def _look(
     source: Source, use: str, data: Data, train: Train, evaluate: Evaluate, told: _Told, until: float
 ) -> Look:
     if source.is_hub:
-        return Look(use, source.path, why="it is on the hub")
+        return Look(use, source.path, why=f"it is {_HUB}")
     if any(_large(path) for path in check_source(source)):
         return Look(use, source.path, why="it is large, and would have to be read whole")
     number = 0
     for row in useful(source, data, train, evaluate, use):
-        if number == MAX_ROWS or (number % 16 == 0 and process_time() > until):
+        if number == MAX_ROWS:
             return Look(use, source.path, number)
         number += 1
         if isinstance(row, Problem):
             told.add(row)
+        if number % 16 == 1 and process_time() > until:
+            return Look(use, source.path, number)
     return Look(use, source.path, number, whole=True)
 
 

@@ -97,6 +97,8 @@ def stream(source: Source, record: Record | None = None, use: str = "train") -> 
             name = name or detect(row, place)
             example = convert(row, name, place, named=named)
             yield split_problem(example.unused, place, use) or example
+        except RecursionError:
+            yield Problem(place, "is nested too deeply.", "Write it with fewer levels, or as text.")
         except DataError as error:
             yield from error.problems
             if name is None:  # what the first row is decides what the others should be

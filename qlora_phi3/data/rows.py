@@ -93,7 +93,8 @@ class Conversation(_Example):
     @property
     def last_answer(self) -> int:
         """Index of the last assistant message."""
-        return max(i for i, message in enumerate(self.messages) if message.role == "assistant")
+        from_the_end = range(len(self.messages) - 1, -1, -1)
+        return next(i for i in from_the_end if self.messages[i].role == "assistant")
 
     def to_template(self, stop: int | None = None) -> list[dict[str, Any]]:
         """The first `stop` messages as a chat template takes them."""

@@ -57,6 +57,9 @@ def files_of(path: Path) -> list[Path]:
         if not is_file(file, DataError):
             if kind := special_kind(file):
                 raise DataError(str(file), f"is {kind}, not a file.", "Write its rows into a file first.")
+            if {"http:", "https:", "hf:", "s3:", "gs:"} & set(file.parts):
+                remedy = "Download it, and give the file; a data set of the hub is org/name."
+                raise DataError(str(file), "is an address, and only files are read.", remedy)
             raise DataError(str(file), "no such file.", _beside(file))
         if file.suffix.lower() not in READERS:
             reason = f"{file.suffix or 'no suffix'} is not available yet."
@@ -196,6 +199,8 @@ def _csv(file: SourceFile) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 131,072 characters, is for the whole process
     lines = (text_of(line, place) for place, line in lines_of(file))
     first = next(lines, "")
+    if first.lstrip().startswith(("{", "[{")):
+        raise DataError(str(file), "holds JSON, whatever its name says.", "Name it .jsonl.")
     separator = _separator(first, file.path.suffix)
     reader, header = csv.reader(chain([first], lines), delimiter=separator, strict=True), None
     while True:
@@ -205,9 +210,9 @@ def _csv(file: SourceFile) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            remedy = 'Put a cell that holds a quote, a comma or a new line into "...", and double its quotes.'
-            raise DataError(place, f"not valid CSV: {_csv_reason(error)}.", remedy) from None
-        if cells and header is None:
+            reason, remedy = _csv_reason(error)
+            raise DataError(place, f"not valid CSV: {reason}.", remedy) from None
+        if header is None and any(cell.strip() for cell in cells):
             header = _checked_header(cells, place)
         elif cells and header is not None:
             yield place, _record(header, cells, place)
@@ -215,17 +220,19 @@ def _csv(file: SourceFile) -> Iterator[Row]:
 
 def _separator(header: str, suffix: str) -> str:
     """What separates columns: spreadsheets of many countries write semicolons, and some tabs."""
-    if suffix.lower() == ".tsv":
+    if suffix.lower() == ".tsv" and "\t" in header:
         return "\t"
     return next((mark for mark in ("\t", ";") if "," not in header and mark in header), ",")
 
 
-def _csv_reason(error: csv.Error) -> str:
-    reasons = {
-        "unexpected end of data": "a quote is opened and not closed",
-        "new-line character seen": "a line ends with a carriage return alone",
-    }
-    return next((why for start, why in reasons.items() if str(error).startswith(start)), str(error))
+def _csv_reason(error: csv.Error) -> tuple[str, str]:
+    """What is wrong in a CSV, and what mends it."""
+    quoting = 'Put a cell that holds a quote, a comma or a new line into "...", and double its quotes.'
+    if str(error).startswith("new-line character seen"):
+        return "a line ends with a carriage return alone", "Convert its line ends to new lines."
+    if str(error).startswith("unexpected end of data"):
+        return "a quote is opened and not closed", quoting
+    return str(error), quoting
 
 
 def _checked_header(names: list[str], place: str) -> list[str]:
@@ -261,10 +268,19 @@ def _parquet(file: SourceFile) -> Iterator[Row]:
                     number += 1
                     place = f"{file}: row {number}"
                     yield place, _parquet_row(batch, i, place)
-    except (pa.ArrowException, OSError) as error:  # OSError: a page that cannot be decoded
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+        # OSError: a page that cannot be decoded; ValueError: a damaged name
         place = f"{file}: row {number + 1}" if number else str(file)
-        reason = f"not a whole Parquet file: {str(error).splitlines()[0].rstrip('.')}."
+        if "encrypted" in str(error):
+            raise DataError(place, "is encrypted.", "Write it without encryption.") from None
+        reason = f"not a whole Parquet file: {first_line(error)}."
         raise DataError(place, reason, _AGAIN) from None
+
+
+def first_line(error: Exception) -> str:
+    """What another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _parquet_row(batch: Any, i: int, place: str) -> Any:
@@ -273,7 +289,7 @@ def _parquet_row(batch: Any, i: int, place: str) -> Any:
     except UnicodeDecodeError:
         return Problem(place, "has text that is not UTF-8.", "Convert the column to UTF-8.")
     except (ValueError, ArithmeticError, LookupError) as error:  # a time that Python cannot hold
-        reason = f"has a value that cannot be read: {str(error).splitlines()[0]}."
+        reason = f"has a value that cannot be read: {first_line(error)}."
         return Problem(place, reason, "Remove the column, or write it as text.")
 
 

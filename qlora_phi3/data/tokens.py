@@ -253,12 +253,12 @@ def _check_prefix(conversation: Conversation, prompt: str, whole: str) -> None:
 
 def _check_answers(conversation: Conversation, prompt_width: int, whole: str) -> None:
     """Every answer stands in the text as in the row, outer whitespace aside; the last behind its prompt."""
-    at = 0
+    at, last = 0, conversation.last_answer
     for i, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
         answer = message.content.strip()
-        at = whole.find(answer, prompt_width if i == conversation.last_answer else at)
+        at = whole.find(answer, prompt_width if i == last else at)
         if at < 0:
             reason = f"the chat template changes the answer {answer[:40]!r}."
             raise DataError(f"{conversation.place}: messages[{i}]", reason, REWRITTEN)

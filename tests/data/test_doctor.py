@@ -368,9 +368,10 @@ def test_a_file_that_is_wrong_in_a_thousand_ways_fills_no_screen() -> None:
 
 
 def test_a_key_and_a_value_of_a_megabyte_are_told_short() -> None:
-    rows = [replace(row, unused=(("k" * 10**6, "v" * 10**6),)) for row in talks([GOOD, LONG])]
+    rows = [replace(row, unused=(("\ud83d\x1b" + "k" * 10**6, "v" * 10**6),)) for row in talks([GOOD, LONG])]
     (finding,) = examined(rows)
     assert len(str(finding)) < 500 and finding.places[0].endswith(", in 2 rows")
+    assert str(finding).isprintable()
 
 
 def test_a_finding_lists_the_first_places_and_counts_the_others() -> None:

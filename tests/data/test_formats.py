@@ -214,13 +214,13 @@ def test_a_key_by_another_name_is_told_by_its_own() -> None:
     assert "into `answer`" in refusal({**row, "answer": "y", "rationale": "x"}, "prompt-completion")[2]
 
 
-@pytest.mark.parametrize("mark", [";", "\t"])
-def test_another_delimiter_is_guessed(mark: str) -> None:
-    row = {f"instruction{mark}output": "hi"}
-    with pytest.raises(DataError) as caught:
-        detect(row, "f:1")
-    assert caught.value.problems[0].remedy == "Separate columns with commas."
-    assert refusal(row, "alpaca")[2] == "Separate columns with commas."
+def test_keys_by_the_thousand_and_deep_values_are_told_short() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    assert turns({**ROWS["alpaca"], "meta": deep}, "alpaca") == PAIR
+    place, reason, _ = refusal({"text": "a", **{f"answer_{i}": "x" for i in range(30_000)}}, "text")
+    assert place == "f:1" and len(reason) < 300 and "29,992 more" in reason
 
 
 def test_a_row_of_two_formats_needs_a_name() -> None:

@@ -86,7 +86,7 @@ def test_what_both_begin_with_is_the_prompt() -> None:
         ({"prompt": "a", "chosen": "b", "rejected": " "}, ": rejected", "the assistant says nothing."),
         ({"prompt": "a", "chosen": 7, "rejected": "b"}, "", "chosen is a number, not text."),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "", "rejected is missing."),
-        ({"chosen": "b", "rejected": "c"}, "", "begins with the assistant."),
+        ({"chosen": "b", "rejected": "c"}, "", "is a preference (chosen and rejected) without the question"),
         ({"prompt": "a", "chosen": [], "rejected": "c"}, "", "chosen is not a list with messages."),
         (
             {"prompt": "a", "chosen": [user("x")], "rejected": "c"},

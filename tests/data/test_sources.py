@@ -442,6 +442,8 @@ BROKEN = [
         "is a zip archive, or a spreadsheet (.xlsx), whatever its name says.",
         id="spreadsheet",
     ),
+    pytest.param("a.csv", f"{GOOD}\n".encode(), "", "holds JSON, whatever its name says.", id="JSON in .csv"),
+    pytest.param("a.csv", b" \n\t\n", "", "holds no rows.", id="blanks in .csv"),
     pytest.param("a.json", b"PAR1\0", "", "is a Parquet file, whatever its name says.", id="Parquet"),
     pytest.param(
         "a.parquet",
@@ -504,6 +506,12 @@ def test_what_a_file_holds_counts_more_than_its_name(
     rows = read(source(path))
     assert [row.place for row in rows] == [f"{path}{place}" for place in places]
     assert {row.texts for row in rows} == {("a", "b")}
+
+
+def test_an_address_is_no_file(tmp_path: Path) -> None:
+    assert problems_of(tmp_path / "https:" / "x" / "r.jsonl") == [
+        ("", "is an address, and only files are read.")
+    ]
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -598,6 +606,17 @@ def test_truncated_parquet(tmp_path: Path, keep: float) -> None:
     assert place == ""
     assert reason.startswith("not a whole Parquet file: ")
     assert "\n" not in reason
+
+
+def test_a_damaged_name_and_an_encrypted_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"prompt": "a", "completion": "b"}])
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"prompt", b"prom\xd7t"))
+    [(_, reason)] = problems_of(path)
+    assert reason.startswith("not a whole Parquet file: ")
+    path.write_bytes(b"PARE" + content[4:-4] + b"PARE")
+    assert problems_of(path) == [("", "is encrypted.")]
 
 
 @pytest.mark.parametrize("content", [b"prompt,completion\na,b\n", GOOD.encode(), b"PAR1" * 8, b"\0" * 64])

@@ -560,3 +560,17 @@ def test_merging_is_refused_or_right(conversation: Conversation) -> None:
     spans = spans_by_prefixes(MERGING, conversation, tail=1)
     inside = {i for start, stop in spans for i in range(start, stop)}
     assert [i for i, token in enumerate(row.labels) if token != IGNORE] == sorted(inside)
+
+
+def test_the_last_answer_of_a_chat_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was looked for at every answer: minutes for a log of twenty thousand."""
+    asked, found = [], Conversation.last_answer
+    assert isinstance(found, property) and found.fget is not None
+
+    def counted(self: Conversation) -> int:
+        asked.append(1)
+        return int(found.fget(self))  # type: ignore[misc]
+
+    monkeypatch.setattr(Conversation, "last_answer", property(counted))
+    assert label(PHI3, talk(*["user: a", "assistant: b"] * 50))
+    assert len(asked) < 5
