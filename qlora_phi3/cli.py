@@ -22,7 +22,6 @@ from . import (
     __version__,
     endings,
     fit,
-    installed,
     interrupts,
     meter,
     phi3,
@@ -63,13 +62,10 @@ class _Commands(Commands):
             raise SystemExit(1) from None  # `| head` has seen enough, and wants to hear nothing
         except KeyboardInterrupt as stop:
             raise endings.ended(stop, ctx.invoked_subcommand or "qlora-phi3") from None
-        except (MemoryError, ImportError, OSError, RuntimeError) as error:
-            what = ctx.invoked_subcommand or "qlora-phi3"
-            if endings.lacks_memory(error):
-                raise endings.no_memory(error, what) from None
-            if not isinstance(error, OSError):
-                raise
-            raise endings.failed(error, what) from None
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+                raise  # told already: ours, and those of the command line's library
+            raise endings.explained(error, ctx.invoked_subcommand or "qlora-phi3") from None
 
 
 app = typer.Typer(
@@ -114,11 +110,6 @@ def _end() -> int | str | None:
             told.add(problem.remedy)
     except SystemExit as end:
         code = end.code
-    except (ImportError, MemoryError) as error:
-        if not installed.lacks_memory(error):
-            raise
-        code = FitError.exit_code
-        print(installed.NO_MEMORY, file=sys.stderr)  # noqa: T201
     lost = progress.drop_unwritten(sys.stdout)
     if lost is not None:
         code = code or 1

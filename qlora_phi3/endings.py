@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -75,6 +77,42 @@ def no_memory(error: BaseException, what: str) -> FitError:
     reason = f"out of memory{f': {said[0]}' if said else ''}."
     remedy = "Close other programs, or raise the limit on this one's memory (`ulimit -v`, the container's)."
     return FitError(what, reason, remedy)
+
+
+def explained(error: Exception, what: str) -> QloraError:
+    """An exception that was not turned into words where it came from; `what` was being done.
+
+    Raises:
+        ImportError: a package that is missing, which `installed` explains.
+    """
+    if lacks_memory(error):
+        return no_memory(error, what)
+    if isinstance(error, OSError):
+        return failed(error, what)
+    if isinstance(error, ImportError):
+        raise error
+    return fault(error, what)
+
+
+def fault(error: Exception, what: str) -> RunError:
+    """What nothing here expected, and so a fault of this program: in one line, its traceback in a file.
+
+    A library's line alone would say neither what is saved nor whom to tell.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last)
+    said = (str(error).strip().splitlines() or [""])[0]
+    reason = f"{FAULT}: {type(error).__name__}{f': {said}' if said else ''}{where}."
+    try:
+        file, path = tempfile.mkstemp(prefix="qlora-phi3-fault-", suffix=".txt")
+        with os.fdopen(file, "w", encoding="utf-8", errors="backslashreplace") as details:
+            details.writelines(traceback.format_exception(error))
+    except OSError as lost:
+        return RunError(what, reason, f"Its details cannot be written: {lost.strerror or lost}.")
+    return RunError(what, reason, f"Please report it together with {path}.")
+
+
+FAULT: Final = "a fault of this program, not of your files"
 
 
 def ended(stop: KeyboardInterrupt, what: str) -> StopError:

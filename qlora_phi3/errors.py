@@ -1,7 +1,7 @@
 """What can go wrong through the user's input or while running, each with a place and a way on.
 
 Owns the exception types and their exit codes. Refuses everything else: bugs of ours stay ordinary
-exceptions with a traceback.
+exceptions, which `endings.fault` tells in a line, with their traceback in a file.
 """
 
 from __future__ import annotations

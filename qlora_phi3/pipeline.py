@@ -82,12 +82,9 @@ def run(
             raise RunError.of((*error.problems, endings.kept(place))) from None
         except (FitError, RunError) as error:
             raise endings.with_bearings(error, place) from None
-        except (RuntimeError, MemoryError, OSError) as error:
-            if ladder.ran_out(error) or endings.lacks_memory(error):
-                raise endings.with_bearings(endings.no_memory(error, recipe.name), place) from None
-            if not isinstance(error, OSError):
-                raise
-            raise endings.with_bearings(endings.failed(error, recipe.name), place) from None
+        except Exception as error:
+            told = endings.no_memory if ladder.ran_out(error) else endings.explained
+            raise endings.with_bearings(told(error, recipe.name), place) from None
 
 
 def _exported(

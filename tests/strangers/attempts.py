@@ -11,6 +11,8 @@ from pathlib import Path
 
 from warm import Ended, run
 
+from qlora_phi3.endings import FAULT
+
 EXIT_CODES = {
     0: "done",
     1: "failed while running",
@@ -41,6 +43,7 @@ def check_told(ended: Ended) -> None:
     """No traceback, no raw control byte, a documented exit code, and a refusal that says where and why."""
     told = ended.stdout + ended.stderr
     assert "Traceback (most recent call last)" not in told, told
+    assert FAULT not in told, told
     assert ended.returncode in EXIT_CODES, f"exit code {ended.returncode}: {told}"
     assert not (raw := RAW.search(told)), f"{raw.group()!r} reaches the terminal: {told!r}"
     lines = ended.stderr.splitlines()

@@ -13,6 +13,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 1\n'
     "ended",
     [
         Ended(1, "", TRACEBACK),
+        Ended(1, "", "tiny: a fault of this program, not of your files: KeyError: 1 (a.py, line 3).\n"),
         Ended(0, "\x1b[31mred", ""),
         Ended(2, "", "a\u202eb: is wrong.\n"),
         Ended(2, "", ""),
@@ -20,7 +21,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 1\n'
         Ended(139, "", "a: b\n"),
         Ended(2, "", f"a: {'x' * 6000}\n"),
     ],
-    ids=["traceback", "escape", "order", "silent", "no place", "crash", "endless"],
+    ids=["traceback", "fault", "escape", "order", "silent", "no place", "crash", "endless"],
 )
 def test_what_a_stranger_must_not_see_is_found(ended: Ended) -> None:
     with pytest.raises(AssertionError):
