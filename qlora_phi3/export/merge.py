@@ -83,9 +83,11 @@ class Merger:
         pair = self._pairs.get(name.removesuffix(".weight"))
         merged = weight.to(self.dtype, copy=True) if pair is None else self._merged(name, weight, pair)
         if not all(bool(part.isfinite().all()) for part in torch.split(merged.view(-1), MERGE_CHUNK)):
-            kind = str(self.dtype).removeprefix("torch.")
-            reason = f"{name} holds numbers that {kind} cannot."
-            raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")
+            if self.dtype == torch.float16:
+                reason = f"{name} holds numbers that float16 cannot."
+                raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")
+            reason = f"added to {name} it gives numbers beyond those of float32."
+            raise InputError(str(self.source.folder), reason, "Train it again with a lower learning rate.")
         return merged
 
     def _read(self, name: str) -> Tensor:

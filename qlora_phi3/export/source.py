@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .. import adapters, layouts, model, weights
-from ..errors import ModelError, Problem, is_file, shown
+from .. import adapters, files, layouts, model, weights
+from ..errors import ModelError, Problem, is_file, printable, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
@@ -54,12 +54,16 @@ class Source:
 
     @property
     def name(self) -> str:
+        return printable(self._given_name)
+
+    @property
+    def _given_name(self) -> str:
         return self.recipe.name if self.recipe is not None else self.folder.absolute().name
 
     @property
     def file_name(self) -> str:
         """The name as a part of file names: a folder of somebody's may be called anything."""
-        return re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:LONGEST_NAME] or "adapter"
+        return re.sub(r"[^\w.-]+", "-", self._given_name).strip("-.")[:LONGEST_NAME] or "adapter"
 
     @property
     def base_name(self) -> str:
@@ -81,6 +85,17 @@ class Source:
         """The system message that all training rows share; None where there is none such, or nobody knows."""
         found = self.report["data"].get("system_prompt") if self.report is not None else None
         return found if isinstance(found, str) and found else None
+
+    @cached_property
+    def other_template(self) -> bool:
+        """Whether the adapter came with another chat template than its base has, which exports carry."""
+        there = all((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        try:
+            own = model.load_tokenizer(self.folder) if there else None
+        except ModelError:  # a broken one, or of no chat model, says nothing
+            return False
+        base = model.load_tokenizer(self.checkpoint.folder)
+        return own is not None and own.chat_template != base.chat_template
 
     @property
     def quantized(self) -> bool:
@@ -254,7 +269,7 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if "auto_map" in settings or "name_or_path" in settings:
             kept = {k: v for k, v in settings.items() if k not in ("auto_map", "name_or_path")}
-            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            files.write_json(path, kept)
 
 
 def tokenizer_bytes(source: Source) -> int:
