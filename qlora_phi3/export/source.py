@@ -132,14 +132,14 @@ def _locate(settings: Model, folder: Path, say: Say, *, told: bool) -> weights.C
     try:
         return weights.locate(settings, say)
     except ModelError as error:
-        if not told:
+        damaged = any(one.place.startswith(f"{settings.base}/") for one in error.problems)
+        other = any(word in one.reason for one in error.problems for word in ("model_type", "quantized"))
+        if not told or (damaged and not other):
             raise
-        reason = (
-            f"names {shown(settings.base)} as its base, which is not a Phi-3 checkpoint that can be used."
-        )
+        reason = f"names {shown(settings.base)} as its base, which cannot be used."
         remedy = (
-            "Where that is a copy in other names, or a quantized one, write the name of the Phi-3 checkpoint "
-            f"into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
+            "Where that is elsewhere, a copy in other names, or a quantized one, write the name of the Phi-3 "
+            f"checkpoint into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
         )
         raise ModelError.of((*error.problems, Problem(str(folder), reason, remedy))) from None
 
@@ -216,8 +216,7 @@ def _base_of(folder: Path) -> Model:
         found = content if isinstance(content, dict) else {}
         base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
-            revision = found.get("revision")
-            named = Model(base=base, revision=revision if isinstance(revision, str) else None)
+            named = _named(base, found.get("revision"), folder / name)
             if ":" in base or "/" in base:  # builtin:, org/name, a path
                 return named
             bare = bare or named
@@ -233,6 +232,19 @@ def _base_of(folder: Path) -> Model:
     if (folder / LORALIB_CONFIG).exists():
         name, key = LORALIB_CONFIG, "base"
     raise ModelError(str(folder), reason, f"Write {key} into its {name}.")
+
+
+def _named(base: str, revision: object, place: Path) -> Model:
+    """A base by the name in a file of another tool's.
+
+    Raises:
+        ModelError: no base can have it.
+    """
+    try:
+        return Model(base=base, revision=revision if isinstance(revision, str) else None)
+    except ValueError:  # pydantic's: half a surrogate pair
+        reason = f"names {shown(base)} as its base, which is no name."
+        raise ModelError(str(place), reason, "Write the base's name or folder there.") from None
 
 
 def _report(run: Path | None) -> dict[str, Any] | None:
