@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import files
 from ..errors import FitError, InputError, RunError
 from ..units import format_bytes
 from . import card, destination
@@ -132,12 +133,14 @@ def _checked(
     """
     if out is not None and len([target for target in targets if target != "hub"]) != 1:
         raise InputError("--out", f"is for one target; these are {', '.join(targets)}.", "Leave it out.")
-    from . import hub
+    from . import context, hub
     from .source import open_source
     from .table import target_of
 
     check(targets, {"repo": options.repo} if "hub" in targets else {})
     source = open_source(run, say)
+    if source.other_template:
+        say(context.OTHER_TEMPLATE)
     assert source.stop_ids, "a chat template without an end of turn is refused when it is read"
     written = [target for target in targets if target != "hub"]
     places = {
@@ -211,9 +214,9 @@ def _export(
                 [one["prompt"] for one in parity.get("other_texts", ())],
             ),
         )
-        (partial / "README.md").write_text(card.render(source.report, about), encoding="utf-8")
+        files.write_text(partial / "README.md", card.render(source.report, about))
         content = {"target": target, "details": details, "files": destination.files_of(partial)}
         destination.describe(partial, content)
         give_usual_modes(partial)
-        files = destination.files_of(partial)
-    return Exported(target, folder, files, details, parity)
+        found = destination.files_of(partial)
+    return Exported(target, folder, found, details, parity)

@@ -23,6 +23,12 @@ STEP: Final = 256
 """llama.cpp rounds a context up to a multiple of this (llama-context.cpp, GGML_PAD)."""
 
 
+OTHER_TEMPLATE: Final = (
+    "The adapter came with a chat template of its own, other than its base's. This has the base's: where the "
+    "adapter was trained with the other one, replace it."
+)
+
+
 def is_longrope(config: Mapping[str, Any]) -> bool:
     """Whether positions are scaled as the 128k models' are.
 
@@ -137,6 +143,8 @@ def limits_of(source: Source, target: str, context: int | None, other_texts: Seq
     """`limits` of a target, as the command names it; `other_texts`: what the gate found other ids of."""
     base, family = source.checkpoint, target.partition(":")[0]
     found = limits(family, base.config, base.geometry, context)
+    if source.other_template:
+        found.append(OTHER_TEMPLATE)
     if family in LLAMA_CPP:
         found += vocabulary.differences(base.folder, source.stop_ids)
         other = vocabulary.unexplained(base.folder, other_texts)

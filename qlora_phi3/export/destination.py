@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from .. import files
 from ..errors import OutputError
 from ..units import format_bytes
 
@@ -204,11 +204,7 @@ def keep_failed(partial: Path, folder: Path) -> Path | None:
 
 def describe(folder: Path, content: dict[str, Any]) -> None:
     """Write what the folder is into it: the last file, so that no folder without it is whole."""
-    write_json(folder / ABOUT, content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(folder / ABOUT, content)
 
 
 def files_of(folder: Path) -> dict[str, int]:

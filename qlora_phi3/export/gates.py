@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from .. import data, layouts, model
+from .. import data, files, layouts, model
 from ..errors import InputError, QloraError, RunError
 from ..weights import first_line
 from . import context, destination, table, vocabulary
@@ -51,7 +51,7 @@ class Gates:
             found, difference = self._measure(target, partial, details)
         else:
             found, difference = _skipped(target, "switched off with --no-gate"), ""
-        destination.write_json(partial / destination.PARITY, found)
+        files.write_json(partial / destination.PARITY, found)
         if found["verdict"] != "drift":
             return found
         failed = destination.keep_failed(partial, folder)

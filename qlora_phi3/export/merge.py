@@ -86,9 +86,11 @@ class Merger:
             if not weight.isfinite().all():
                 reason = f"{name} holds NaN or infinity in the base itself."
                 raise ModelError(str(self.source.checkpoint.folder), reason, "Download it again.")
-            kind = str(self.dtype).removeprefix("torch.")
-            reason = f"{name} holds numbers that {kind} cannot."
-            raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")
+            if self.dtype == torch.float16:
+                reason = f"{name} holds numbers that float16 cannot."
+                raise InputError("--dtype", reason, "Give --dtype bf16, whose range is float32's.")
+            reason = f"added to {name} it gives numbers beyond those of float32."
+            raise InputError(str(self.source.folder), reason, "Train it again with a lower learning rate.")
         return merged
 
     def _read(self, name: str) -> Tensor:

@@ -5,13 +5,13 @@ Owns which files it has and that what was written is whole. Refuses nothing of i
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from .. import files
 from ..errors import RunError
 from . import compare, context, shards, stops
 from .merge import Merger, config_of, merged_tensors
@@ -39,11 +39,9 @@ def write(source: Source, folder: Path, options: Options, say: Say) -> dict[str,
     say(f"writing {len(merger.shapes)} tensors")
     paths = shards.write(folder, merged_tensors(source, report.base, dtype), merger.shapes, dtype)
     _check_written(paths, merger)
-    config = json.dumps(config_of(source, dtype), indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(config, encoding="utf-8")
+    files.write_json(folder / "config.json", config_of(source, dtype))
     copy_tokenizer(source, folder)
-    settings = json.dumps(stops.generation_config(source), indent=2, ensure_ascii=False) + "\n"
-    (folder / stops.NAME).write_text(settings, encoding="utf-8")
+    files.write_json(folder / stops.NAME, stops.generation_config(source))
     licence = licence_file(source)
     if licence is not None:
         shutil.copyfile(licence, folder / licence.name)

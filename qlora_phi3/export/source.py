@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .. import adapters, json_files, layouts, model, weights
-from ..errors import ModelError, Problem, is_file, shown
+from .. import adapters, files, json_files, layouts, model, weights
+from ..errors import ModelError, Problem, is_file, printable, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
 from ..recipe_file import load_recipe
@@ -54,12 +54,16 @@ class Source:
 
     @property
     def name(self) -> str:
+        return printable(self._given_name)
+
+    @property
+    def _given_name(self) -> str:
         return self.recipe.name if self.recipe is not None else self.folder.absolute().name
 
     @property
     def file_name(self) -> str:
         """The name as a part of file names: a folder of somebody's may be called anything."""
-        return re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:LONGEST_NAME] or "adapter"
+        return re.sub(r"[^\w.-]+", "-", self._given_name).strip("-.")[:LONGEST_NAME] or "adapter"
 
     @property
     def base_name(self) -> str:
@@ -81,6 +85,17 @@ class Source:
         """The system message that all training rows share; None where there is none such, or nobody knows."""
         found = self.report["data"].get("system_prompt") if self.report is not None else None
         return found if isinstance(found, str) and found else None
+
+    @cached_property
+    def other_template(self) -> bool:
+        """Whether the adapter came with another chat template than its base has, which exports carry."""
+        there = all((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        try:
+            own = model.load_tokenizer(self.folder) if there else None
+        except ModelError:  # a broken one, or of no chat model, says nothing
+            return False
+        base = model.load_tokenizer(self.checkpoint.folder)
+        return own is not None and own.chat_template != base.chat_template
 
     @property
     def quantized(self) -> bool:
@@ -117,14 +132,14 @@ def _locate(settings: Model, folder: Path, say: Say, *, told: bool) -> weights.C
     try:
         return weights.locate(settings, say)
     except ModelError as error:
-        if not told:
+        damaged = any(one.place.startswith(f"{settings.base}/") for one in error.problems)
+        other = any(word in one.reason for one in error.problems for word in ("model_type", "quantized"))
+        if not told or (damaged and not other):
             raise
-        reason = (
-            f"names {shown(settings.base)} as its base, which is not a Phi-3 checkpoint that can be used."
-        )
+        reason = f"names {shown(settings.base)} as its base, which cannot be used."
         remedy = (
-            "Where that is a copy in other names, or a quantized one, write the name of the Phi-3 checkpoint "
-            f"into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
+            "Where that is elsewhere, a copy in other names, or a quantized one, write the name of the Phi-3 "
+            f"checkpoint into its {CONFIG_NAME} (base_model_name_or_path; of mlx-lm model)."
         )
         raise ModelError.of((*error.problems, Problem(str(folder), reason, remedy))) from None
 
@@ -197,8 +212,7 @@ def _base_of(folder: Path) -> Model:
         found = content if isinstance(content, dict) else {}
         base = found.get("base") or found.get("base_model_name_or_path") or found.get("model")
         if isinstance(base, str):
-            revision = found.get("revision")
-            named = Model(base=base, revision=revision if isinstance(revision, str) else None)
+            named = _named(base, found.get("revision"), folder / name)
             if ":" in base or "/" in base:  # builtin:, org/name, a path
                 return named
             bare = bare or named
@@ -214,6 +228,19 @@ def _base_of(folder: Path) -> Model:
     if (folder / LORALIB_CONFIG).exists():
         name, key = LORALIB_CONFIG, "base"
     raise ModelError(str(folder), reason, f"Write {key} into its {name}.")
+
+
+def _named(base: str, revision: object, place: Path) -> Model:
+    """A base by the name in a file of another tool's.
+
+    Raises:
+        ModelError: no base can have it.
+    """
+    try:
+        return Model(base=base, revision=revision if isinstance(revision, str) else None)
+    except ValueError:  # pydantic's: half a surrogate pair
+        reason = f"names {shown(base)} as its base, which is no name."
+        raise ModelError(str(place), reason, "Write the base's name or folder there.") from None
 
 
 def _report(run: Path | None) -> dict[str, Any] | None:
@@ -246,7 +273,7 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
         settings = json_files.read_object(path, ModelError, "Download it again.")
         if "auto_map" in settings or "name_or_path" in settings:
             kept = {k: v for k, v in settings.items() if k not in ("auto_map", "name_or_path")}
-            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            files.write_json(path, kept)
 
 
 def tokenizer_bytes(source: Source) -> int:

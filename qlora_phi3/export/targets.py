@@ -5,14 +5,13 @@ Owns their folders: adapter, tokenizer, provenance. Refuses what the consumer wo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Final
 
 from torch.nn import functional
 
-from .. import adapters, layouts, phi3
+from .. import adapters, files, layouts, phi3
 from ..errors import ModelError
 from ..layouts.blocks import Pair
 from ..layouts.config import PEFT_LAYOUTS
@@ -189,6 +188,5 @@ def _write(
     inside.rmdir()
     copy_tokenizer(source, folder)
     note = provenance.to_json() | {"base": source.base_name}
-    text = json.dumps(note, indent=2) + "\n"
-    (folder / adapters.PROVENANCE_NAME).write_text(text, encoding="utf-8")
+    files.write_json(folder / adapters.PROVENANCE_NAME, note)
     return {"rank": config.rank, "alpha": config.alpha, "tensors": len(tensors)}

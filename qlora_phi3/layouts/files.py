@@ -189,6 +189,8 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
     """(reason, remedy) of a file that is no safetensors."""
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}.", "Check who may read it."
+    if "\udc80" <= max(str(path)) <= "\udcff":
+        return "its path is no UTF-8, and safetensors opens no other.", "Rename the folder."
     try:
         with path.open("rb") as file:
             begins = file.read(64)

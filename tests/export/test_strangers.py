@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,31 @@ def test_the_gate_sees_stops_that_are_missing(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stops, "generation_config", lambda source: {"eos_token_id": 256})
     with pytest.raises(RunError, match="an answer does not end as the model as trained"):
         export.export(run, "merged")
+
+
+def test_what_a_base_s_json_holds_is_written_again(run: Path, tmp_path: Path) -> None:
+    """Half a surrogate pair, which UTF-8 cannot say and JSON can."""
+    for name in (stops.NAME, "config.json"):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"x": "\ud800"}))
+    (run / "adapter" / "base_provenance.json").unlink()
+    done = export.export(run, "merged", options=export.Options(merge_base="original", gate=False))
+    for name in (stops.NAME, "config.json"):
+        assert json.loads((done.folder / name).read_text())["x"] == "\ud800"
+
+
+def test_an_adapter_s_own_template_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "bare")
+    path, said = tmp_path / "bare" / "chat_template.jinja", list[str]()
+    path.write_text(path.read_text().replace("<|user|>", "<|user|>You: "))
+    options = export.Options(gate=False)
+    done = export.export(tmp_path / "bare", "adapter", options=options, say=said.append)
+    assert said[0].startswith("The adapter came with a chat template of its own")
+    assert "a chat template of its own" in (done.folder / "README.md").read_text()
+    assert (
+        "template of its own"
+        not in (export.export(run, "adapter", options=options).folder / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "<|end|>"}', '{"eos_token_id": [true]}'])
@@ -331,7 +357,7 @@ def test_nothing_is_written_before_all_is_checked(run: Path, name: str) -> None:
     said: list[str] = []
     with pytest.raises(InputError, match=words):
         export.export_all(run, targets, options=export.Options(merge_base="original"), say=said.append)
-    assert said == [] and sorted(path for path in run.rglob("*")) == before
+    assert not any("exporting" in one for one in said) and sorted(path for path in run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("target", ["gguf:q4_k_m", "gguf:Q5_K_S", "q6_k", "gguf:iq4_xs"])

@@ -366,6 +366,10 @@ BAD = {
     "on a base that is gone": Adapter(
         config={"base_model_name_or_path": "/no/wh\x1bere"}, told=("/no/wh\\x1bere",)
     ),
+    "on half a letter": Adapter(
+        config={"base_model_name_or_path": "org/\ud800"},
+        told=("'org/\\ud800' as its base, which is no name",),
+    ),
     "on a llama": Adapter(
         config={"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, told=("of another family",)
     ),
