@@ -71,6 +71,7 @@ _COUNTS: Final[Mapping[Any, bool]] = (
     | {"false": False}
 )
 
+_ANSWER: Final = "Write the answer, or remove the row."
 _NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
 
 
@@ -239,7 +240,7 @@ def check_turns(turns: list[Turn], place: str) -> None:
     for before, turn in zip([None, *turns], turns, strict=False):
         message = turn.message
         if message.role == "assistant" and is_blank(message.content) and not message.calls_tools:
-            raise DataError(turn.place, "the assistant says nothing.", "Remove the row.")
+            raise DataError(turn.place, "the assistant says nothing.", _ANSWER)
         if message.role == "tool" and not (before and _awaits_tool(before.message)):
             reason = "is a tool's result, but does not follow the assistant's call."
             raise DataError(turn.place, reason, "Give the assistant's tool_calls before it.")
