@@ -313,6 +313,8 @@ def describes(key: str) -> bool:
 
 def carries(value: Any) -> bool:
     """Whether a value says anything: blanks, nulls and lists of them do not, 0 and false do."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
     waiting = [value]  # no recursion: JSON may be nested as deep as Python can read it
     while waiting:
         one = waiting.pop()

@@ -41,7 +41,7 @@ MEANINGS: Final[Mapping[str, tuple[Grade, str, str]]] = {
         "Text holds a special token, which would open or close turns by itself.",
         PLAIN_TEXT,
     ),
-    "refused": ("error", "The row cannot be turned into tokens.", "Change the row, or remove it."),
+    "refused": ("error", "The row cannot be turned into tokens.", ""),
     "all-masked": (
         "error",
         "No token of the row is trained on: it costs time and teaches nothing.",
@@ -162,7 +162,8 @@ class Counts:
 class Examiner:
     """Looks at every row of a split, which is at `place`, in turn and keeps what it finds, not the rows.
 
-    `remedies`: of rows that cannot be read, by what mends them. `columns`: keys that are not used.
+    `remedies`: of rows that cannot be read, by what mends them; `refused`: of rows that cannot be turned into
+    tokens, likewise. `columns`: keys that are not used.
     """
 
     tokenizer: Any
@@ -171,6 +172,7 @@ class Examiner:
     place: str
     signs: dict[str, Places] = field(default_factory=dict)
     remedies: dict[str, Places] = field(default_factory=dict)
+    refused: dict[str, Places] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
     talks: Counts = field(default_factory=Counts)
 
@@ -182,10 +184,7 @@ class Examiner:
         """Take note of a row and of what became of it."""
         if row is None:
             assert isinstance(outcome, Problem)
-            room = outcome.remedy in self.remedies or len(self.remedies) < MAX_REMEDIES
-            remedy = outcome.remedy if room else _OTHERS
-            told = Problem(outcome.place, outcome.reason)
-            self.remedies.setdefault(remedy, Places()).add(str(told))
+            _sort(outcome, self.remedies)
             return
         for code, place in self._signs(row, outcome):
             self.signs.setdefault(code, Places()).add(place)
@@ -200,10 +199,10 @@ class Examiner:
 
     def findings(self, repeated: Iterable[str] = ()) -> list[Finding]:
         """All that was found; `repeated` rows are told with the rest."""
-        _, what, _ = MEANINGS["unreadable"]
         found = [
-            Finding("error", "unreadable", what, tuple(places.first), fix, places.more)
-            for fix, places in self.remedies.items()
+            Finding("error", code, MEANINGS[code][1], tuple(places.first), fix, places.more)
+            for code, by_remedy in (("unreadable", self.remedies), ("refused", self.refused))
+            for fix, places in by_remedy.items()
         ]
         found += [_finding(code, self.signs[code]) for code in MEANINGS if code in self.signs]
         found += find("duplicate", repeated) + unused_columns(self.columns)
@@ -216,9 +215,16 @@ class Examiner:
         elif isinstance(outcome, DataError):
             inside = special_tokens(row, self.tokenizer, self.turns)
             yield from (("special-token", place) for place in inside)
-            if not inside:
-                yield from (("refused", f"{p.place}: {p.reason}") for p in outcome.problems)
+            for problem in () if inside else outcome.problems:
+                _sort(problem, self.refused)
         yield from text_signs(row, self.quirks)
+
+
+def _sort(problem: Problem, by_remedy: dict[str, Places]) -> None:
+    """Put a row's place and what is wrong with it to the others that the same remedy mends."""
+    room = problem.remedy in by_remedy or len(by_remedy) < MAX_REMEDIES
+    told = str(Problem(problem.place, problem.reason))
+    by_remedy.setdefault(problem.remedy if room else _OTHERS, Places()).add(told)
 
 
 def find(code: str, places: Iterable[str]) -> list[Finding]:

@@ -25,7 +25,7 @@ from .rows import Conversation, Example, Message, Preference, Text
 __all__ = ["FORMATS", "ROLES", "Conversation", "Format", "Message", "convert", "detect"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed with every row's keys: by identity, which is fast
 class Group:
     """Keys of which a row of a format has one: `names` say that it is this format.
 

@@ -50,8 +50,9 @@ ROLES: Final[Mapping[str, str]] = {
 """Who speaks, in any case, -> the role that chat templates know."""
 _CALLING: Final = ("function_call", "tool_call")
 """Roles whose text is a call."""
-KEPT_AS_IS: Final = ["system", "user", "assistant"]
-"""Roles that mean themselves; a list, since what a file has for a role may have no hash."""
+_USUAL: Final = (("role", "content"), ("from", "value"))
+_PLAIN: Final = frozenset(("system", "user", "assistant", "human", "gpt"))
+"""The usual keys and speakers, which need no further look."""
 _SPEAKERS: Final = ("role", "from")
 """Keys of who speaks."""
 _USE: Final = "Use one of system, user, assistant, tool."
@@ -70,6 +71,7 @@ _COUNTS: Final[Mapping[Any, bool]] = (
     | {"false": False}
 )
 
+_ANSWER: Final = "Write the answer, or remove the row."
 _NO_MESSAGES: Final = "Write its messages, or remove the row if it has none."
 
 
@@ -126,9 +128,11 @@ def _turns(entry: Any, place: str, keys: tuple[str, str]) -> list[Turn]:
     """The messages that an entry of the list is: one, or a question with its answer, or calls and results."""
     if not isinstance(entry, dict):
         raise DataError(place, f"is {kind(entry)}, not an object.", f"Give it {' and '.join(keys)}.")
-    if len(entry) == 2 and isinstance(entry.get("content"), str) and entry.get("role") in KEPT_AS_IS:
-        text = read_text(entry, "content", place)  # nearly every message of a million rows
-        return [Turn(Message(entry["role"], text), place)]
+    if len(entry) == 2:  # nearly every message of a million rows
+        for speaker, text in _USUAL:
+            role = entry.get(speaker)
+            if isinstance(role, str) and role in _PLAIN and isinstance(entry.get(text), str):
+                return [Turn(Message(ROLES[role], read_text(entry, text, place)), place)]
     if set(entry) == {"input", "output"}:  # an exchange, as Capybara has them
         return [
             Turn(Message(role, read_text(entry, key, place)), place)
@@ -236,7 +240,7 @@ def check_turns(turns: list[Turn], place: str) -> None:
     for before, turn in zip([None, *turns], turns, strict=False):
         message = turn.message
         if message.role == "assistant" and is_blank(message.content) and not message.calls_tools:
-            raise DataError(turn.place, "the assistant says nothing.", "Remove the row.")
+            raise DataError(turn.place, "the assistant says nothing.", _ANSWER)
         if message.role == "tool" and not (before and _awaits_tool(before.message)):
             reason = "is a tool's result, but does not follow the assistant's call."
             raise DataError(turn.place, reason, "Give the assistant's tool_calls before it.")

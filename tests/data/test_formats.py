@@ -208,7 +208,7 @@ def test_a_key_by_another_name_is_told_by_its_own() -> None:
     assert refusal(row, "prompt-completion") == (
         "f:1: answer",
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
     )
     assert refusal({**row, "rationale": "x"}, "prompt-completion")[0] == "f:1: answer"
     assert "into `answer`" in refusal({**row, "answer": "y", "rationale": "x"}, "prompt-completion")[2]
@@ -344,7 +344,7 @@ BAD = [
         talk(ASK, {"from": "gpt", "value": " "}),
         "[1]",
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
         id="blank answer",
     ),
     pytest.param(
@@ -392,7 +392,7 @@ BAD = [
         {"instruction": "hi", "output": ""},
         ": output",
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
         id="empty output",
     ),
     pytest.param(
@@ -432,7 +432,7 @@ BAD = [
         {"prompt": "hi", "response": "\n"},
         ": response",
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
         id="blank response",
     ),
 ]

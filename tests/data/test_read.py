@@ -293,14 +293,14 @@ BAD_ROWS = [
         row(USER, {**ASSISTANT, "content": ""}),
         SECOND,
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
         id="empty answer",
     ),
     pytest.param(
         row(USER, ASSISTANT, {**ASSISTANT, "content": " \n\t"}),
         ": messages[2]",
         "the assistant says nothing.",
-        "Remove the row.",
+        "Write the answer, or remove the row.",
         id="blank answer",
     ),
     pytest.param(

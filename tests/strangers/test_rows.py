@@ -846,6 +846,11 @@ BY_COMMAND = (
     "pandas by columns",
     "a key twice",
     "spreadsheet",
+    "anthropic",
+    "numina",
+    "imdb",
+    "opus",
+    "trl text",
     "weight 0",
 )
 
