@@ -137,6 +137,19 @@ def test_a_folder_that_cannot_be_written_any_more_costs_nothing(
     check_whole(moved, 3)
 
 
+def _refuse(*_: str) -> None:
+    raise ValueError("a library does not like this place")
+
+
+def test_whatever_keeps_the_adapter_from_its_place_costs_nothing(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    ended = start("--out", "out", moment=MOMENTS["saving"], act=_refuse).wait()
+    assert ended.returncode == 1 and "The whole run, adapter included, is in" in ended.stderr, ended
+    (moved,) = tmp_path.glob("out-*")
+    check_whole(moved, 3)
+
+
 def _another_s(folder: str) -> None:
     shutil.rmtree(folder)
     Path(folder).mkdir()
