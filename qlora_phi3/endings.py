@@ -77,7 +77,7 @@ def no_memory(error: BaseException, what: str) -> FitError:
 
 
 def ended(stop: KeyboardInterrupt, what: str) -> StopError:
-    """A command that was asked to end and has nothing to save; its exit code is the shell's for the signal."""
+    """A command that was asked to end and has nothing to save; its exit code is the shell's for that."""
     asked = stop if isinstance(stop, Interrupted) else Interrupted("SIGINT")
     error = StopError(what, f"stopped by {asked.name}.")
     error.exit_code = asked.exit_code

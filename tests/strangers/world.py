@@ -164,7 +164,11 @@ class World:
         shown = " ".join(words)
         self.say(f"{shown}  [{', '.join(f'{one.function}+{one.calls}' for one in pauses)}]")
         stops = [(one.function, one.calls) for one in pauses]
-        accident = {"moment": Moment("qlora_phi3.cli:main"), "act": stop_at, "given": (self.environment, stops)}
+        accident = {
+            "moment": Moment("qlora_phi3.cli:main"),
+            "act": stop_at,
+            "given": (self.environment, stops),
+        }
         child = Running(words, self.work, **accident)
         for pause in pauses:
             if not _wait_until_stopped(child):
@@ -183,7 +187,9 @@ class World:
         try:
             self._check(words, place, before, ended, told, read)
         except AssertionError as error:
-            raise Violation(f"{shown}: {error}\n{told}\n{ended.stdout[-1500:]}\n{ended.stderr[-3000:]}") from None
+            raise Violation(
+                f"{shown}: {error}\n{told}\n{ended.stdout[-1500:]}\n{ended.stderr[-3000:]}"
+            ) from None
         return ended
 
     def _check(
@@ -219,7 +225,9 @@ class World:
         if not killed:
             assert not left, f"left {sorted(left)}"
             dead = [path for path in self.cache.rglob("*unfinished-*")]
-            assert not dead or ended.returncode or words[0] != "recipe" or "--dry-run" in words, f"left {dead}"
+            assert not dead or ended.returncode or words[0] != "recipe" or "--dry-run" in words, (
+                f"left {dead}"
+            )
         for name in made:
             if Path(name).name == "adapter" and after[name] == "folder" and not told.meddled:
                 check_adapter(self.work / name)
