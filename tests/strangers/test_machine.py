@@ -18,9 +18,10 @@ from world import DAMAGES, SIGNALS, Interlude, Pause, World, destroy
 
 ALWAYS = ("main", "invoke", "drop_unwritten")
 FUNCTIONS = {
-    "recipe": "load_recipe claim _make sign check_folder write_inputs write_text reserve check fetch unfinished "
-    "publish _prune attach training_step _save release restore save complete _evaluate_tuned _report write "
-    "render close _note_speed note _exported export_all _export _take_place show _print_json remove stopped saved",
+    "recipe": "load_recipe claim _make sign check_folder write_inputs write_text reserve check fetch "
+    "unfinished publish _prune attach training_step _save release restore save complete _evaluate_tuned "
+    "_report write render close _note_speed note _exported export_all _export _take_place show "
+    "_print_json remove stopped saved",
     "export": "export_all open_source check unfinished _remove_dead _export write describe _take_place",
     "report": "rebuild render write_text",
     "look": "load_recipe check_files check_recipe check fetch publish show_parts",
