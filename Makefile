@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart/$(shell date -u +%Y-%m-%dT%H-%M-%SZ)
 
-.PHONY: quickstart test test-grid test-slow check format docs clean
+.PHONY: quickstart test test-grid test-slow strangers check format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -30,6 +30,11 @@ test-grid: $(VENV)/.installed
 ## the tests on the built-in model
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile
+
+## strangers' days: commands, signals and damage in random order, for so many minutes
+MINUTES ?= 5
+strangers: $(VENV)/.installed
+	$(BIN)/python tests/strangers/machine.py --minutes $(MINUTES)
 
 ## lint, format, types, rooms
 check: $(VENV)/.installed

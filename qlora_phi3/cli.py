@@ -7,11 +7,10 @@ that needs it, so that everything else answers at once.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -28,27 +27,23 @@ from . import (
     plan_text,
     process,
     progress,
+    recipe_checks,
     speeds,
     weights,
 )
 from .commands import Commands, TakesKeys
 from .errors import (
-    MAX_SHOWN,
     FitError,
     InputError,
     ModelError,
     Problem,
     QloraError,
-    is_file,
     is_folder,
     printable,
-    shown,
 )
 from .recipe import Recipe
-from .recipe_checks import check_base
 from .recipe_file import copy_recipe, document_keys, dump_recipe, find_recipe, list_recipes, load_recipe
 from .run_folder import check_folder, check_run
-from .units import format_bytes, parse_bytes
 
 
 class _Commands(Commands):
@@ -77,8 +72,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-MOST_ROOM: Final = 1024**4
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -187,7 +180,7 @@ def plan(
     if geometry is None:
         reason = "whether it is a Phi-3, and of which sizes, is known once its config.json is downloaded."
         raise ModelError(found.model.base, reason, "Run the recipe, or name a checkpoint that is here.")
-    room = _room(vram) if vram is not None else None
+    room = fit.room(vram) if vram is not None else None
     changes = fit.advise(found, geometry, room) if room is not None else ()
     on_card = fit.card(found, geometry, room / 1024**3) if room is not None else None
     predicted = fit.planned(found, geometry)
@@ -379,26 +372,11 @@ def _check(found: Recipe, out: Path | None) -> phi3.Geometry | None:
 def _sizes(found: Recipe) -> phi3.Geometry | None:
     """The base's sizes where they are known without a download; refused where the recipe asks for more."""
     if found.adapter.init is not None:
-        _check_init(Path(found.adapter.init))
+        recipe_checks.check_init(Path(found.adapter.init))
     geometry = weights.known_geometry(found.model)
     if geometry is not None:
-        check_base(found, geometry)
+        recipe_checks.check_base(found, geometry)
     return geometry
-
-
-def _check_init(init: Path) -> None:
-    """Whether there may be an adapter; what is in its file, the run reads."""
-    place = f"adapter.init: {init}"
-    if is_file(init, ModelError):
-        if init.suffix not in (".safetensors", ".pt"):
-            remedy = "Give the folder of an adapter, its .safetensors, or loralib's .pt."
-            raise ModelError(place, "is no adapter.", remedy)
-    elif not is_folder(init, ModelError):
-        raise ModelError(place, "no such file or folder.", "Give an adapter's, or remove it.")
-    elif is_folder(init / "adapter", ModelError):
-        raise ModelError(place, "is a run; its adapter is inside.", f"Write {init / 'adapter'}.")
-    elif not any(path.suffix in (".safetensors", ".pt", ".bin") for path in init.iterdir()):
-        raise ModelError(place, "holds no adapter.", "Give the folder that adapter_config.json is in.")
 
 
 def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
@@ -432,23 +410,6 @@ def _dry_run(found: Recipe, out: Path | None, as_json: bool) -> None:
     typer.echo(f"smallest card: {f'{card} GB' if card else 'none of the usual ones'} (predicted)")
     typer.echo("card by card: `plan NAME`; part by part: `plan NAME --parts`")
     typer.echo(lines(looked))
-
-
-def _room(vram: str) -> int:
-    """Bytes of a card."""
-    several = re.fullmatch(r"\s*\d+\s*[x*\u00d7]\s*(.+)", vram)
-    if several is not None:
-        raise InputError(
-            "--vram", f"{shown(vram)}: a run takes one GPU only.", f"Write {several[1][:MAX_SHOWN]}."
-        )
-    try:
-        room = parse_bytes(vram)
-    except ValueError as error:
-        raise InputError("--vram", f"{shown(vram)} {error}.") from None
-    if room > MOST_ROOM:
-        reason = f"{shown(vram)} is {format_bytes(room)}, more than any card has."
-        raise InputError("--vram", reason, "Write the memory on the card's box, 12GB for example.")
-    return room
 
 
 def _run(found: Recipe, out: Path | None, as_json: bool) -> None:

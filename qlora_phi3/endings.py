@@ -116,7 +116,7 @@ FAULT: Final = "a fault of this program, not of your files"
 
 
 def ended(stop: KeyboardInterrupt, what: str) -> StopError:
-    """A command that was asked to end and has nothing to save; its exit code is the shell's for the signal."""
+    """A command that was asked to end and has nothing to save; its exit code is the shell's for that."""
     asked = stop if isinstance(stop, Interrupted) else Interrupted("SIGINT")
     error = StopError(what, f"stopped by {asked.name}.")
     error.exit_code = asked.exit_code

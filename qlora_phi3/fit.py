@@ -5,18 +5,24 @@ Every answer comes from `memory.predict`: nothing here adds bytes of its own. No
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
 from . import memory
+from .errors import MAX_SHOWN, InputError, shown
 from .phi3 import ADAPTABLE, Geometry
 from .recipe import Recipe
 from .sizes import target_linears
+from .units import format_bytes, parse_bytes
 
 CARDS_GIB: Final = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 """Memory of consumer and common data-centre cards, smallest first."""
+
+MOST_ROOM: Final = 1024**4
+"""Bytes that no card has."""
 
 SHOWN_GIB: Final = (4, 6, 8, 10, 12, 16, 24)
 """Cards of the plan's table."""
@@ -249,3 +255,24 @@ def _needed(recipe: Recipe, geometry: Geometry) -> int:
 
 def _with(recipe: Recipe, part: str, **values: Any) -> Recipe:
     return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})
+
+
+def room(vram: str) -> int:
+    """Bytes of a card, as somebody wrote them.
+
+    Raises:
+        InputError: of several cards, no size, or more than any card has.
+    """
+    several = re.fullmatch(r"\s*\d+\s*[x*\u00d7]\s*(.+)", vram)
+    if several is not None:
+        raise InputError(
+            "--vram", f"{shown(vram)}: a run takes one GPU only.", f"Write {several[1][:MAX_SHOWN]}."
+        )
+    try:
+        num_bytes = parse_bytes(vram)
+    except ValueError as error:
+        raise InputError("--vram", f"{shown(vram)} {error}.") from None
+    if num_bytes > MOST_ROOM:
+        reason = f"{shown(vram)} is {format_bytes(num_bytes)}, more than any card has."
+        raise InputError("--vram", reason, "Write the memory on the card's box, 12GB for example.")
+    return num_bytes

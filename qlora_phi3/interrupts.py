@@ -68,7 +68,7 @@ class Interrupts:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Let no signal end the body, a second one neither: cleaning up takes a moment, half of it is worse."""
+        """Let no signal end the body, not even a second one: half a clean-up is worse than a moment."""
         before, self._ignored = self._ignored, True
         try:
             yield

@@ -7,10 +7,11 @@ nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from . import base_names, phi3
-from .errors import Problem, RecipeError, shown
+from .errors import ModelError, Problem, RecipeError, is_file, is_folder, shown
 from .recipe import GENERATION_METRICS, Adapter, Evaluate, Fraction, Recipe, Source
 
 KeyProblem = tuple[tuple[str | int, ...], str, str]
@@ -262,3 +263,22 @@ def _text_problems(recipe: Recipe) -> list[KeyProblem]:
 
 NO_LAST_ANSWER: Final = "'last' is for conversations: plain text has no last answer."
 NO_ANSWERS: Final = f"{' and '.join(GENERATION_METRICS)} compare answers, and plain text has none."
+
+
+def check_init(init: Path) -> None:
+    """Whether there may be an adapter to go on from; what is in its file, the run reads.
+
+    Raises:
+        ModelError: there is none.
+    """
+    place = f"adapter.init: {init}"
+    if is_file(init, ModelError):
+        if init.suffix not in (".safetensors", ".pt"):
+            remedy = "Give the folder of an adapter, its .safetensors, or loralib's .pt."
+            raise ModelError(place, "is no adapter.", remedy)
+    elif not is_folder(init, ModelError):
+        raise ModelError(place, "no such file or folder.", "Give an adapter's, or remove it.")
+    elif is_folder(init / "adapter", ModelError):
+        raise ModelError(place, "is a run; its adapter is inside.", f"Write {init / 'adapter'}.")
+    elif not any(path.suffix in (".safetensors", ".pt", ".bin") for path in init.iterdir()):
+        raise ModelError(place, "holds no adapter.", "Give the folder that adapter_config.json is in.")

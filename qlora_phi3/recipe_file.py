@@ -67,7 +67,9 @@ def find_recipe(name_or_path: str) -> Path:
     """
     path = Path(name_or_path)
     if path.suffix.lower() in DATA and is_file(path, RecipeError):
-        remedy = f"Give it to a recipe, `recipe NAME data.train.path={name_or_path}`, or to `doctor NAME` alike."
+        remedy = (
+            f"Give it to a recipe, `recipe NAME data.train.path={name_or_path}`, or to `doctor NAME` alike."
+        )
         raise RecipeError(name_or_path, "is a file of data, not a recipe.", remedy)
     if is_file(path, RecipeError):
         return path

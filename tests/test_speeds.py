@@ -150,7 +150,7 @@ def test_speeds_go_into_no_other_file(cache: Path, tmp_path: Path, there: str) -
         (cache / "speeds.jsonl").symlink_to(victim)
     if there == "link":
         victim.write_text("mine")
-    with pytest.raises(OSError, match="symbolic links|No such device"):
+    with pytest.raises(OSError, match=r"symbolic links|No such device"):
         speeds.note(speed())
     assert victim.read_text() == "mine" if there == "link" else not victim.exists()
 

@@ -6,7 +6,6 @@ adapters that are more than B @ A times a scale.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil

@@ -30,6 +30,11 @@ def one_round(number: int, examples: int, steps: int) -> str:
     return ""
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=5)
@@ -37,17 +42,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     asked = parser.parse_args()
-    Machine.say = staticmethod(print if asked.seed is not None else lambda _: None)  # type: ignore[method-assign]
+    Machine.say = staticmethod(_say if asked.seed is not None else lambda _: None)  # type: ignore[method-assign]
     begun, wrong, rounds = time.monotonic(), 0, 0
+    write = sys.stdout.write
     while True:
         number = asked.seed if asked.seed is not None else secrets.randbelow(10**6)
         found = one_round(number, asked.examples, asked.steps)
         rounds, wrong = rounds + 1, wrong + bool(found)
         minutes = (time.monotonic() - begun) / 60
-        print(f"seed {number}: {'VIOLATED' if found else 'held'}; {minutes:.1f} min, ", end="")
-        print(f"{rounds} rounds, {Machine.num_commands} commands, {wrong} violations", flush=True)
+        write(f"seed {number}: {'VIOLATED' if found else 'held'}; {minutes:.1f} min, ")
+        write(f"{rounds} rounds, {Machine.num_commands} commands, {wrong} violations\n")
         if found:
-            print(found, f"Again: python {sys.argv[0]} --seed {number}", sep="\n", flush=True)
+            write(f"{found}\nAgain: python {sys.argv[0]} --seed {number}\n")
+        sys.stdout.flush()
         if asked.seed is not None or minutes >= asked.minutes:
             sys.exit(bool(wrong))
 

@@ -18,12 +18,13 @@ from world import DAMAGES, SIGNALS, Interlude, Pause, World, destroy
 
 ALWAYS = ("main", "invoke", "drop_unwritten")
 FUNCTIONS = {
-    "recipe": "load_recipe claim _make sign check_folder write_inputs write_text reserve check fetch unfinished "
-    "publish _prune attach training_step _save release restore save complete _evaluate_tuned _report write "
-    "render close _note_speed note _exported export_all _take_place show _print_json remove stopped saved".split(),
-    "export": "export_all open_source check unfinished _remove_dead _export write describe _take_place".split(),
-    "report": "rebuild render write_text".split(),
-    "look": "load_recipe check_files check_recipe check fetch publish show_parts".split(),
+    "recipe": "load_recipe claim _make sign check_folder write_inputs write_text reserve check fetch "
+    "unfinished publish _prune attach training_step _save release restore save complete _evaluate_tuned "
+    "_report write render close _note_speed note _exported export_all _export _take_place show "
+    "_print_json remove stopped saved",
+    "export": "export_all open_source check unfinished _remove_dead _export write describe _take_place",
+    "report": "rebuild render write_text",
+    "look": "load_recipe check_files check_recipe check fetch publish show_parts",
 }
 """Functions of ours near which something is at stake, by command."""
 
@@ -57,15 +58,15 @@ LOOKS: dict[str, tuple[str, ...]] = {
 OUTS = (None, "o1", "o1", "o2", "deep/o3", "empty")
 
 numbers = st.integers(0, 9999)
-kinds = "none none signal signal signal twice kill kill damage beside".split()
+KINDS = ("none", "none", "signal", "signal", "signal", "twice", "kill", "kill", "damage", "beside")
 
 
 def interruptions(command: str) -> st.SearchStrategy[tuple[Any, ...]]:
     """Whether and where something happens meanwhile."""
     calls = st.one_of(st.integers(0, 25), st.integers(0, 25), st.integers(0, 1500))
-    moments = st.tuples(st.sampled_from([*ALWAYS, *FUNCTIONS[command]]), calls)
+    moments = st.tuples(st.sampled_from([*ALWAYS, *FUNCTIONS[command].split()]), calls)
     signals, hows = st.sampled_from(sorted(SIGNALS)), st.sampled_from(sorted(DAMAGES))
-    return st.tuples(st.sampled_from(kinds), moments, moments, signals, numbers, hows)
+    return st.tuples(st.sampled_from(KINDS), moments, moments, signals, numbers, hows)
 
 
 def is_free(folder: Path) -> bool:
@@ -106,7 +107,12 @@ class Machine(RuleBasedStateMachine):
         self.world.execute(words, place, self._pauses(how))
 
     @precondition(lambda self: self.world.runs())
-    @rule(number=numbers, form=st.sampled_from(sorted(TARGETS)), force=st.booleans(), how=interruptions("export"))
+    @rule(
+        number=numbers,
+        form=st.sampled_from(sorted(TARGETS)),
+        force=st.booleans(),
+        how=interruptions("export"),
+    )
     def export(self, number: int, form: str, force: bool, how: tuple[Any, ...]) -> None:
         run = self._run(number)
         place = run / "exports" / form
