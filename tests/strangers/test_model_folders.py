@@ -153,6 +153,7 @@ TRAINS: dict[str, tuple[str, Change]] = {
                 _name_or_path="Phi-3-mini-4k-instruct",
                 auto_map=OWN_CODE,
                 attention_bias=False,
+                to_dict="no method of ours",
                 torch_dtype="bfloat16",
                 dtype=...,
                 rope_scaling=None,
@@ -371,6 +372,11 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "a tokenizer without vocabulary": (
         edit(TOKENIZER, model={"type": "BPE"}),
         [TOKENIZER, "no model with a vocab"],
+    ),
+    "half a character": (edit(SETTINGS, more="\ud800"), [SETTINGS, "half of a character"]),
+    "a note of added tokens that is none": (
+        write("added_tokens.json", "[]"),
+        ["added_tokens.json", "JSON object"],
     ),
     "a length in words": (edit(SETTINGS, model_max_length="long"), [SETTINGS, "model_max_length is 'long'"]),
     "a token that is a number": (edit(SETTINGS, eos_token=7), [SETTINGS, "eos_token is 7"]),
