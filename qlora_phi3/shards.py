@@ -135,7 +135,8 @@ def shown_name(name: str) -> str:
 def check_finite(folder: Path) -> None:
     """Refuse weights that hold NaN or infinity, which NF4 would hide and every loss would show.
 
-    All bytes are read once, 2 to 4 GB a second out of the page cache: of 16-bit numbers two maxima tell.
+    All bytes are read once, 1.4 GB a second out of the page cache on two cores that ten others shared: the
+    largest number, as signed and as unsigned whole numbers, tells of a block.
 
     Raises:
         ModelError: the first tensor that does, or a file that cannot be read.

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from .errors import ModelError
 
-SECONDS: Final = 5
+SECONDS: Final = 3
 """Of computing."""
 PATIENCE: Final = 30
 """Seconds for the child in all, on a busy machine, and where a process has no limit of its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -114,9 +115,10 @@ def stamps(folder: Path) -> Stamps:
     """Which files a checkpoint's folder holds now; compared later, they tell whether one was changed."""
     found: Stamps = {}
     for path in folder.iterdir():
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model") and path.is_file():
-            status = path.stat()
-            found[path.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model"):
+            with suppress(OSError):  # a link to nowhere that nobody asks for
+                status = path.stat()
+                found[path.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return found
 
 
