@@ -503,3 +503,26 @@ def test_names_of_others_reach_a_terminal_as_text(run: Path, tmp_path: Path) -> 
     assert done.returncode == 0 and "a\\x1b[31m\\u202e[bold]\\nb" in done.stderr
     assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
     assert json.loads(done.stdout)["exports"][0]["folder"] == str(place)
+
+
+def test_what_the_exports_of_a_run_need_is_told_by_the_base_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_phi3 import weights
+    from qlora_phi3.recipe import Model
+
+    base, targets = Path(shutil.copytree(place / "base", tmp_path / "base")), ["adapter", "merged", "ollama"]
+    checkpoint = weights.locate(Model(base=str(base)))
+    export.check_base(targets, checkpoint, tmp_path)
+    free = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    export.check_base(["adapter"], checkpoint, tmp_path)
+    with pytest.raises(OutputError, match=r"exports: needs .* and the disk has 1\.00 MiB free"):
+        export.check_base(targets, checkpoint, tmp_path)
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'] | trim"))
+    with pytest.raises(InputError, match="more than put text around turns"):
+        export.check_base(targets, checkpoint, tmp_path)
+    (base / "generation_config.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no settings"):
+        export.check_base(["merged"], checkpoint, tmp_path)
