@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from qlora_phi3.errors import ModelError, OutputError
+from qlora_phi3.errors import ModelError, OutputError, shown
 from qlora_phi3.files import sha256
 
 if TYPE_CHECKING:
@@ -113,7 +113,13 @@ class Unavailable(Exception):
 def cache_root() -> Path:
     """Folder for everything this package caches: `QLORA_PHI3_CACHE`, else the user's cache folder."""
     chosen = os.environ.get(CACHE_ENV)
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("qlora_phi3")
+    try:
+        return Path(chosen).expanduser().absolute() if chosen else user_cache_path("qlora_phi3")
+    except RuntimeError:  # ~nobody
+        remedy = "Set it to a folder of yours, or unset it."
+        raise OutputError(
+            CACHE_ENV, f"{shown(chosen)} is no folder: there is no such user.", remedy
+        ) from None
 
 
 def check_name(name: str) -> None:
