@@ -159,9 +159,12 @@ def check_same_shape(path: Path, found: layouts.AdapterConfig, wanted: Any, geom
         scale = alpha / (math.sqrt(rank) if wanted.use_rslora else rank)
         its_rank, its_scale = found.rank_of(paths[name]), found.scale_of(paths[name])
         if its_rank != rank or not math.isclose(its_scale, scale, rel_tol=1e-6):
+            # of a split linear, saved as one, `adapter.rank` is the rank of each part
+            parts = rank // wanted.r
+            own = its_rank // parts if its_rank % parts == 0 else its_rank
             reason = (
-                f"{name} has rank {its_rank} scaled by {its_scale:g}; "
-                f"the recipe makes that {rank} and {scale:g}."
+                f"{name} has rank {own} scaled by {its_scale:g}; "
+                f"the recipe makes that {rank // parts} and {scale:g}."
             )
             raise ModelError(
                 str(path), reason, "Set adapter.rank, adapter.alpha and adapter.method to its own."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from . import installed
-from .errors import FitError, Problem, QloraError, RunError, StopError
+from .errors import FitError, InputError, Problem, QloraError, RunError, StopError
 from .interrupts import Interrupted
 from .run_folder import RunFolder
 from .units import format_bytes
@@ -56,8 +56,10 @@ def _planned(place: RunFolder) -> Problem:
     return Problem(str(path) if path.is_file() and place.training_began else "memory plan", reason)
 
 
-def failed(error: OSError, what: str) -> RunError:
+def failed(error: OSError, what: str) -> QloraError:
     """An error of the operating system in words; `what` stands where it names no file."""
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
+        return InputError("the working folder", "was removed.", "Go to another one: `cd`.")
     place = os.fsdecode(error.filename) if error.filename is not None else what
     return RunError(place, f"{error.strerror or error}.")
 
@@ -127,6 +129,13 @@ def whole(asked: Interrupted, folder: Path, when: str) -> StopError:
     """A run that was asked to end when all of it was there already."""
     reason = f"stopped by {asked.name} {when}; the run itself is whole."
     return StopError(str(folder), reason, f"See {folder / 'report.html'}.")
+
+
+def _is_somewhere() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def stopped(asked: Interrupted, place: RunFolder | None) -> StopError:

@@ -34,7 +34,7 @@ from . import (
 )
 from .calibration import Calibration
 from .engine import attention, native, residency
-from .errors import FitError, InputError, Problem, QloraError, RunError, StopError
+from .errors import FitError, InputError, Problem, QloraError, RunError, StopError, shown
 from .interrupts import WAITING, Interrupted, Interrupts, watched
 from .meter import Meter
 from .metrics_log import MetricsLog
@@ -369,10 +369,24 @@ def write_inputs(recipe: Recipe, plan: memory.Plan, place: run_folder.RunFolder)
     place.write_json("plan.json", place.plan)
 
 
+_LAUNCHED: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def _one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Refuse to be one of several; what a launcher tells the only one would have libraries look for others.
+
+    Raises:
+        InputError: WORLD_SIZE is above 1, or no number.
+    """
+    told = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if not (told.isascii() and told.isdecimal()):
+        raise InputError("WORLD_SIZE", f"{shown(told)} is no number of processes.", "Unset it.")
+    if told.lstrip("0") not in ("", "1"):
         reason = "several processes are not available yet."
         raise InputError("WORLD_SIZE", reason, "Start it with plain python, without torchrun or accelerate.")
+    for name in [*os.environ]:
+        if name in _LAUNCHED or name.startswith("ACCELERATE_"):
+            del os.environ[name]
 
 
 def _measure(which: str, ready: _Ready, display: Display) -> evaluate.Measured:

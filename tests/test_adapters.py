@@ -502,6 +502,7 @@ def test_a_fused_adapter_goes_on_as_a_split_one(checkpoints: Callable[[str], Pat
     ("adapter", "reason"),
     [
         ({"rank": 8}, r"qkv_proj has rank 4 scaled by 2; the recipe makes that 8 and 1"),
+        ({"rank": 8, "split_fused": True}, r"qkv_proj has rank 4 scaled by 2; the recipe makes that 8 and 1"),
         ({"alpha": 4}, r"qkv_proj has rank 4 scaled by 2; the recipe makes that 4 and 1"),
         ({"method": "rslora"}, r"scaled by 2; the recipe makes that 4 and 4"),
         ({"targets": ["o"]}, r"trains down_proj, gate_up_proj, o_proj, qkv_proj, the recipe o_proj"),
