@@ -73,7 +73,7 @@ def test_environment(place: Path, case: str) -> None:
 def test_a_cache_folder_of_nobody(place: Path) -> None:
     given = ("QLORA_PHI3_CACHE", "~nobody-at-all/x")
     ended = run("plan", "tiny.yaml", cwd=place, moment=Moment("qlora_phi3.cli:main"), act=_set, given=given)
-    check_refused(ended, "QLORA_PHI3_CACHE: '~nobody-at-all/x' is no folder: there is no such user.")
+    check_refused(ended, "QLORA_PHI3_CACHE: '~nobody-at-all/x' names no user's home.")
 
 
 def _leave(folder: str) -> None:
