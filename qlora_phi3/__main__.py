@@ -14,8 +14,8 @@ def main() -> None:
         cli.main(to_the_end=True)
     except (ImportError, MemoryError) as error:
         installed.stop(error)
-    except KeyboardInterrupt:  # before the commands were there
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:  # before the commands were there
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def watched(*, to_the_end: bool = False) -> Iterator[Interrupts]:
         yield _watching
         return
     found, before = Interrupts(), dict[signal.Signals, Any]()
+    found._waits = "" if to_the_end else None  # also when the last `deferred` in the body is over
     if threading.current_thread() is threading.main_thread():
         for name in SIGNALS:
             number = getattr(signal, name, None)
@@ -124,6 +125,7 @@ def watched(*, to_the_end: bool = False) -> Iterator[Interrupts]:
     try:
         yield found
     finally:
+        found._ignored = to_the_end
         _watching = None
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if to_the_end else handler)

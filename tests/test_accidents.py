@@ -304,6 +304,29 @@ def test_stopped_when_all_is_there_it_says_so(
     check_whole(tmp_path / "out", 5 if more else 3)
 
 
+def test_after_the_last_word_nothing_changes_how_it_ended(tmp_path: Path) -> None:
+    given = (str(tmp_path / "over"),)
+    ended = run(
+        "schema", cwd=tmp_path, moment=Moment("qlora_phi3.cli:_end"), act=_signal_when_over, given=given
+    )
+    assert (tmp_path / "over").exists()
+    check_words(ended, 0)
+
+
+def _signal_when_over(told: str) -> None:
+    """At the first step of `Interrupts` after the command has ended: between its handlers and none."""
+    from qlora_phi3 import interrupts
+
+    ended = interrupts.signal.signal
+
+    def restore(number: int, handler: Any) -> Any:
+        Path(told).touch()
+        _signal("SIGTERM")
+        return ended(number, handler)
+
+    interrupts.signal.signal = restore  # type: ignore[assignment]
+
+
 def test_a_closing_terminal_tells_twice_and_costs_nothing(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
