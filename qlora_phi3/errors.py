@@ -42,15 +42,20 @@ class Problem:
         return f"{place}: {reason} {remedy}".rstrip()
 
 
-def printable(text: str, most: int | None = None) -> str:
-    """One line of text with control and format characters as Python writes them, cut to `most` characters."""
+def printable(text: str, most: int | None = None, keep: str = "") -> str:
+    """One line of text with control and format characters as Python writes them, cut to `most` characters.
+
+    `keep`: which of them stay. The two joiners that emoji and some scripts need always do.
+    """
     cut = text if most is None or len(text) <= most else f"{text[:most]}..."
-    return cut if cut.isprintable() else "".join(one if _is_still(one) else ascii(one)[1:-1] for one in cut)
+    if cut.isprintable():
+        return cut
+    return "".join(one if one in keep or _is_still(one) else ascii(one)[1:-1] for one in cut)
 
 
 def _is_still(one: str) -> bool:
     """Whether a character moves nothing on a terminal."""
-    return one.isprintable() or unicodedata.category(one) == "Zs"
+    return one.isprintable() or one in "\u200c\u200d" or unicodedata.category(one) == "Zs"
 
 
 class QloraError(Exception):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 
+from .errors import printable
 from .recipe import GENERATION_METRICS
 from .units import format_bytes
 
@@ -54,19 +54,6 @@ def _joined(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def one_line(text: str) -> str:
-    """A text as one line of a terminal can show it: what would move the cursor is written as Python does.
-
-    The two joiners that emoji and some scripts need stay.
-    """
-    return "".join(one.encode("unicode_escape").decode() if _moves(one) else one for one in text)
-
-
-def _moves(character: str) -> bool:
-    kind = unicodedata.category(character)
-    return (kind[0] == "C" and character not in "\u200c\u200d") or kind in ("Zl", "Zp")
-
-
 def template(name: str) -> jinja2.Template:
     """A template of the package; a name that it uses and is not given is an error."""
     return environment().get_template(name)
@@ -83,6 +70,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.finalize = _visible
     made.filters["bytes"] = format_bytes
     made.globals |= {
         "format_metric": format_metric,
@@ -91,3 +79,8 @@ def environment() -> jinja2.Environment:
         "measured_on": measured_on,
     }
     return made
+
+
+def _visible(value: Any) -> Any:
+    """A text without what is not to be seen, and what turns the order of letters; markup of ours as it is."""
+    return printable(value, keep="\n\t") if type(value) is str else value

@@ -23,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import files, json_files, report_page
-from .errors import InputError, OutputError
+from .errors import InputError, OutputError, printable
 from .export import card
 from .findings import graded
-from .pages import MEANINGS, MEMORY, format_metric, measured_on, one_line
+from .pages import MEANINGS, MEMORY, format_metric, measured_on
 from .units import format_bytes
 
 SHOWN_SAMPLES: Final = 3
@@ -147,7 +147,7 @@ def rebuild(folder: Path) -> Path:
 
 def shown_error(error: Exception) -> str:
     """What a library says of a damaged file, in one line that is not longer than the rest."""
-    text = one_line(str(error)) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
     return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
 
 
@@ -155,7 +155,7 @@ def show(report: RunReport, folder: Path, console: Console) -> None:
     """The closing tables: before and after, some answers, and what it took."""
 
     def say(text: str) -> None:
-        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     if report.metrics:
         models = " and ".join(report.metrics)
@@ -229,7 +229,7 @@ def _answers_table(sample: Mapping[str, Any], models: Sequence[str], console: Co
 def _cut(text: str, room: int, encoding: str) -> str:
     """A text for a terminal that writes in `encoding`, in so many columns at most."""
     # a column is one character at least: what is far beyond need not be looked at
-    line = one_line(text[: 2 * room]).encode(encoding, "backslashreplace").decode(encoding)
+    line = printable(text[: 2 * room]).encode(encoding, "backslashreplace").decode(encoding)
     if len(text) <= 2 * room and cell_len(line) <= room:
         return line
     return f"{set_cell_size(line, room - 4).rstrip()} ..."

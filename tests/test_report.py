@@ -353,6 +353,14 @@ def test_nothing_in_a_run_can_become_html(folder: Path) -> None:
     assert found.text.count(evil) > 20
 
 
+def test_nothing_in_a_run_can_hide_or_turn_what_is_read(folder: Path) -> None:
+    answer = "a\x0f\x9b31m\u202eb\u2028c\n\td"
+    change(folder, "eval.json", lambda e: [s.update(answer=answer) for s in e["base"]["samples"]])
+    found = page(folder)
+    assert "a\\x0f\\x9b31m\\u202eb\\u2028c\n\td" in found.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]", found.text)
+
+
 def test_long_answers_wrap_and_keep_their_lines(folder: Path) -> None:
     answer = f"{LONG_ANSWER}\n    indented"
     change(folder, "eval.json", lambda e: [s.update(answer=answer) for s in e["base"]["samples"]])
