@@ -319,7 +319,7 @@ def _write_files(
     folder: Path, tensors: Tensors, config: AdapterConfig, base: str | None, revision: str | None
 ) -> Path:
     if style_of(config.layout) == "loralib":
-        torch.save(tensors, folder / LORALIB_WEIGHTS)
+        _save_pickle(tensors, folder / LORALIB_WEIGHTS)
         _write_json(folder / LORALIB_CONFIG, to_json(config))
         return folder / LORALIB_WEIGHTS
     if config.layout == "mlx":
@@ -330,6 +330,15 @@ def _write_files(
     settings = to_peft(config, inference_mode=True, base_model_name_or_path=base, revision=revision)
     settings.save_pretrained(folder)
     return folder / PEFT_WEIGHTS
+
+
+def _save_pickle(tensors: Tensors, path: Path) -> None:
+    """Raises RunError where the disk does not take it: torch tells that as an error of its own."""
+    try:
+        torch.save(tensors, path)
+    except RuntimeError as error:
+        reason = f"cannot be written: {first_line(error)}."
+        raise RunError(str(path), reason, "Look at the disk's space and limits (`ulimit -f`).") from None
 
 
 def _write_mlx(folder: Path, tensors: Tensors, config: AdapterConfig) -> Path:
