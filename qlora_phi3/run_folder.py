@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final
@@ -132,7 +133,8 @@ class RunFolder:
         path = self.path / CLAIM
         file = path.open("x", encoding="utf-8")
         try:
-            files.lock(file)
+            while files.lock(file) is False:  # another run looks whether anybody holds it: a moment
+                time.sleep(0.001)
             json.dump({"process": os.getpid(), "host": platform.node(), "run": self._token}, file)
             file.flush()
         except OSError:
