@@ -76,6 +76,8 @@ def run(
             return done, place.path
         except Interrupted as asked:
             raise endings.stopped(asked, place) from None
+        except StopError:  # it says itself what is saved
+            raise
         except InputError as error:
             if place is None or not place.training_began:
                 raise

@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final
@@ -34,6 +35,8 @@ RESERVE: Final = ".reserve"
 _BEFORE: Final = {CLAIM, RESERVE, "recipe.yaml", "plan.json"}
 """All that a run writes before it trains."""
 _UNFINISHED: Final = re.compile(r"\.(recipe\.yaml|plan\.json)\.\d+")
+_WRITTEN: Final = b'"run": '
+"""In every claim that is more than just made."""
 _TRIES: Final = 100
 _LISTED: Final = 5
 _LINK: Final = "is a link that leads nowhere."
@@ -132,7 +135,8 @@ class RunFolder:
         path = self.path / CLAIM
         file = path.open("x", encoding="utf-8")
         try:
-            files.lock(file)
+            while files.lock(file) is False:  # another run looks whether anybody holds it: a moment
+                time.sleep(0.001)
             json.dump({"process": os.getpid(), "host": platform.node(), "run": self._token}, file)
             file.flush()
         except OSError:
@@ -352,8 +356,8 @@ def _is_dead(folder: Path) -> bool:
     if CLAIM not in names or not names - unfinished <= _BEFORE or not files.is_abandoned(folder / CLAIM):
         return False
     try:
-        return '"run": ' in (folder / CLAIM).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return _WRITTEN in (folder / CLAIM).read_bytes()
+    except OSError:
         return False
 
 
@@ -366,7 +370,8 @@ def _clear_dead(folder: Path) -> None:
     if not folder.is_dir() or not _is_dead(folder):
         return
     with contextlib.suppress(FileNotFoundError), (folder / CLAIM).open("rb") as claim:
-        if not files.lock(claim) or not os.path.samestat(os.fstat(claim.fileno()), (folder / CLAIM).stat()):
+        same = files.lock(claim) and os.path.samestat(os.fstat(claim.fileno()), (folder / CLAIM).stat())
+        if not same or _WRITTEN not in claim.read():  # another's by now, which is just making it
             return
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CLAIM):
             path.unlink()
