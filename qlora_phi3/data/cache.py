@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from .. import builtin, entries
-from ..errors import DataError
+from ..errors import DataError, OutputError
 from ..files import sha256
 from ..recipe import Fraction
 from .parts import Part, Reading, build
@@ -77,7 +77,6 @@ def fetch(key: str, reading: Reading) -> dict[str, Part]:
     Raises:
         DataError: a source is missing.
         ModelError: as `parts.build`.
-        OutputError: there is no room for the tokens.
     """
     entry = root() / key
     found = _load(entry, reading.splits)
@@ -85,7 +84,10 @@ def fetch(key: str, reading: Reading) -> dict[str, Part]:
         return found
     keyed = [one.sha256 for one in reading.read]
     with _unfinished() as folder:
-        made = build(reading, folder)
+        try:
+            made = build(reading, folder)
+        except (OSError, OutputError):  # a full disk: nothing is kept, four bytes a token are in memory
+            return build(reading)
         sound = not any(part.problems.first for part in made.values())
         if sound and [one.sha256 for one in reading.read] == keyed:  # else they were changed meanwhile
             _publish(made, folder, entry)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from conftest import CHATML_TEMPLATE, chatml_tokenizer, phi3_tokenizer, write_chats
 
 from qlora_phi3 import entries
-from qlora_phi3.data import Prepared, cache, parts, prepare, prompts
+from qlora_phi3.data import Prepared, cache, parts, prepare, prompts, store
 from qlora_phi3.data.tokens import Turns
 from qlora_phi3.files import sha256
 from qlora_phi3.recipe import Data, Evaluate, Fraction, Source, Train
@@ -81,6 +83,25 @@ def test_the_second_time_nothing_is_tokenized(
     assert (shown(again), made.count) == (expected, 2)
     held_out = again.splits().eval
     assert held_out is not None and len(prompts(held_out, PHI3, 3)) == 3
+
+
+@pytest.mark.parametrize("limit", [0, 300], ids=["from the start", "on the way"])
+def test_a_full_disk_costs_the_entry_alone(
+    data: Data, made: Counter, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    expected = uncached(data, monkeypatch)
+    monkeypatch.setattr(store, "SPILL", 10)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        found = prepare(data, PHI3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert shown(found) == expected
+    assert made.count > 2  # once more
+    assert [path.name for path in cache.root().iterdir()] == []
 
 
 def test_small_sources_are_not_cached(data: Data, made: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
