@@ -400,8 +400,11 @@ ADAPTERS: dict[str, tuple[Spoil, list[str]]] = {
 
 INITS: dict[str, tuple[list[str], list[str]]] = {
     "nowhere": (["adapter.init=nowhere"], ["/nowhere: "]),
-    "up and out": (["adapter.init=good/../.."], [f"holds no {WEIGHTS}."]),
-    "a text": (["adapter.init=notes.md"], ["/notes.md: is no .safetensors file"]),
+    "up and out": (
+        ["adapter.init=good/../.."],
+        ["holds no adapter. Give the folder that adapter_config.json is in."],
+    ),
+    "a text": (["adapter.init=notes.md"], ["/notes.md: is no adapter. Give the folder of an adapter"]),
     "a rank above the width": (
         ["adapter.init=good", "adapter.rank=65"],
         ["adapter.rank: 65 is above 64, the smaller side of o_proj."],
