@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, Any, BinaryIO, Final
+from typing import IO, Any, Final
 
 from .units import format_bytes
 
 _BLOCK: Final = 2**20
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A regular file to read. A pipe in its place would have the reader wait, a device never end.
 
     Raises:
@@ -119,7 +120,7 @@ def lock(file: IO[Any]) -> bool | None:
 def is_abandoned(path: Path) -> bool | None:
     """Whether a file that its process held by `lock` has outlived it; None where that cannot be told."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return lock(file)
     except OSError:
         return None

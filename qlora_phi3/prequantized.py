@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from . import builtin, entries, json_files
+from . import builtin, entries, files, json_files
 from .recipe import Model
 from .units import format_bytes
 from .weights import Checkpoint, Say, first_line, weight_files
@@ -57,8 +57,8 @@ def entry_of(checkpoint: Checkpoint, settings: Model, device_type: str) -> Entry
     Unquantized bases are not: a copy of the checkpoint loads no faster. Kernels of devices and versions of
     libraries may round differently, so they count.
     """
-    files = weight_files(checkpoint.folder)
-    large = sum(path.stat().st_size for path in files) >= MIN_BYTES
+    shards = weight_files(checkpoint.folder)
+    large = sum(path.stat().st_size for path in shards) >= MIN_BYTES
     if not (settings.cache and settings.quantization == "nf4" and large):
         return None
     known = checkpoint.provenance
@@ -67,7 +67,7 @@ def entry_of(checkpoint: Checkpoint, settings: Model, device_type: str) -> Entry
         "format": _FORMAT,
         "base": known.base,
         "revision": known.revision,
-        "configs": {path.name: _sha256(path.read_bytes()) for path in configs},
+        "configs": {path.name: _sha256(files.read_bytes(path)) for path in configs},
         "weights": [{**one, "modified_ns": _modified_ns(checkpoint, one["file"])} for one in known.weights],
         "settings": settings.model_dump(include={"quantization", "double_quant", "compute_dtype"}),
         "device": device_type,

@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from . import strict_yaml
+from . import files, strict_yaml
 from .errors import MAX_SHOWN, OutputError, Problem, RecipeError, is_file, is_folder
 from .recipe import ARMS, Recipe
 from .recipe_checks import cross_problems
@@ -171,7 +172,8 @@ def _read(path: Path) -> str:
         if path.stat().st_size > MAX_BYTES:
             reason = f"is {path.stat().st_size / 1e6:.1f} MB, too much for a recipe."
             raise RecipeError(str(path), reason, "Data goes into a file of its own: data.train.path.")
-        return path.read_text(encoding="utf-8")
+        with TextIOWrapper(files.open_file(path), encoding="utf-8") as text:  # of any line ends
+            return text.read()
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), f"not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from None
     except OSError as error:

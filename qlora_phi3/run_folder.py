@@ -159,7 +159,7 @@ class RunFolder:
     def is_ours(self) -> bool:
         """Whether the folder is the one that was claimed, not another in its place."""
         try:
-            return self._token in (self._claimed / CLAIM).read_text(encoding="utf-8")
+            return self._token.encode() in files.read_bytes(self._claimed / CLAIM)
         except (OSError, ValueError):
             return False
 
@@ -356,7 +356,7 @@ def _is_dead(folder: Path) -> bool:
     if CLAIM not in names or not names - unfinished <= _BEFORE or not files.is_abandoned(folder / CLAIM):
         return False
     try:
-        return _WRITTEN in (folder / CLAIM).read_bytes()
+        return _WRITTEN in files.read_bytes(folder / CLAIM)
     except OSError:
         return False
 
@@ -369,7 +369,7 @@ def _clear_dead(folder: Path) -> None:
     """
     if not folder.is_dir() or not _is_dead(folder):
         return
-    with contextlib.suppress(FileNotFoundError), (folder / CLAIM).open("rb") as claim:
+    with contextlib.suppress(FileNotFoundError), files.open_file(folder / CLAIM) as claim:
         same = files.lock(claim) and os.path.samestat(os.fstat(claim.fileno()), (folder / CLAIM).stat())
         if not same or _WRITTEN not in claim.read():  # another's by now, which is just making it
             return

@@ -164,7 +164,7 @@ def _is_finite(stored: Stored) -> bool:
         file.seek(stored.start)
         for at in range(stored.start, stored.stop, _BLOCK):
             block = buffer[: stored.stop - at]
-            if file.readinto(block) < len(block):  # type: ignore[attr-defined]  # BinaryIO lacks what all have
+            if file.readinto(block) < len(block):
                 raise OSError(errno.EIO, "It became shorter", str(stored.file))
             bits = np.frombuffer(block, f"<u{size}")
             if int(bits.view(f"<i{size}").max()) >= limit or int(bits.max()) >= limit | 1 << (8 * size - 1):

@@ -81,7 +81,7 @@ def note(speed: Speed) -> None:
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and path.stat().st_size > MAX_BYTES:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_bytes(path).decode("utf-8", "replace").splitlines(keepends=True)
         files.write_text(path, "".join(lines[len(lines) // 2 :]))
     with open(path, "a", encoding="utf-8", opener=_itself) as file:
         file.write(json.dumps(speed.to_json()) + "\n")  # one write: runs side by side do not mix their lines

@@ -169,6 +169,21 @@ def test_a_folder_that_became_another_s_is_left_alone(
     check_whole(moved, 3)
 
 
+def _pipe_in_place_of(claim: str) -> None:
+    Path(claim).unlink()
+    os.mkfifo(claim)
+
+
+def test_a_pipe_where_the_claim_was_keeps_nobody_waiting(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    claim = tmp_path / "out" / ".claim.json"
+    accident = {"moment": Moment(STEP, 2), "act": _pipe_in_place_of, "given": (str(claim),)}
+    check_words(start("--out", "out", **accident).wait(), 1, "The whole run, adapter")
+    (moved,) = tmp_path.glob("out-*")
+    check_whole(moved, 3)
+
+
 def _limit(num_bytes: int) -> None:
     import resource
 

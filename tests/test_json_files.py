@@ -113,3 +113,15 @@ def test_no_module_reads_json_in_a_way_of_its_own() -> None:
     }
     ours = {"export/llama_cpp.py", "template_limits.py"}  # answers to us, and what we ask a child
     assert set(found) <= ours, found
+
+
+def test_no_module_waits_for_what_stands_in_a_file_s_place() -> None:
+    """Whatever is read goes through `files.open_file`: of a pipe, `Path.open` waits for ever."""
+    reading = re.compile(r"\.read_text\((?:encoding|\))|\.read_bytes\(\)|\.open\((?:\"rb?t?\"|encoding=|\))")
+    found = {
+        path.relative_to(ALL).as_posix(): hits
+        for path in sorted(ALL.rglob("*.py"))
+        if (hits := reading.findall(path.read_text(encoding="utf-8")))
+    }
+    ours = {"environment.py"}  # the constraints.txt of a checkout
+    assert set(found) == ours, found

@@ -9,12 +9,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
 from typing_extensions import Self
+
+from ..files import open_file
 
 _BLOCK: Final = 2**20
 _HEAD: Final = 512
@@ -50,7 +51,7 @@ class SourceFile:
     def __init__(self, path: Path, *, hashing: bool = True) -> None:
         self.path = path
         self._digest = hashlib.sha256() if hashing else None
-        self._file: BufferedReader = path.open("rb")
+        self._file = open_file(path)
         status = os.fstat(self._file.fileno())
         self.num_bytes = status.st_size
         self._stamp = (status.st_ino, status.st_size, status.st_mtime_ns)

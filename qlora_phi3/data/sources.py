@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import DataError, Problem, is_file, is_folder, shown
+from ..files import open_file
 from ..json_files import first_repeated
 from .file_kinds import check_kind, packed, special_kind
 from .json_rows import rows_of_lines, rows_of_list, starts_list
@@ -65,7 +66,7 @@ def files_of(path: Path) -> list[Path]:
             reason = f"{file.suffix or 'no suffix'} is not available yet."
             raise DataError(str(file), reason, packed(file.suffix) or _GIVE)
         try:
-            file.open("rb").close()
+            open_file(file).close()
         except OSError as error:
             raise _unreadable(file, error) from None
     return files

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import files
 from ..errors import InputError, OutputError, Problem, RunError, shown
 from ..recipe_values import is_hub_id
 from ..units import format_bytes
@@ -112,7 +113,7 @@ def _unfit(path: Path) -> Problem | None:
         return Problem(str(path), "is a pickle, which can run code.", "Push a target in safetensors.")
     if path.suffix not in _TEXTS or path.stat().st_size > _MAX_TEXT_BYTES:
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = files.read_bytes(path).decode("utf-8", "replace")
     if _SECRET.search(text):
         return Problem(
             str(path), "holds what looks like an access token.", "Remove it, and revoke the token."

@@ -296,7 +296,7 @@ def licence_name(source: Source) -> str | None:
 def licence_in(readme: Path) -> str | None:
     """The licence's name in the head of a README."""
     if readme.is_file():
-        head = readme.read_text(encoding="utf-8", errors="replace")[:4000].splitlines()
+        head = files.read_bytes(readme).decode("utf-8", "replace")[:4000].splitlines()
         found = (re.match(r"""license:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", line) for line in head)
         return next((match[1] for match in found if match is not None), None)
     return None

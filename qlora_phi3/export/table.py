@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from .. import files
 from ..errors import ModelError
 from ..model import load_tokenizer
 from ..weights import Checkpoint
@@ -175,7 +176,7 @@ def _system(source: Source) -> str | None:
 
 def _modelfile(source: Source, gguf: str, num_ctx: int) -> str:
     licence = licence_file(source)
-    text = licence.read_text(encoding="utf-8", errors="replace") if licence else licence_name(source)
+    text = files.read_bytes(licence).decode("utf-8", "replace") if licence else licence_name(source)
     told = {"num_ctx": num_ctx, "license": text, "system": _system(source), "stop_ids": source.stop_ids}
     return ollama.modelfile(gguf, source.checkpoint.folder, **told)  # type: ignore[arg-type]
 

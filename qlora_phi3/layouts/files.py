@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import json_files
+from .. import files, json_files
 from ..errors import ModelError, OutputError, RunError
 from ..phi3 import Geometry
 from ..weights import first_line
@@ -192,7 +192,7 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
     if "\udc80" <= max(str(path)) <= "\udcff":
         return "its path is no UTF-8, and safetensors opens no other.", "Rename the folder."
     try:
-        with path.open("rb") as file:
+        with files.open_file(path) as file:
             begins = file.read(64)
     except OSError as failure:
         return f"cannot be read: {failure.strerror}.", "Check who may read it."

@@ -32,6 +32,8 @@ import qlora_phi3
 
 PACKAGE = str(Path(qlora_phi3.__file__).parent)
 LIMIT_SECONDS = 60
+LEAST_TICKS = 50
+"""Of computing, that count: libraries' threads look about now and then while a command waits for ever."""
 """Computed by one command, which takes 1 to 10, or waited: beyond it, it hangs."""
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -480,7 +482,7 @@ class _Hanging:
 
     def is_so(self) -> bool:
         state, ticks = _state(self._child)
-        if ticks != self._ticks or state == "R":
+        if ticks - self._ticks >= LEAST_TICKS or state == "R":
             self._ticks, self._since = ticks, time.monotonic()
         computed = ticks / os.sysconf("SC_CLK_TCK")
         return computed > LIMIT_SECONDS or time.monotonic() - self._since > LIMIT_SECONDS
