@@ -103,6 +103,10 @@ def _end() -> int | str | None:
             told.add(problem.remedy)
     except SystemExit as end:
         code = end.code
+    except OSError as error:  # of a help or a version, which no command prints
+        failure = endings.failed(error, "standard output")
+        code = failure.exit_code
+        print(failure, file=sys.stderr)  # noqa: T201
     lost = progress.drop_unwritten(sys.stdout)
     if lost is not None:
         code = code or 1
@@ -151,7 +155,7 @@ def recipe(
     found = load_recipe(path, overrides or ())
     if copy_to is not None:
         copy_recipe(path, found if overrides else None, copy_to)
-        typer.echo(f"wrote {copy_to}", err=True)
+        typer.echo(printable(f"wrote {copy_to}"), err=True)
         if as_json:
             _print_json({"path": str(copy_to)})
     elif show:

@@ -129,6 +129,8 @@ def _to_look_at(split: Split, answers: Callable[[], tuple[Sample, ...]]) -> tupl
 def reservations(found: Measured, settings: Evaluate) -> list[str]:
     """What limits these metrics, whatever the model: answers that are too long, or not JSON."""
     notes = []
+    if not math.isfinite(found.metrics.get("loss", 0.0)):
+        notes.append("the tuned model computes no loss: its update is too large; lower train.learning_rate")
     if math.isinf(found.metrics.get("perplexity", 0.0)):
         notes.append("perplexity is more than a number can hold: the loss is too high for exp(loss)")
     if not settings.compares_answers:

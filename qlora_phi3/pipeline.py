@@ -34,7 +34,7 @@ from . import (
 )
 from .calibration import Calibration
 from .engine import attention, native, residency
-from .errors import FitError, InputError, Problem, QloraError, RunError, StopError, shown
+from .errors import FitError, InputError, Problem, RunError, StopError, shown
 from .interrupts import WAITING, Interrupted, Interrupts, watched
 from .meter import Meter
 from .metrics_log import MetricsLog
@@ -205,6 +205,10 @@ def _prepare(recipe: Recipe, place: run_folder.RunFolder, display: Display) -> _
     write_inputs(recipe, plan, place)
     told = ("overlong", "answers-cut")  # notes.py counts the one, `evaluate.reservations` the other
     notes += [finding.note for finding in findings if finding.code not in told]
+    steps = trainer.num_steps(recipe, len(splits.train.rows))
+    if recipe.train.warmup >= max(1, steps):
+        notes.append(f"all {steps} steps are warm-up (train.warmup): the learning rate is never reached")
+        display.say(f"warning: {notes[-1]}")
 
     display.say(f"loading {recipe.model.base} ({recipe.model.quantization}) on {device.type}")
     with meter.phase("load"):
@@ -249,7 +253,7 @@ def _evaluate_tuned(ready: _Ready, display: Display, interrupts: Interrupts) -> 
         with interrupts.at_once(), ready.meter.phase("evaluate tuned"):
             ready.measured["tuned"] = _measure("tuned", ready, display)
         ready.notes += evaluate.reservations(ready.measured["tuned"], ready.recipe.evaluate)
-    except (Interrupted, QloraError, RuntimeError, MemoryError, OSError) as error:
+    except (Interrupted, Exception) as error:
         ready.notes.append(f"the tuned model was not evaluated to the end: {weights.first_line(error)}")
         return error
     return None

@@ -54,6 +54,9 @@ def _kind_of_host(value: Any) -> str:
 METRICS: Final = ("loss", "perplexity", "exact_match", "json_match")
 GENERATION_METRICS: Final = ("exact_match", "json_match")
 
+MOST: Final = 10**12
+"""Of anything that is counted: more is a slip of the hand, and beyond what libraries count."""
+
 SCORED_ROWS: Final = 256
 """Held-out rows whose loss is measured in the middle of a training: it waits for them."""
 
@@ -141,7 +144,7 @@ class Adapter(_Part):
         "loftq: lora that starts from what nf4 lost of the weights",
     )
     rank: int = Field(default=16, ge=1, description="rank r of each A/B pair")
-    alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / rank")
+    alpha: int = Field(default=32, ge=1, le=1_000_000, description="the update is scaled by alpha / rank")
     dropout: float = Field(
         default=0.0,
         ge=0.0,
@@ -211,7 +214,7 @@ class Source(_Part):
     split: str = Field(default="train", min_length=1, description="split of a hub data set")
     subset: str | None = Field(default=None, min_length=1, description="configuration of a hub data set")
     revision: str | None = Field(default=None, min_length=1, description="hub commit or tag of a data set")
-    limit: int | None = Field(default=None, ge=1, description="use the first N rows only")
+    limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first N rows only")
     weight: float = Field(
         default=1.0,
         gt=0.0,
@@ -346,8 +349,12 @@ class Train(_Part):
         description="columns of the intermediate, and of queries, keys and values, that a layer has at once "
         "where it recomputes (native engine); auto: all, or 2048 where nothing fits otherwise",
     )
-    epochs: int = Field(default=1, ge=1, description="passes over the training rows, unless max_steps is set")
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs")
+    epochs: int = Field(
+        default=1, ge=1, le=MOST, description="passes over the training rows, unless max_steps is set"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=MOST, description="optimizer steps; wins over epochs"
+    )
     effective_batch: int = Field(
         default=16,
         ge=1,
@@ -362,16 +369,22 @@ class Train(_Part):
     logit_tokens: int = Field(
         default=1024,
         ge=1,
+        le=MOST,
         description="supervised tokens whose logits exist at once in the loss; fewer take less memory",
     )
     learning_rate: float = Field(default=2.0e-4, gt=0.0, lt=1.0, description="peak learning rate")
     lora_plus_ratio: float | None = Field(
-        default=None, ge=1.0, description="LoRA+: B learns this many times faster than A; 16 is its paper's"
+        default=None,
+        ge=1.0,
+        le=1024.0,
+        description="LoRA+: B learns this many times faster than A; 16 is its paper's",
     )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="after the warm-up"
     )
-    warmup: float = Field(default=0.03, ge=0.0, description="below 1: fraction of the steps; from 1: steps")
+    warmup: float = Field(
+        default=0.03, ge=0.0, le=MOST, description="below 1: fraction of the steps; from 1: steps"
+    )
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="gradient clipping")
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
@@ -381,12 +394,14 @@ class Train(_Part):
     log_every: int = Field(
         default=1,
         ge=1,
+        le=MOST,
         description="steps between lines in metrics.jsonl; a line has the tokens and time of all steps since "
         "the one before, and the mean of their losses",
     )
     eval_every: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="steps between losses on the held-out rows, all of them or "
         f"{SCORED_ROWS} drawn by train.seed",
     )
@@ -429,10 +444,13 @@ class Evaluate(_Part):
     samples: int = Field(
         default=32,
         ge=1,
+        le=MOST,
         description="held-out rows that are answered, drawn by train.seed, where a metric compares answers; "
         f"else up to {SHOWN_ANSWERS} are, to be looked at. The loss is of all rows",
     )
-    max_new_tokens: int = Field(default=128, ge=1, description="longest generated answer in tokens")
+    max_new_tokens: int = Field(
+        default=128, ge=1, le=131_072, description="longest generated answer in tokens"
+    )
     compare_base: bool = Field(default=True, description="measure the base model too, before training")
 
     @property

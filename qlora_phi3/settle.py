@@ -74,7 +74,7 @@ def allowed_bytes(recipe: Recipe, device: torch.device) -> int:
         raise RecipeError("memory.budget", reason, "Lower it, or write auto.")
     on_cpu = memory.IMPORTS_BYTES + memory.HEAP_BYTES
     beside = memory.CONTEXT_BYTES if device.type == "cuda" else on_cpu
-    return min(free, budget - beside)
+    return max(0, min(free, budget - beside))
 
 
 def total_bytes(device: torch.device) -> int:

@@ -162,12 +162,20 @@ def parse_value(text: str, place: str, path: Path = ()) -> Any:
 
 def dump(values: dict[str, Any]) -> str:
     """Text that `parse` reads back as equal values, and other YAML readers too."""
-    return yaml.dump(values, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=110)
+    return _visible(yaml.dump(values, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def quote(text: str) -> str:
     """`text` as it can stand for any value, in one line."""
-    return yaml.dump(text, Dumper=_CoreDumper, default_style='"', allow_unicode=True, width=math.inf).strip()
+    found = yaml.dump(text, Dumper=_CoreDumper, default_style='"', allow_unicode=True, width=math.inf)
+    return _visible(found.strip())
+
+
+def _visible(text: str) -> str:
+    """YAML in which what hides or turns letters is escaped; a text that holds it is in double quotes."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n " else f"\\U{ord(one):08X}" for one in text)
 
 
 def dotted_path(path: Path) -> str:

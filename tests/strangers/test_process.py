@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from attempts import attempt, check_refused, check_told
 from warm import Moment, run
 
@@ -41,6 +42,52 @@ WORDS = {
 def test_words(place: Path, case: str) -> None:
     typed, words = WORDS[case]
     check_refused(attempt(*typed.split(), cwd=place), *words)
+
+
+ENDLESS = [
+    "data.train.limit",
+    "train.warmup",
+    "train.lora_plus_ratio",
+    "evaluate.max_new_tokens",
+    "train.epochs",
+]
+
+
+@pytest.mark.parametrize("key", ENDLESS)
+def test_numbers_that_no_run_can_have(place: Path, key: str) -> None:
+    ended = attempt("recipe", "tiny.yaml", f"{key}=1{'0' * 25}", "--dry-run", cwd=place)
+    check_refused(ended, f"{key}: found 1", "must be")
+
+
+def test_a_run_that_is_all_warm_up_says_so(place: Path) -> None:
+    ended = attempt(
+        "recipe", "tiny.yaml", "train.warmup=5", "data.eval=", "evaluate.metrics=[loss]", cwd=place
+    )
+    assert ended.returncode == 0
+    assert (
+        "warning: all 3 steps are warm-up (train.warmup): the learning rate is never reached" in ended.stderr
+    )
+
+
+def test_what_a_recipe_holds_does_not_move_the_terminal(place: Path) -> None:
+    name, text = "a\x1b]0;x\x07\u202e.yaml", "\x1b[31m\u202e\u65e5"
+    attempt("recipe", "tiny.yaml", "--copy-to", name, cwd=place)
+    assert (place / name).is_file()
+    escaped = text.encode("unicode_escape").decode()
+    shown = attempt("recipe", "tiny.yaml", "--show", f'description="{escaped}"', cwd=place)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["description"] == text
+
+
+def _fill_stdout() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_a_help_that_cannot_be_printed(place: Path, option: str) -> None:
+    ended = run(option, cwd=place, moment=Moment("qlora_phi3.cli:_end"), act=_fill_stdout)
+    check_told(ended)
+    assert ended.returncode == 1 and "No space left on device." in ended.stderr
 
 
 ENVIRONMENTS: dict[str, tuple[str, str, int, str]] = {

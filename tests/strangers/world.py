@@ -221,7 +221,7 @@ class World:
         assert not changed, f"changed {sorted(changed)}"
         made = {name for name in after if name not in before}
         if not told.meddled:
-            strange = {name for name in made if place is None or not _belongs(name, place)}
+            strange = {name for name in made if place is None or not _belongs(name, place, killed)}
             assert not strange, f"made {sorted(strange)}"
         left = [name for name in made if Path(name).name.startswith(LEFTOVERS) or ".partial" in name]
         if not killed:
@@ -306,9 +306,10 @@ def _may_go(name: str, words: tuple[str, ...], place: str | None, before: Snapsh
     return words[0] == "recipe" and claimed and str(path.parent) == place
 
 
-def _belongs(name: str, place: str) -> bool:
+def _belongs(name: str, place: str, killed: bool) -> bool:
     parents = {place, *map(str, Path(place).parents)}
-    return name in parents or name.startswith(f"{place}/")
+    unfinished = f"{Path(place).parent}/.{Path(place).name}.unfinished-"
+    return name in parents or name.startswith((f"{place}/", *([unfinished] if killed else [])))
 
 
 # --- what must hold
