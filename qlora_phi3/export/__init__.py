@@ -119,6 +119,9 @@ def export_all(
     except BaseException:
         for one in done:
             say(f"whole all the same: {one}")
+        wanted = [*places, *(["hub"] if "hub" in targets else [])]
+        if untried := wanted[len(done) + 1 :]:
+            say(f"not tried: {', '.join(untried)}")
         raise
     return done
 

@@ -104,9 +104,11 @@ def test_what_the_system_refuses_is_told_with_what_is_there(
     monkeypatch.setattr(merged.shards, "write", fail)
     said: list[str] = []
     options = export.Options(merge_base="dequant", gate=False)
+    wanted = ["adapter", "merged", "loralib", "mlx"]
     with pytest.raises((RunError, FitError), match="Nothing is left of this export") as caught:
-        export.export_all(run, ["adapter", "merged"], options=options, say=said.append)
-    assert str(caught.value).startswith("merged: ") and said[-1].startswith("whole all the same: adapter ")
+        export.export_all(run, wanted, options=options, say=said.append)
+    assert str(caught.value).startswith("merged: ") and said[-2].startswith("whole all the same: adapter ")
+    assert said[-1] == "not tried: loralib, mlx"
     assert [path.name for path in (run / "exports").iterdir()] == ["adapter"]
 
 
