@@ -476,6 +476,7 @@ STEERING = {
     "penalty_alpha": 0.6,
     "dola_layers": "high",
     "return_dict_in_generate": True,
+    "num_beams": 2,
     "num_return_sequences": 2,
     "min_length": 100,
     "bad_words_ids": [[1]],
@@ -495,7 +496,8 @@ def test_its_settings_of_answers_do_not_steer_ours(
         recipe.write_text(recipe.read_text().replace("max_length", held_out) + asked)
         ended = attempt("recipe", recipe, "--out", "out", cwd=home)
         assert ended.returncode == 0, ended.stderr
-        answers.append(json.loads((home / "out" / "report.json").read_text())["metrics"])
+        samples = json.loads((home / "out" / "eval.json").read_text())["tuned"]["samples"]
+        answers.append([one["answer"] for one in samples])
     assert answers[0] and answers[0] == answers[1]
 
 
