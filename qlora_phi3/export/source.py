@@ -18,6 +18,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from .. import adapters, files, json_files, layouts, model, weights
+from ..base_names import is_hub_name
 from ..errors import ModelError, Problem, is_file, printable, shown
 from ..layouts.files import CONFIG_NAME, LORALIB_CONFIG, LORALIB_WEIGHTS
 from ..recipe import Model, Recipe
@@ -117,6 +118,8 @@ def open_source(path: Path, say: Say = lambda _: None) -> Source:
     folder, run = _find(path)
     recipe = load_recipe(run / "recipe.yaml") if run is not None else None
     settings = recipe.model if recipe is not None else _base_of(folder)
+    if run is not None:
+        _check_named(settings, folder, run / "recipe.yaml")
     checkpoint = _locate(settings, folder, say, told=recipe is None)
     model.load_tokenizer(checkpoint.folder)
     adapters.check_provenance(folder, checkpoint, say)
@@ -227,6 +230,26 @@ def _base_of(folder: Path) -> Model:
     if (folder / LORALIB_CONFIG).exists():
         name, key = LORALIB_CONFIG, "base"
     raise ModelError(str(folder), reason, f"Write {key} into its {name}.")
+
+
+def _check_named(settings: Model, folder: Path, recipe: Path) -> None:
+    """Compare two names before either is fetched; a folder's says nothing, its content is compared later.
+
+    Raises:
+        ModelError: the recipe's base is not the one that the adapter's own files name.
+    """
+    if not _is_fetched(settings.base):
+        return
+    told = ""
+    with suppress(ModelError):  # a run's adapter that names none is still its recipe's
+        told = _base_of(folder).base
+    if _is_fetched(told) and told.casefold() != settings.base.casefold():
+        reason = f"the adapter was trained on {shown(told)}, and {recipe} names {shown(settings.base)}."
+        raise ModelError(str(folder), reason, "Set model.base there to that one.")
+
+
+def _is_fetched(base: str) -> bool:
+    return base.startswith("builtin:") or is_hub_name(base)
 
 
 def _named(base: str, revision: object, place: Path) -> Model:

@@ -16,7 +16,7 @@ import pytest
 from export_lab import make_base, make_run
 from test_cli_surface import command
 
-from qlora_phi3 import export
+from qlora_phi3 import export, weights
 from qlora_phi3.errors import InputError, ModelError, RunError
 from qlora_phi3.export import context, gguf, merge, merged, stops, vocabulary
 from qlora_phi3.phi3 import Geometry
@@ -77,6 +77,28 @@ def test_the_gate_sees_stops_that_are_missing(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stops, "generation_config", lambda source: {"eos_token_id": 256})
     with pytest.raises(RunError, match="an answer does not end as the model as trained"):
         export.export(run, "merged")
+
+
+def test_settings_that_plain_transformers_cannot_answer_with_are_named(run: Path, tmp_path: Path) -> None:
+    ends = json.loads((tmp_path / "base" / stops.NAME).read_text())["eos_token_id"]
+    only_eos(tmp_path / "base", {"eos_token_id": ends, "repetition_penalty": -1.0})
+    with pytest.raises(ModelError, match=r"generation_config\.json: transformers cannot answer with these"):
+        export.export(run, "merged")
+
+
+@pytest.mark.parametrize(("recipe", "told"), [("builtin:smollm2-135m", "org/a"), ("org/b", "org/a")])
+def test_two_names_of_a_base_are_compared_before_any_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, told: str
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "recipe.yaml").write_text(
+        f"version: 1\nname: lab\nmodel: {{base: '{recipe}'}}\n"
+        f"data: {{train: {{path: {tmp_path}/chats.jsonl}}}}\n"
+    )
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": told}))
+    monkeypatch.setattr(weights, "locate", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(ModelError, match=f"was trained on {told!r}, and .*recipe.yaml names {recipe!r}"):
+        export.export(tmp_path, "merged")
 
 
 @pytest.mark.parametrize("name", [stops.NAME, "config.json"])

@@ -132,6 +132,9 @@ def without_special_positions(found: dict[str, Any]) -> None:
     found["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
 
+head_of_float32 = tensors(lambda found: found.update({"lm_head.weight": found["lm_head.weight"].float()}))
+
+
 def spoiled(value: float) -> Change:
     return tensors(lambda found: found["model.layers.1.mlp.down_proj.weight"].view(-1)[77].fill_(value))
 
@@ -390,6 +393,18 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         edit(CONFIG, rms_norm_eps="small", rope_theta="abc", use_cache=5),
         [CONFIG, "rms_norm_eps is 'small'", "rope_theta is 'abc'"],
     ),
+    "dropout in attention": (
+        edit(CONFIG, attention_dropout=0.1),
+        [CONFIG, "attention_dropout is 0.1, needs 0: attention drops nothing here"],
+    ),
+    "a factor of 0": (
+        edit(CONFIG, rope_scaling={**SU, "long_factor": [0.0, *FACTORS[1:]]}),
+        [CONFIG, "rope_scaling.long_factor is", "needs a list of numbers above 0"],
+    ),
+    "a tied base with another head": (
+        edit(CONFIG, tie_word_embeddings=True),
+        [CONFIG, "tie_word_embeddings is true, but"],
+    ),
     "a context beyond the model": (
         edit(CONFIG, max_position_embeddings=64),
         ["data.max_length", "64 positions"],
@@ -403,8 +418,8 @@ LATE: dict[str, tuple[Change, list[str]]] = {
         spoiled(float("-inf")),
         [WEIGHTS, "model.layers.1.mlp.down_proj.weight holds NaN or infinity"],
     ),
-    "a tied base with another head": (
-        edit(CONFIG, tie_word_embeddings=True),
+    "a tied base with another head of another dtype": (
+        both(edit(CONFIG, tie_word_embeddings=True), head_of_float32),
         [CONFIG, "tie_word_embeddings is true, but"],
     ),
     "a tokenizer of the future": (
@@ -452,6 +467,38 @@ def test_it_trains(checkpoints: Callable[[str], Path], tmp_path: Path, geometry:
         assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     (tmp_path / "model").chmod(0o755)
+
+
+STEERING = {
+    "stop_strings": ["a"],
+    "repetition_penalty": -1,
+    "prompt_lookup_num_tokens": 3,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "return_dict_in_generate": True,
+    "num_beams": 2,
+    "num_return_sequences": 2,
+    "min_length": 100,
+    "bad_words_ids": [[1]],
+}
+
+
+def test_its_settings_of_answers_do_not_steer_ours(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    answers = []
+    for name, settings in (("plain", {}), ("steering", STEERING)):
+        (home := tmp_path / name).mkdir()
+        change = edit("generation_config.json", **settings)
+        recipe = home / recipe_of(home, folder_of(home, checkpoints("gqa"), change))
+        held_out = "eval: {path: chats.jsonl, limit: 4}, max_length"
+        asked = "evaluate: {metrics: [loss, exact_match], samples: 2, max_new_tokens: 8}\n"
+        recipe.write_text(recipe.read_text().replace("max_length", held_out) + asked)
+        ended = attempt("recipe", recipe, "--out", "out", cwd=home)
+        assert ended.returncode == 0, ended.stderr
+        samples = json.loads((home / "out" / "eval.json").read_text())["tuned"]["samples"]
+        answers.append([one["answer"] for one in samples])
+    assert answers[0] and answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
