@@ -161,6 +161,8 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no folder": (["nowhere", "--to", "adapter"], ["nowhere: no such folder."]),
     "no adapter": (["notes", "--to", "adapter"], ["notes: holds no adapter_config.json."]),
     "a run without adapter": (["failed", "--to", "merged"], ["failed: is a run without an adapter"]),
+    "an adapter that is a loop": (["loop", "--to", "merged"], ["loop/adapter: is a link", "leads to itself"]),
+    "a report of null": (["null", "--to", "adapter"], ["null/report.json: is not a JSON object."]),
     "dora": (["dora", "--to", "gguf-lora"], ["the adapter uses DoRA, which is no plain LoRA."]),
     "alpha pattern": (["patterned", "--to", "gguf-lora"], ["(alpha_pattern); a GGUF adapter has one alpha"]),
     "one scale": (["patterned", "--to", "mlx"], ["MLX has one scale for all"]),
