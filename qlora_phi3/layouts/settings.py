@@ -203,8 +203,8 @@ def _positives(found: Mapping[str, Any], key: str, kind: Any, place: str) -> Any
 def _positive(found: Mapping[str, Any], key: str, kind: Any, place: str, within: str = "") -> Any:
     """A rank, an alpha or a scale of a trained adapter: at zero it would do nothing, below that undo."""
     value = found.get(key)
-    number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not 0 < value <= LARGEST:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and isinstance(value, kind) and 0 < value <= LARGEST):
         whole = "whole number" if kind is int else "finite number"
         reason = f"{within}{shown(key) if within else key} is {shown(value)}, not a positive {whole}."
         raise ModelError(place, reason, "Give the config that belongs to the adapter.")
