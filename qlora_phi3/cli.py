@@ -316,7 +316,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     from .report import rebuild
 
     check_run(run)
-    typer.echo(rebuild(run))
+    typer.echo(rebuild(run, lambda text: typer.echo(printable(text), err=True)))
 
 
 @app.command()

@@ -11,11 +11,11 @@ import platform
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from errno import EDQUOT, ENOSPC
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-import jinja2
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -35,16 +35,7 @@ SHOWN_SAMPLES: Final = 3
 LABEL_WIDTH: Final = 14
 MAX_ERROR: Final = 200
 
-DAMAGED: Final = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    jinja2.TemplateError,
-)
-"""What reading a file that no run wrote can raise."""
+T = TypeVar("T")
 
 VERSIONED: Final = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose version decides what a run computes."""
@@ -113,36 +104,61 @@ def write(report: RunReport, folder: Path) -> None:
     licence = "apache-2.0" if report.base["source"] == "builtin" else None  # the others' is in their folder
     about = card.About("adapter", report.name, report.base["base"], told, licence=licence, local=True)
     files.write_text(folder / "adapter" / "README.md", card.render(content, about))
-    files.write_text(folder / "report.html", report_page.render(content, folder))
+    curves = report_page.read_curves(folder / "metrics.jsonl")
+    answers = report_page.read_answers(folder / "eval.json")
+    files.write_text(folder / "report.html", report_page.render(content, curves, answers))
 
 
-def rebuild(folder: Path) -> Path:
-    """Make report.html anew from what the run folder holds.
+def rebuild(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Make report.html anew from what the run folder holds; `say` hears what it has to leave out.
 
     Raises:
         InputError: the folder holds no report.json, or its files cannot be read or are damaged.
         OutputError: report.html cannot be written.
     """
-    try:
-        report = json_files.load(folder / "report.json")
-        if report["format_version"] != RunReport.format_version:
-            raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
-        html = report_page.render(report, folder)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(str(folder), "holds no report.json.", "Give the folder of a finished run.") from None
-    except OSError as error:
-        where, reason = error.filename or folder, f"cannot be read: {error.strerror}."
-        raise InputError(str(where), reason, "Check its permissions.") from None
-    except DAMAGED as error:
-        reason = f"its report.json, metrics.jsonl or eval.json is damaged: {shown_error(error)}."
-        raise InputError(str(folder), reason, "The adapter in it is not concerned.") from None
+    if not os.path.lexists(folder / "report.json"):
+        raise InputError(str(folder), "holds no report.json.", "Give the folder of a finished run.")
+    content = _whole(folder / "report.json", lambda path: report_page.check_keys(json_files.load(path)))
+    if content.get("format_version") != RunReport.format_version:
+        raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
+    curves = _whole(folder / "metrics.jsonl", report_page.read_curves)
+    answers = _whole(folder / "eval.json", report_page.read_answers)
+    html = _whole(folder / "report.json", lambda _: report_page.render(content, curves, answers))
+    lost = {"metrics.jsonl": "curve of losses", **({"eval.json": "answers"} if content["metrics"] else {})}
+    for name, what in lost.items():
+        if not os.path.lexists(folder / name):
+            say(f"note: {folder / name} is missing: the page has no {what}")
     target = folder / "report.html"
     try:
         files.write_text(target, html)
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}."
-        raise OutputError(str(target), reason, "Check its permissions.") from None
+        raise OutputError(
+            str(target), f"cannot be written: {error.strerror}.", _way_to_write(target, error)
+        ) from None
     return target
+
+
+def _whole(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` finds in a file of the run.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
+    spare = "run the recipe again" if path.name == "report.json" else "move it away to do without it"
+    remedy = f"Copy it again from where the run was made, or {spare}; the adapter is not concerned."
+    try:
+        return read(path)
+    except OSError as error:
+        reason = f"cannot be read: {json_files.said(error)}."
+        raise InputError(str(path), reason, json_files.way_on(error, remedy)) from None
+    except ValueError as error:
+        raise InputError(str(path), f"is damaged: {shown_error(error)}.", remedy) from None
+
+
+def _way_to_write(target: Path, error: OSError) -> str:
+    if target.is_dir():
+        return "Move that folder away."
+    return "Make room on the disk." if error.errno in (ENOSPC, EDQUOT) else "Check its permissions."
 
 
 def shown_error(error: Exception) -> str:

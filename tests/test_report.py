@@ -390,6 +390,8 @@ def test_rebuilding_gives_the_same_page(folder: Path) -> None:
         ("report.json", b"\xff"),
         ("metrics.jsonl", "{"),
         ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", "{}"),
+        ("metrics.jsonl", '{"step": 1}'),
         ("metrics.jsonl", '{"loss": "high"}'),
         ("metrics.jsonl", '{"step": 1, "loss": true}'),
         ("metrics.jsonl", '{"step": "1", "loss": 1.0}'),
@@ -400,6 +402,7 @@ def test_rebuilding_gives_the_same_page(folder: Path) -> None:
         pytest.param("eval.json", "[" * 100_000, id="deep answers"),
         ("eval.json", "["),
         ("eval.json", "[]"),
+        ("eval.json", "{}"),
         ("eval.json", '{"tuned": {"samples": [{}]}}'),
         ("eval.json", '{"base": {"samples": []}, "tuned": {"samples": [{}]}}'),
     ],
@@ -412,7 +415,61 @@ def test_a_damaged_folder_is_refused(folder: Path, name: str, content: str | byt
     assert (folder / "report.html").read_bytes() == before
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
     if name == "metrics.jsonl":
-        assert "metrics.jsonl:1 " in str(caught.value) or "metrics.jsonl:1:" in str(caught.value)
+        assert "line 1" in str(caught.value)
+    assert caught.value.problems[0].place == str(folder / name) and caught.value.problems[0].remedy
+
+
+NO_FILES: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a lost link": lambda path: path.symlink_to("nothing"),
+}
+
+
+@pytest.mark.parametrize("name", ["report.json", "metrics.jsonl", "eval.json"])
+@pytest.mark.parametrize("what", NO_FILES)
+def test_what_is_no_file_is_not_passed_over(folder: Path, name: str, what: str) -> None:
+    (folder / name).unlink()
+    NO_FILES[what](folder / name)
+    before = (folder / "report.html").read_bytes()
+    with pytest.raises(InputError, match="cannot be read: ") as caught:
+        rebuild(folder)
+    [problem] = caught.value.problems
+    assert problem.place == str(folder / name) and problem.remedy.startswith("Copy it again")
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_a_damaged_key_is_named(folder: Path) -> None:
+    report, answers = read_json(folder / "report.json"), read_json(folder / "eval.json")
+    del answers["tuned"]["samples"][1]["prompt"]
+    lost, wrong = json.loads(json.dumps(report)), json.loads(json.dumps(report))
+    del lost["training"]["num_tokens"]
+    wrong["training"]["num_tokens"] = "many"
+    cases = [
+        ("report.json", lost, "training.num_tokens is missing"),
+        ("report.json", wrong, "training.num_tokens is not as a run writes it"),
+        ("report.json", report | {"recipe": 5}, "recipe is 5, not an object"),
+        ("report.json", None, "it is not a JSON object"),
+        ("report.json", report, ""),
+        ("eval.json", answers, "tuned: samples[1]: prompt is missing"),
+    ]
+    for name, content, reason in cases:
+        (folder / name).write_text(json.dumps(content))
+        if reason:
+            with pytest.raises(InputError, match=re.escape(f"{name}: is damaged: {reason}. Copy it again")):
+                rebuild(folder)
+
+
+def test_what_is_missing_is_said(folder: Path) -> None:
+    said: list[str] = []
+    for name in ("metrics.jsonl", "eval.json"):
+        (folder / name).unlink()
+    rebuild(folder, said.append)
+    assert [text.partition(" is missing: ")[2] for text in said] == [
+        "the page has no curve of losses", "the page has no answers",
+    ]  # fmt: skip
 
 
 def test_a_report_of_another_version_is_refused(folder: Path) -> None:
@@ -425,7 +482,7 @@ def test_a_page_that_cannot_be_written(folder: Path) -> None:
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()
     before = sorted(folder.iterdir())
-    with pytest.raises(OutputError, match=r"report\.html: cannot be written: Is a directory"):
+    with pytest.raises(OutputError, match=r"report\.html: cannot be written: Is a directory\. Move that"):
         rebuild(folder)
     assert sorted(folder.iterdir()) == before, "nothing unfinished is left"
 

@@ -65,6 +65,14 @@ KEPT: Final[Mapping[str, tuple[str, ...]]] = {
 """Role -> keys beside role and content that chat templates take."""
 _WEIGHTS: Final = ("weight", "loss_weight", "loss_mask", "train", "training", "trainable")
 """Keys that say whether a message is trained on."""
+_LOSS: Final = "loss"
+"""Another such key where it holds no fraction, which is a figure that somebody measured."""
+_CHOOSING: Final = frozenset(
+    word
+    for stem in ("weight", "mask", "ignore", "skip", "exclude", "train", "learn", "supervise", "backprop")
+    for word in (stem, f"{stem}s", f"{stem}d", f"{stem}ed", f"{stem}ped", f"{stem.removesuffix('e')}ing")
+) | {"trainable", "loss"}
+"""Words of a flag's name that is likely to say the same in a way that is not known here (`ignore: true`)."""
 _COUNTS: Final[Mapping[Any, bool]] = (
     {1: True, 0: False}
     | {word: yes for word, yes in (("1", True), ("1.0", True), ("true", True), ("0", False), ("0.0", False))}
@@ -159,7 +167,7 @@ def _turn(entry: dict[str, Any], place: str, keys: tuple[str, str]) -> Turn:
         value = entry[key]
         if not carries(value) or (key == "name" and value == written):
             continue
-        if key in _WEIGHTS:
+        if key in _WEIGHTS or (key == _LOSS and not _is_fraction(value)):
             trained = trained and _counts(key, value, place)
         elif _may_go(str(key), value):
             unused.append((f"{key} of messages", value))
@@ -216,12 +224,26 @@ def _counts(key: str, value: Any, place: str) -> bool:
 
 def _may_go(key: str, value: Any) -> bool:
     """Whether a key of a message only describes it: by its name, or a figure or a flag about it."""
-    figure = isinstance(value, (bool, int, float)) and words_of(key)[-1:] not in (("weight",), ("mask",))
-    return key != "name" and (figure or describes(key))
+    figure = isinstance(value, (bool, int, float))
+    return key != "name" and ((figure and not _chooses(key, value)) or describes(key))
+
+
+def _chooses(key: str, value: Any) -> bool:
+    """Whether a flag, by its name, says that a message is trained on or not; a fraction does as a weight."""
+    words = words_of(key)
+    if words[-1:] in (("weight",), ("mask",)):
+        return True
+    return not _is_fraction(value) and value in (0, 1) and not _CHOOSING.isdisjoint(words)
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and value not in (0.0, 1.0)
 
 
 def _instead(key: str, text: str) -> str:
     """What to do with a key of a message that no chat template shows."""
+    if not _CHOOSING.isdisjoint(words_of(key)):
+        return "Write weight: 0 for a message that is not to be trained on, weight: 1 for one that is."
     if key == "name":
         return f'Write who speaks into {text} ("Ada: ..."), or remove the names if nothing refers to them.'
     return f"Put what it says into {text}, or remove it if the message means the same without it."

@@ -11,6 +11,7 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import ELOOP
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -164,12 +165,30 @@ def _find(path: Path) -> tuple[Path, Path | None]:
         raise ModelError(str(path), "no such folder.", _AGAIN)
     if _is_there(path / "recipe.yaml"):
         if not (path / "adapter").is_dir():
+            _check_no_link(path / "adapter")
             reason = "is a run without an adapter: it failed, or has not finished."
             raise ModelError(str(path), reason, "Run its recipe again.")
         return path / "adapter", path
     above = path.absolute().parent
     in_run = path.absolute().name == "adapter" and _is_there(above / "recipe.yaml")
     return path, above if in_run else None
+
+
+def _check_no_link(adapter: Path) -> None:
+    """Refuse what has the name of a run's adapter and is no folder: the run did not fail for it.
+
+    Raises:
+        ModelError: so it is.
+    """
+    if not os.path.lexists(adapter):
+        return
+    try:
+        adapter.stat()
+        reason = "is no folder."
+    except OSError as error:
+        why = "it leads to itself" if error.errno == ELOOP else json_files.said(error)
+        reason = f"is a link that leads to no folder: {why}."
+    raise ModelError(str(adapter), reason, "Put the run's adapter folder itself there.")
 
 
 def _is_there(path: Path) -> bool:
@@ -275,7 +294,7 @@ def _report(run: Path | None) -> dict[str, Any] | None:
     if path is None or not _is_there(path):
         return None
     again = "Move it away to export without it, or run the recipe again."
-    found: dict[str, Any] = json_files.read(path, ModelError, again)
+    found = json_files.read_object(path, ModelError, again)
     try:
         for target in ("merged", "adapter"):
             card.render(found, card.About(target, "", ""))

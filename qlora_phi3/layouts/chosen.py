@@ -7,6 +7,7 @@ out, which PEFT would pass over in silence, and linears that it names and the fi
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ Chooses = Callable[[str], bool]
 """Whether the linear of a path is adapted."""
 
 _ALL_LINEAR: Final = "all-linear"
+_CORRECT: Final = "Give the config that belongs to the adapter."
+_CHOOSING: Final = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _FIRST_INDEX: Final = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
@@ -50,13 +53,22 @@ def _matcher(value: Any, key: str, place: str) -> Chooses | None:
         raise _no_value(key, value, place)
     if key == "target_modules" and value.lower() == _ALL_LINEAR:
         return lambda module: ".layers." in module  # the head is left out, the embedding is no linear
+    rule = _compiled(value, key, place)
     if not is_quick(value):
         return None
-    try:
-        rule = re.compile(value)
-    except re.error:
-        raise _no_value(key, value, place) from None
     return lambda module: rule.fullmatch(module) is not None
+
+
+def _compiled(value: str, key: str, place: str) -> re.Pattern[str]:
+    """An expression that Python takes, were it one that is not followed here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            return re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        why = str(error) or "it is nested too deeply"
+        reason = f"{key} is {shown(value)}, which is no regular expression: {why}."
+        raise ModelError(place, reason, _CORRECT) from None
 
 
 def _in_layers(found: Mapping[str, Any], place: str) -> Chooses:
@@ -80,7 +92,18 @@ def _in_layers(found: Mapping[str, Any], place: str) -> Chooses:
 
 def _no_value(key: str, value: object, place: str) -> ModelError:
     reason = f"{key} is {shown(value)}, which PEFT does not take."
-    return ModelError(place, reason, "Give the config that belongs to the adapter.")
+    return ModelError(place, reason, _CORRECT)
+
+
+def check_any(found: Mapping[str, Any], modules: Iterable[str], chooses: Chooses, place: str) -> None:
+    """Refuse a config whose rule matches none of the base's linears.
+
+    Raises:
+        ModelError: so it is.
+    """
+    if not any(map(chooses, modules)):
+        rule = ", ".join(f"{key} {shown(found[key])}" for key in _CHOOSING if found.get(key) is not None)
+        raise ModelError(place, f"matches no linear of the base: {rule}.", _CORRECT)
 
 
 def check_chosen(

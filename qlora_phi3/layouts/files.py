@@ -25,7 +25,7 @@ from ..errors import ModelError, OutputError, RunError
 from ..phi3 import Geometry
 from ..weights import first_line
 from .blocks import same_bits
-from .chosen import check_chosen, chooser
+from .chosen import check_any, check_chosen, chooser
 from .config import PEFT_LAYOUTS, AdapterConfig, by_path, check_config, to_json
 from .names import (
     PEFT_PREFIX,
@@ -242,6 +242,7 @@ def _read_config(weights: Path, tensors: Tensors, geometry: Geometry, style: str
     chooses = chooser(found, str(path))
     if chooses is not None:
         shapes = whole if all(module in whole for module in modules) else apart
+        check_any(found, [*whole, *apart], chooses, str(path))
         check_chosen(modules, shapes, chooses, str(weights), path.name)
     return replace(
         config,

@@ -80,11 +80,11 @@ def from_peft(found: Mapping[str, Any], layout: Layout, place: str) -> AdapterCo
         remedy = "Remove it where the adapter computes the same without; else merge it with its own tool."
         raise ModelError(place, reason, remedy)
     return AdapterConfig(
-        rank=_get(found, "r", int, place),
-        alpha=_get(found, "lora_alpha", (int, float), place),
+        rank=_positive(found, "r", int, place),
+        alpha=_positive(found, "lora_alpha", (int, float), place),
         targets=_peft_targets(found, place),
-        rank_pattern=_get(found, "rank_pattern", dict, place, {}),
-        alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
+        rank_pattern=_positives(found, "rank_pattern", int, place),
+        alpha_pattern=_positives(found, "alpha_pattern", (int, float), place),
         use_rslora=_get(found, "use_rslora", bool, place, False),
         layout=layout,
     )
@@ -117,7 +117,7 @@ def from_mlx(found: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> 
     if found.get("use_dora"):  # of mlx-lm before there was fine_tune_type
         raise ModelError(place, "the adapter uses DoRA, which is no plain LoRA.", "Give a LoRA adapter.")
     settings = _get(found, "lora_parameters", dict, place)
-    scale, rank = _get(settings, "scale", (int, float), place), _get(settings, "rank", int, place)
+    scale, rank = _positive(settings, "scale", (int, float), place), _positive(settings, "rank", int, place)
     noted = _get(found, UNPADDED, dict, place, {})
     if not all(isinstance(own, int) and own > 0 for own in noted.values()):
         raise ModelError(place, f"{UNPADDED} holds other than ranks.", "Write the adapter again.")
@@ -140,11 +140,11 @@ def from_loralib(found: Mapping[str, Any], place: str) -> AdapterConfig:
         if not isinstance(blocks, list) or not all(isinstance(block, bool) for block in blocks):
             raise ModelError(place, f"enable_lora: {name} is no list of true and false.", "Correct it.")
     return AdapterConfig(
-        rank=_get(found, "rank", int, place),
-        alpha=_get(found, "alpha", (int, float), place),
+        rank=_positive(found, "rank", int, place),
+        alpha=_positive(found, "alpha", (int, float), place),
         targets=_names(found, "targets", place),
-        rank_pattern=_get(found, "rank_pattern", dict, place, {}),
-        alpha_pattern=_get(found, "alpha_pattern", dict, place, {}),
+        rank_pattern=_positives(found, "rank_pattern", int, place),
+        alpha_pattern=_positives(found, "alpha_pattern", (int, float), place),
         layout=layout,
         enable_lora={name: tuple(blocks) for name, blocks in enable_lora.items()},
     )
@@ -190,6 +190,25 @@ def to_mlx(config: AdapterConfig, modules: list[str], place: str) -> dict[str, A
         "lora_parameters": {**parameters, "keys": sorted(keys)},
         **({UNPADDED: narrower} if narrower else {}),
     }
+
+
+def _positives(found: Mapping[str, Any], key: str, kind: Any, place: str) -> Any:
+    """The values of a pattern, each more than zero."""
+    values = _get(found, key, dict, place, {})
+    for name in values:
+        _positive(values, name, kind, place, f"{key}: ")
+    return values
+
+
+def _positive(found: Mapping[str, Any], key: str, kind: Any, place: str, within: str = "") -> Any:
+    """A rank, an alpha or a scale of a trained adapter: at zero it would do nothing, below that undo."""
+    value = found.get(key)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and isinstance(value, kind) and 0 < value <= LARGEST):
+        whole = "whole number" if kind is int else "finite number"
+        reason = f"{within}{shown(key) if within else key} is {shown(value)}, not a positive {whole}."
+        raise ModelError(place, reason, "Give the config that belongs to the adapter.")
+    return value
 
 
 def _get(found: Mapping[str, Any], key: str, kind: Any, place: str, default: Any = None) -> Any:

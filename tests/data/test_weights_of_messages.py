@@ -51,6 +51,8 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         SECOND,
     ),
     "train false": ({"messages": [ASK, {**YO, "train": False}, MORE, {**YES, "train": True}]}, SECOND),
+    "loss false": ({"messages": [ASK, {**YO, "loss": False}, MORE, {**YES, "loss": True}]}, SECOND),
+    "loss measured": ({"messages": [ASK, {**YO, "loss": 0.53}, MORE, {**YES, "loss": 1.7}]}, BOTH),
     "Gemini": (
         {
             "contents": [
@@ -127,6 +129,13 @@ def trained_text(row: TokenRow) -> str:
 def test_weights_hold_where_rows_are_cut(tmp_path: Path, settings: dict[str, Any], texts: list[str]) -> None:
     found = rows_of(tmp_path, [WEIGHTED], phi3_tokenizer(), **settings)
     assert [trained_text(row) for row in found] == texts
+
+
+@pytest.mark.parametrize("key", ["mask", "ignore", "skip", "masked", "ignore_loss", "excluded", "no_train"])
+def test_another_word_for_a_weight_is_refused(tmp_path: Path, key: str) -> None:
+    row = {"messages": [ASK, {**YO, key: True}, MORE, YES]}
+    with pytest.raises(DataError, match=rf"messages\[1\]: '{key}' is not available yet.*Write weight: 0"):
+        rows_of(tmp_path, [row], phi3_tokenizer())
 
 
 def test_a_cut_leaves_no_answer_that_is_only_shown(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run / "adapter", place / "bare")
     (place / "failed").mkdir()
     shutil.copy(run / "recipe.yaml", place / "failed")
+    (place / "loop").mkdir()
+    shutil.copy(run / "recipe.yaml", place / "loop")
+    (place / "loop" / "adapter").symlink_to("adapter")
+    shutil.copytree(run, place / "null")
+    (place / "null" / "report.json").write_text("null")
     (place / "notes").mkdir()
     (place / "notes" / "a.txt").touch()
     shutil.copytree(run, place / "dora")
@@ -161,6 +166,8 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no folder": (["nowhere", "--to", "adapter"], ["nowhere: no such folder."]),
     "no adapter": (["notes", "--to", "adapter"], ["notes: holds no adapter_config.json."]),
     "a run without adapter": (["failed", "--to", "merged"], ["failed: is a run without an adapter"]),
+    "an adapter that is a loop": (["loop", "--to", "merged"], ["loop/adapter: is a link", "leads to itself"]),
+    "a report of null": (["null", "--to", "adapter"], ["null/report.json: is not a JSON object."]),
     "dora": (["dora", "--to", "gguf-lora"], ["the adapter uses DoRA, which is no plain LoRA."]),
     "alpha pattern": (["patterned", "--to", "gguf-lora"], ["(alpha_pattern); a GGUF adapter has one alpha"]),
     "one scale": (["patterned", "--to", "mlx"], ["MLX has one scale for all"]),
