@@ -41,3 +41,10 @@ def test_what_is_imported_is_declared() -> None:
 def test_nothing_else_is_declared() -> None:
     """But accelerate, without which transformers loads nothing in 4 bit, and TRL does not train."""
     assert declared() - imported() == {"accelerate"}
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would take the second for the first, and fail or run it twice; files that run alone hide it."""
+    paths = [path for top in ("tests", "bench") for path in (PACKAGE.parent / top).rglob("*.py")]
+    names = [path.name for path in paths if path.name != "__init__.py" and path.parts[-2] != "bench"]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
