@@ -121,7 +121,8 @@ def rebuild(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path:
     content = _whole(folder / "report.json", lambda path: report_page.check_keys(json_files.load(path)))
     if content.get("format_version") != RunReport.format_version:
         raise InputError(str(folder), "holds a report of another version.", "Run the recipe again.")
-    curves = _whole(folder / "metrics.jsonl", report_page.read_curves)
+    trained = bool(content["training"].get("num_steps"))
+    curves = _whole(folder / "metrics.jsonl", lambda path: _curves(path, trained))
     answers = _whole(folder / "eval.json", report_page.read_answers)
     html = _whole(folder / "report.json", lambda _: report_page.render(content, curves, answers))
     lost = {"metrics.jsonl": "curve of losses", **({"eval.json": "answers"} if content["metrics"] else {})}
@@ -136,6 +137,13 @@ def rebuild(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path:
             str(target), f"cannot be written: {error.strerror}.", _way_to_write(target, error)
         ) from None
     return target
+
+
+def _curves(path: Path, trained: bool) -> dict[str, list[report_page.Point]]:
+    """The losses of metrics.jsonl, which a run that trained has written lines into."""
+    if trained and path.is_file() and path.stat().st_size == 0:
+        raise ValueError("it is empty")
+    return report_page.read_curves(path)
 
 
 def _whole(path: Path, read: Callable[[Path], T]) -> T:
