@@ -95,7 +95,11 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def write(report: RunReport, folder: Path) -> None:
-    """Write report.json, report.html and the adapter's README.md into a run folder."""
+    """Write report.json, report.html and the adapter's README.md into a run folder.
+
+    Raises:
+        InputError: metrics.jsonl or eval.json is no longer what the run has written.
+    """
     content = report.to_json()
     from .export import stops  # which reads tokenizers, and torch with them
 
@@ -104,8 +108,8 @@ def write(report: RunReport, folder: Path) -> None:
     licence = "apache-2.0" if report.base["source"] == "builtin" else None  # the others' is in their folder
     about = card.About("adapter", report.name, report.base["base"], told, licence=licence, local=True)
     files.write_text(folder / "adapter" / "README.md", card.render(content, about))
-    curves = report_page.read_curves(folder / "metrics.jsonl")
-    answers = report_page.read_answers(folder / "eval.json")
+    curves = _whole(folder / "metrics.jsonl", report_page.read_curves)
+    answers = _whole(folder / "eval.json", report_page.read_answers)
     files.write_text(folder / "report.html", report_page.render(content, curves, answers))
 
 

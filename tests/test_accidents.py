@@ -184,6 +184,21 @@ def test_a_pipe_where_the_claim_was_keeps_nobody_waiting(
     check_whole(moved, 3)
 
 
+@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl"])
+def test_what_is_damaged_before_the_report_costs_the_page_alone(
+    start: Callable[..., Running], tmp_path: Path, name: str
+) -> None:
+    damaged = tmp_path / "out" / name
+    accident = {"moment": MOMENTS["reporting"], "act": _damage, "given": (str(damaged),)}
+    ended = start("--out", "out", **accident).wait()
+    check_words(ended, 1, f"{name}: is damaged", "out/adapter: is the trained adapter")
+    assert load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+
+
+def _damage(path: str) -> None:
+    Path(path).write_text("{,")
+
+
 def _limit(num_bytes: int) -> None:
     import resource
 

@@ -301,7 +301,7 @@ class MlxLm:
         from mlx_lm.utils import load_model
 
         # transformers 5 writes RoPE's base into `rope_parameters` alone, which mlx-lm 0.32 does not know
-        config = json_files.load(base / "config.json")
+        config = json_files.read_object(base / "config.json", ModelError, "Download it again.")
         theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
         self.model, read = load_model(base, model_config={} if theta is None else {"rope_theta": theta})
         if adapter is not None:
