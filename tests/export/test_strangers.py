@@ -362,7 +362,7 @@ def looping(run: Path) -> None:
 UNFIT: dict[str, tuple[Any, list[str], str]] = {
     "spare rows": (no_spare_rows, ["merged", "gguf:q8_0"], "rows to spare"),
     "template": (no_plain_template, ["merged", "ollama"], "more than put text around turns"),
-    "report is a list": (lambda run: report(run, []), ["merged"], "report.json: is no report of a run"),
+    "report is a list": (lambda run: report(run, []), ["merged"], "report.json: is not a JSON object"),
     "report is empty": (lambda run: report(run, {}), ["merged"], "report.json: is no report of a run"),
     "report of another": (lambda run: report(run, {"recipe": 5}), ["merged"], "report.json: is no report"),
     "dangling link": (dangling, ["merged"], "exports/merged is a link that leads nowhere"),
