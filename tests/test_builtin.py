@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from qlora_phi3 import builtin
+from qlora_phi3 import builtin, llama_to_phi3
 from qlora_phi3.errors import InputError, ModelError, OutputError
 
 NAME = "smollm2-135m"
@@ -574,7 +574,7 @@ def test_phi3_computes_what_llama_computes(heads: int, kv_heads: int, tied: bool
     llama = tiny_llama(heads=heads, kv_heads=kv_heads, tied=tied)
     for parameter in llama.parameters():  # not llama.to(): that would round rope's frequencies too
         parameter.data = parameter.data.to(getattr(torch, dtype))
-    phi3 = builtin.to_phi3(llama)
+    phi3 = llama_to_phi3.to_phi3(llama)
     assert phi3.dtype == llama.dtype
     assert not phi3.training
     assert (phi3.lm_head.weight is phi3.model.embed_tokens.weight) == tied
@@ -586,7 +586,7 @@ def test_phi3_at_odd_sizes() -> None:
     import torch
 
     llama = tiny_llama(heads=3, kv_heads=1, width=83).double()
-    phi3 = builtin.to_phi3(llama).double()
+    phi3 = llama_to_phi3.to_phi3(llama).double()
     ids = torch.randint(260, (2, 21), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(phi3(ids).logits, llama(ids).logits, rtol=0, atol=1e-12)
@@ -596,7 +596,7 @@ def test_fuse_stacks_rows_in_order() -> None:
     import torch
 
     llama = tiny_llama(kv_heads=2).state_dict()
-    phi3 = builtin.fuse(llama)
+    phi3 = llama_to_phi3.fuse(llama)
     layer = "model.layers.1."
     q, k, v = phi3[f"{layer}self_attn.qkv_proj.weight"].split([48, 24, 24])
     assert torch.equal(q, llama[f"{layer}self_attn.q_proj.weight"])
@@ -652,20 +652,20 @@ def test_convert_draws_no_random_numbers(tmp_path: Path) -> None:
 )
 def test_llama_that_phi3_cannot_hold(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {key}: is .* converts to Phi-3"):
-        builtin.to_phi3(tiny_llama(**changes))
+        llama_to_phi3.to_phi3(tiny_llama(**changes))
 
 
 def test_rope_that_phi3_would_read_otherwise() -> None:
     llama = tiny_llama()
     llama.config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ModelError, match="rope_parameters"):
-        builtin.to_phi3(llama)
+        llama_to_phi3.to_phi3(llama)
 
 
 def test_chat_tokenizer_splits_digits_and_pads_apart_from_the_end() -> None:
     source = tiny_tokenizer()
     assert source.convert_ids_to_tokens(source.encode("\n\n12")) == ["Ċ", "Ċ", "1", "2"]
-    tokenizer = builtin.to_chat_tokenizer(source, max_tokens=64)
+    tokenizer = llama_to_phi3.to_chat_tokenizer(source, max_tokens=64)
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n12")) == ["ĊĊ", "1", "2"]
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == (
         "<|endoftext|>",
@@ -677,7 +677,7 @@ def test_chat_tokenizer_splits_digits_and_pads_apart_from_the_end() -> None:
 
 def test_tokenizer_that_ends_turns_otherwise() -> None:
     with pytest.raises(InputError, match=r"'</s>' ends turns; expected '<\|im_end\|>'"):
-        builtin.to_chat_tokenizer(tiny_tokenizer(end="</s>"), max_tokens=64)
+        llama_to_phi3.to_chat_tokenizer(tiny_tokenizer(end="</s>"), max_tokens=64)
 
 
 # --- the real wheel ----------------------------------------------------------------------------------------
