@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -333,15 +334,11 @@ def _as_longrope(rope: Any) -> Any:
 
 
 def _check_complete(loading: Mapping[str, Any], folder: Path) -> None:
-    missing, surplus = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-    if missing:
-        reason = f"{len(missing)} weights are missing, {missing[0]} the first: they would be random."
-        raise ModelError(str(folder), reason, "Download the checkpoint again.")
-    if surplus:
-        reason = f"{len(surplus)} weights fit nowhere in Phi-3, {surplus[0]} the first."
-        raise ModelError(str(folder), reason, "Give a full Phi3ForCausalLM checkpoint.")
-    for name, found, expected in sorted(loading["mismatched_keys"]):
-        raise _wrong_shape(folder, name, found, expected)
+    """`shards.check` has found the files complete; transformers must have read them so."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for one in sorted(map(str, loading[kind])):
+            reason = f"transformers {version('transformers')} reads it otherwise than its headers say: "
+            raise ModelError(str(folder), f"{reason}{kind} has {one}.", "Install the pinned versions.")
 
 
 def _check_packed_shapes(model: nn.Module, folder: Path) -> None:
