@@ -60,6 +60,7 @@ class RunFolder:
         self._held: IO[str] | None = None
         self._texts: dict[str, str] = {}
         self._unwritten: set[str] = set()
+        self._reserved: os.stat_result | None = None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of this run, whole or not at all.
@@ -106,6 +107,7 @@ class RunFolder:
         path = self._claimed / RESERVE
         try:
             with path.open("wb") as file:
+                self._reserved = os.fstat(file.fileno())
                 _allocate(file.fileno(), num_bytes)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -120,10 +122,11 @@ class RunFolder:
             raise RunError(str(self.path), f"{reason}; {free} are free on its disk.", remedy) from None
 
     def release(self) -> None:
-        """Give the reserved space back, right before it is used."""
+        """Give the reserved space back, right before it is used; also in a folder that lost its claim."""
+        path = self._claimed / RESERVE
         with contextlib.suppress(OSError):
-            if self.is_ours():
-                (self._claimed / RESERVE).unlink()
+            if self._reserved is not None and os.path.samestat(self._reserved, path.lstat()):
+                path.unlink()
 
     def sign(self) -> None:
         """Make the claim.

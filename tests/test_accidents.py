@@ -182,6 +182,7 @@ def test_a_pipe_where_the_claim_was_keeps_nobody_waiting(
     check_words(start("--out", "out", **accident).wait(), 1, "The whole run, adapter")
     (moved,) = tmp_path.glob("out-*")
     check_whole(moved, 3)
+    assert not (tmp_path / "out" / ".reserve").exists()  # room for the adapter, which went elsewhere
 
 
 @pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl"])
