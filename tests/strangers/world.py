@@ -221,7 +221,8 @@ class World:
         assert not changed, f"changed {sorted(changed)}"
         made = {name for name in after if name not in before}
         if not told.meddled:
-            strange = {name for name in made if place is None or not _belongs(name, place, killed)}
+            places = [] if place is None else [place, self._behind(place)]
+            strange = {name for name in made if not any(_belongs(name, one, killed) for one in places)}
             assert not strange, f"made {sorted(strange)}"
         left = [name for name in made if Path(name).name.startswith(LEFTOVERS) or ".partial" in name]
         if not killed:
@@ -242,6 +243,10 @@ class World:
             assert told.signals, "nobody stopped it"
         if words[0] == "export" and ended.returncode == 0:
             check_export(self.work / str(place))
+
+    def _behind(self, place: str) -> str:
+        """Where what is written to `place` goes: it may be a link to where it was moved."""
+        return os.path.relpath((self.work / place).resolve(), self.work.resolve())
 
     def _check_run(
         self, place: str, made: set[str], ended: Ended, told: Told, read: list[dict[str, str]]
